@@ -1,0 +1,41 @@
+"""What can go wrong, as one tree.
+
+DtrScaleError
+├── ConfigError       an experiment file, an override or a combination of settings
+├── DataError         a manifest, a shard or a sample
+├── CheckpointError   a checkpoint that cannot be written, found or trusted
+├── EngineError       devices, launchers, DeepSpeed
+└── EvaluationError   sampling and metrics
+
+Every message says what, where, the value, what is accepted and the fix, in one line.
+The command line prints it without a traceback and exits with code 2.
+"""
+
+
+class DtrScaleError(Exception):
+    """Root of the errors that a user can act on."""
+
+    on_every_rank = False
+    """All ranks raise it together, so rank 0 alone reports it."""
+
+
+class ConfigError(DtrScaleError):
+    """The experiment cannot be run as it is described."""
+
+    on_every_rank = True
+
+
+class DataError(DtrScaleError):
+    """The data is not what its manifest says."""
+
+
+class CheckpointError(DtrScaleError):
+    """A checkpoint cannot be written, found or trusted."""
+
+
+class EngineError(DtrScaleError):
+    """The network cannot be run on these devices in this way."""
+
+
+class EvaluationError(DtrScaleError):
+    """Samples or metrics cannot be computed."""
