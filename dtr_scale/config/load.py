@@ -1,0 +1,148 @@
+"""Read an experiment: a JSON file, then dotted overrides, then validation."""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dtr_scale.config.schema import Experiment
+from dtr_scale.errors import ConfigError
+
+SECRETS = frozenset({"key", "secret", "token"})
+"""Names in data.storage_options that are used and never written anywhere."""
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Return the experiment in `path` with `overrides` applied.
+
+    Overrides are `--section.key=value` or `--section.key value`; a value is read as JSON, and as
+    a string where it is not JSON. Raises ConfigError, in one line.
+    """
+    raw = _read_json(Path(path))
+    for key, value in parse_overrides(overrides):
+        _set(raw, key, value)
+    return validate(raw, source=str(path))
+
+
+def validate(raw: dict[str, Any], source: str) -> Experiment:
+    """Return `raw` as an Experiment; ConfigError names the first thing wrong and its fix."""
+    try:
+        # Strict JSON mode: "8" is no integer and true is no step count.
+        return Experiment.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        message = _explain(problems[0], raw)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{source}: {message}{more}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) from `--a.b=c` and `--a.b c` arguments."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not key:
+            raise ConfigError(
+                f"unexpected argument {argument!r}; overrides are written --section.key=value, "
+                "for example --train.lr=2e-4"
+            )
+        if not equals:
+            if not rest:
+                raise ConfigError(f"override --{key} has no value; write --{key}=VALUE")
+            text = rest.pop(0)
+        yield key, _parse_value(text)
+
+
+def resolved(experiment: Experiment) -> dict[str, Any]:
+    """Return the experiment as plain JSON data, every default filled in, secrets left out.
+
+    This is what `config show` prints and what config.json, checkpoints and MLflow keep.
+    """
+    data = experiment.model_dump(mode="json", by_alias=True)
+    data["run_dir"] = str(experiment.run_path)
+    options = data["data"]["storage_options"]
+    data["data"]["storage_options"] = {k: v for k, v in options.items() if k not in SECRETS}
+    return data
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one with dotted keys: {"train": {"lr": 1}} -> {"train.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the experiment file {str(path)!r}: {error.strerror}; "
+            "give a JSON file, for example configs/demo_digits.json"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; an experiment is a JSON object")
+    return raw
+
+
+def _parse_value(text: str) -> Any:  # noqa: ANN401
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
+    *sections, last = key.split(".")
+    node = raw
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override --{key}: {section!r} is a value, not a section")
+    node[last] = value
+
+
+def _explain(problem: Any, raw: dict[str, Any]) -> str:  # noqa: ANN401
+    """Turn one pydantic problem into: key, value, what is accepted."""
+    key = ".".join(str(part) for part in problem["loc"])
+    kind = problem["type"]
+    if kind == "combination":
+        return problem["msg"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key}{_suggestion(key)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    accepted = problem["msg"].removeprefix("Input ")
+    return f"{key} = {json.dumps(problem['input'])}: {accepted}"
+
+
+def _suggestion(key: str) -> str:
+    """Name the nearest known key: by its full path, else by its last part alone."""
+    known = list(_known_keys(Experiment))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if not near:
+        by_name = {k.rpartition(".")[2]: k for k in known}
+        last = key.rpartition(".")[2]
+        near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), 1, 0.75)]
+    if near:
+        return f"; did you mean {near[0]}?"
+    section = key.rpartition(".")[0]
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    return f"; known are {', '.join(siblings)}"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + (field.alias or name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _known_keys(field.annotation, f"{prefix}{name}.")
