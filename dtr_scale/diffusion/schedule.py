@@ -1,0 +1,63 @@
+"""Noise schedules and the timesteps that shortened sampling keeps."""
+
+import numpy as np
+
+from dtr_scale.errors import ConfigError
+
+NOISE_SCHEDULES = ("linear", "cosine")
+
+
+def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
+    """Return beta_t, float64 [T].
+
+    "linear" (Ho et al., 2020) goes from 1e-4 to 0.02 at T = 1000 and scales with 1000/T.
+    "cosine" (Nichol & Dhariwal, 2021, eq. 17) follows cos^2 with s = 0.008 and beta <= 0.999.
+    """
+    if name == "linear":
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
+    if name == "cosine":
+        time = np.linspace(0, 1, num_timesteps + 1)
+        alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    accepted = ", ".join(NOISE_SCHEDULES)
+    raise ConfigError(f"diffusion.noise_schedule: {name!r} is unknown; accepted: {accepted}")
+
+
+def space_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
+    """Return the kept timesteps, ascending int64, as in improved-diffusion.
+
+    "250" spreads 250 steps from the first timestep to the last; "10,20,30" does so in three equal
+    sections; "ddim25" takes 25 steps at one whole-number stride; "" keeps all.
+    """
+    if respacing == "":
+        return np.arange(num_timesteps)
+    try:
+        if respacing.startswith("ddim"):
+            return _constant_stride(num_timesteps, int(respacing.removeprefix("ddim")))
+        counts = [int(count) for count in respacing.split(",")]
+        sections = np.array_split(np.arange(num_timesteps), len(counts))
+        return np.concatenate(
+            [_spread(section, count) for section, count in zip(sections, counts, strict=True)]
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"timestep_respacing: {respacing!r} does not fit {num_timesteps} timesteps ({error}); "
+            "give e.g. '250', 'ddim50' or '10,20,30'"
+        ) from None
+
+
+def _constant_stride(num_timesteps: int, count: int) -> np.ndarray:
+    for stride in range(1, num_timesteps):
+        if len(range(0, num_timesteps, stride)) == count:
+            return np.arange(0, num_timesteps, stride)
+    raise ValueError(f"no whole-number stride gives {count} steps")
+
+
+def _spread(section: np.ndarray, count: int) -> np.ndarray:
+    if not 1 <= count <= len(section):
+        raise ValueError(f"{count} steps of {len(section)}")
+    stride = (len(section) - 1) / max(count - 1, 1)
+    # Added up, not multiplied: the original rounds the running sum, and ties depend on it.
+    places = np.cumsum(np.append(0.0, np.full(count - 1, stride)))
+    return section[np.round(places).astype(np.int64)]

@@ -1,0 +1,72 @@
+"""What enters a diffusion transformer: patches, positions, timesteps and labels."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cut [N, C, H, W] into patches and project each: [N, L, D], row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed timesteps [N] as [N, D]: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256) -> None:
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        frequencies = timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embed labels [N] as [N, D]; with label dropout, row `num_classes` is the null label.
+
+    Labels arrive with the null label already put in by the data pipeline.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float) -> None:
+        super().__init__()
+        num_rows = num_classes + (class_dropout_prob > 0)
+        self.embedding_table = nn.Embedding(num_rows, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Return [cos(t w_i), sin(t w_i)], fp32 [N, dim], with w_i = max_period^(-2i/dim)."""
+    half = dim // 2
+    i = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(max_period) * i / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
+    """Return the fixed 2-D positions of MAE and DiT, fp32 [grid_size**2, hidden_size].
+
+    The first half of the channels encodes the column, the second half the row, each as
+    [sin(p w_i), cos(p w_i)] with w_i = 10000^(-4i/hidden_size).
+    """
+    quarter = hidden_size // 4
+    omega = 10_000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+    angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    columns, rows = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)
+    return torch.tensor(np.concatenate([columns, rows], axis=1), dtype=torch.float32)

@@ -1,0 +1,120 @@
+"""What a step minimises: how the losses of a global batch become one scalar.
+
+l_k below is the mean of (mse + vb) over the samples of cluster k in the global batch, n_k their
+number. An objective's own parameters are replicated fp32 tensors outside the network's engine.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dtr_scale.errors import ConfigError
+from dtr_scale.objectives.uncertainty import uncertainty_loss
+
+OBJECTIVE_TYPES = ("vanilla", "ant_uw")
+
+
+class Objective(Protocol):
+    """The scalar of a global batch, its share in a part of it, and parameters of its own."""
+
+    def loss(self, mse: Tensor, vb: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
+        """Return this part's share, a scalar to differentiate; the shares sum to the objective.
+
+        mse [n], vb [n], cluster int [n] of the part; counts n_k [K] of the global batch.
+        """
+        ...
+
+    def value(self, cluster_loss: Tensor, counts: Tensor) -> float:
+        """Return the objective of the whole batch from l_k [K] and n_k [K]."""
+        ...
+
+    def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
+        """Take one step of the objective's own parameters from l_k [K] and n_k [K]."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Return the objective's own parameters by name."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of everything that `load_state_dict` needs to continue bit for bit."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+class VanillaObjective(Objective):
+    """The mean of mse + vb over the global batch."""
+
+    def __init__(self, global_batch_size: int) -> None:
+        self.global_batch_size = global_batch_size
+
+    def loss(self, mse: Tensor, vb: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
+        return (mse + vb).sum() / self.global_batch_size
+
+    def value(self, cluster_loss: Tensor, counts: Tensor) -> float:
+        filled = counts > 0
+        return float((cluster_loss * counts)[filled].sum() / self.global_batch_size)
+
+    def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+class AntUwObjective(Objective):
+    """sum_k 1/2 [exp(-s_k) l_k / K + s_k], with log-variances s_k learned by AdamW."""
+
+    def __init__(self, num_clusters: int, lr: float, device: torch.device) -> None:
+        self.log_var = torch.zeros(num_clusters, dtype=torch.float32, device=device)
+        self.optimizer = torch.optim.AdamW([self.log_var], lr=lr, weight_decay=0.0)
+        self.optimizer.state[self.log_var] = {
+            "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+            "exp_avg": torch.zeros_like(self.log_var),
+            "exp_avg_sq": torch.zeros_like(self.log_var),
+        }
+
+    def loss(self, mse: Tensor, vb: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
+        return uncertainty_loss(mse + vb, cluster, self.log_var, counts)
+
+    def value(self, cluster_loss: Tensor, counts: Tensor) -> float:
+        terms = torch.exp(-self.log_var) * cluster_loss / len(self.log_var) + self.log_var
+        return float(terms[counts > 0].sum() / 2)
+
+    def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
+        gradient = (1 - torch.exp(-self.log_var) * cluster_loss / len(self.log_var)) / 2
+        self.log_var.grad = torch.where(counts > 0, gradient, 0.0).float()
+        self.optimizer.step()
+
+    def metrics(self) -> dict[str, float]:
+        return {f"uw_log_var_{k}": s for k, s in enumerate(self.log_var.tolist())}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        adam = self.optimizer.state[self.log_var]
+        state = {"log_var": self.log_var, **adam}
+        return {name: value.detach().clone() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = {"log_var": self.log_var, **self.optimizer.state[self.log_var]}
+        for name, value in own.items():
+            value.copy_(state[name])
+
+
+def build_objective(
+    type: str, num_clusters: int, global_batch_size: int, lr: float, device: torch.device
+) -> Objective:
+    """Return the objective named `type`; `lr` is that of its own parameters."""
+    if type == "vanilla":
+        return VanillaObjective(global_batch_size)
+    if type == "ant_uw":
+        return AntUwObjective(num_clusters, lr, device)
+    accepted = ", ".join(OBJECTIVE_TYPES)
+    raise ConfigError(f"objective.type: {type!r} is unknown; accepted: {accepted}")

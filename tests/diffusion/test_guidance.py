@@ -1,0 +1,65 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dtr_scale.diffusion.guidance import cfg_model
+from dtr_scale.errors import ConfigError
+from dtr_scale.models.dit import DiT
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dtr_dit_forward.npz")
+
+
+class ToyModel:
+    """eps = y and sigma = 10 y in every channel; the null label is 7."""
+
+    in_channels = 4
+    null_label = 7
+    class_dropout_prob = 0.1
+
+    def __call__(self, x, t, y):
+        eps = y.view(-1, 1, 1, 1).float().expand_as(x)
+        return torch.cat([eps, 10 * eps], dim=1)
+
+
+INPUT = torch.zeros(2, 4, 2, 2), torch.tensor([3, 4]), torch.tensor([1, 2])
+
+
+def test_guidance_equals_the_released_code():
+    model = DiT(**json.loads(str(GOLDEN["config"])), routing="dtr")
+    weights = {k[2:]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith("w.")}
+    weights.pop("pos_embed")
+    model.load_state_dict(weights)
+    x, t, y = (torch.tensor(GOLDEN[name]) for name in ("x", "t", "y"))
+    with torch.no_grad():
+        out = cfg_model(model, cfg_scale=1.5, cfg_channels=4)(x, t, y)
+    expected = torch.tensor(GOLDEN["out_cfg1_5"][:8])  # its second half is the null label's sigma
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("cfg_channels", "guided"), [(3, 3), (4, 4), (None, 4), ("all", 4)])
+def test_the_first_channels_of_eps_are_guided(cfg_channels, guided):
+    out = cfg_model(ToyModel(), cfg_scale=3.0, cfg_channels=cfg_channels)(*INPUT)[..., 0, 0]
+    eps = [7 + 3.0 * (1 - 7)] * guided + [1.0] * (4 - guided)
+    assert out[0].tolist() == eps + [10.0] * 4
+
+
+def test_scale_1_costs_one_plain_forward():
+    model = ToyModel()
+    assert cfg_model(model, cfg_scale=1.0) is model
+
+
+def test_a_network_without_null_label_cannot_be_guided():
+    model = ToyModel()
+    model.class_dropout_prob = 0.0
+    with pytest.raises(
+        ConfigError, match=r"cfg_scale: 1\.5 needs a model trained with a null label"
+    ):
+        cfg_model(model)
+
+
+def test_more_channels_than_there_are_cannot_be_guided():
+    with pytest.raises(ConfigError, match="cfg_channels: 5 is not accepted; give 1 to 4"):
+        cfg_model(ToyModel(), cfg_channels=5)

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from dtr_scale.errors import ConfigError
+from dtr_scale.models.build import build_model
+
+TINY = {
+    "type": "dit",
+    "hidden_size": 32,
+    "depth": 1,
+    "num_heads": 2,
+    "patch_size": 2,
+    "input_size": 4,
+    "num_classes": 10,
+    "attention": "sdpa",
+}
+
+
+def test_defaults_are_those_of_dit():
+    model = build_model(TINY)
+    assert (model.in_channels, model.out_channels, model.learn_sigma) == (4, 8, True)
+    assert (model.num_classes, model.class_dropout_prob, model.routing) == (10, 0.1, "none")
+
+
+def test_a_variant_sets_the_sizes():
+    config = {"type": "dit", "variant": "DiT-B/4", "input_size": 32, "num_classes": 1000}
+    with torch.device("meta"):
+        model = build_model(config)
+    assert (model.hidden_size, len(model.blocks), model.patch_size) == (768, 12, 4)
+
+
+def test_a_network_on_the_meta_device_does_not_ask_for_cuda():
+    with torch.device("meta"):
+        assert build_model(TINY | {"attention": "xformers"}).attention_backend == "sdpa"
+
+
+def test_without_conditioning_there_is_one_class_and_no_null_label():
+    config = TINY | {"conditioning": "none", "num_classes": None}
+    model = build_model(config)
+    assert model.y_embedder.embedding_table.num_embeddings == 1
+    assert model.class_dropout_prob == 0
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([0, 999]), torch.zeros(2, dtype=torch.int64)
+    assert model(x, t, y).shape == (2, 8, 4, 4)
+
+
+def test_routing_spans_the_timesteps_and_channels():
+    model = build_model(TINY | {"routing": {"type": "dtr", "beta": 0.5}}, num_timesteps=20)
+    assert model.mask_start.tolist()[0] == 0
+    assert model.mask_start.tolist()[-1] == 16
+    assert (model.mask_stop - model.mask_start).tolist() == [16] * 20
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "unte"}, "model.type: 'unte'"),
+        ({"input_size": None}, "missing key model.input_size"),
+        ({"num_classes": None}, "missing key model.num_classes"),
+        ({"depth": None}, "missing key model.depth"),
+        ({"hiden_size": 3}, "unknown key model.hiden_size; did you mean hidden_size?"),
+        ({"routing": {"type": "dtr", "alfa": 1}}, "model.routing.alfa; did you mean alpha?"),
+        ({"num_heads": 5}, "model.hidden_size: 32 is not a multiple of model.num_heads = 5"),
+        ({"hidden_size": 30}, "model.hidden_size: 30 is not a multiple of 4"),
+        ({"input_size": 5}, "model.input_size: 5 is not a multiple of model.patch_size = 2"),
+        ({"variant": "DiT-B/2"}, "already sets hidden_size, depth, num_heads, patch_size"),
+        ({"conditioning": "text"}, "model.conditioning: 'text'"),
+    ],
+)
+def test_a_bad_setting_is_named(change, message):
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        build_model(TINY | change)
+
+
+def test_an_unknown_variant_gets_the_closest_one():
+    config = {"type": "dit", "variant": "DiT-L2", "input_size": 32, "num_classes": 10}
+    with pytest.raises(ConfigError, match="did you mean DiT-L/2"):
+        build_model(config)
