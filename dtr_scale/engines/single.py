@@ -1,0 +1,64 @@
+"""One process, one device: fp32 weights, with bf16 autocast where asked for."""
+
+import torch
+from torch import Tensor, nn
+
+from dtr_scale.engines.base import (
+    Engine,
+    Fragment,
+    adam_state,
+    build_optimizer,
+    whole_fragment,
+)
+
+
+class SingleEngine(Engine):
+    """The reference that all other engines are compared with."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        device: torch.device,
+        lr: float,
+        weight_decay: float = 0.0,
+        grad_clip: float | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        self.network = network.to(device)
+        self._parameters = list(network.parameters())
+        self._optimizer = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
+        self._max_norm = grad_clip or float("inf")
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self._fragments = [
+            whole_fragment(name, parameter, adam_state(self._optimizer, parameter))
+            for name, parameter in network.named_parameters()
+        ]
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with self._autocast:
+            return self.network(x_t, t, y).float()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def fragments(self) -> list[Fragment]:
+        return self._fragments
+
+    @property
+    def optimizer_step(self) -> int:
+        return int(self._optimizer.state[self._parameters[0]]["step"])
+
+    @optimizer_step.setter
+    def optimizer_step(self, step: int) -> None:
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step)
+
+    def push_masters(self) -> None:
+        """Nothing to do: the masters are the weights."""

@@ -1,0 +1,128 @@
+"""The processes of a run: who this one is, and what they tell each other."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtr_scale.errors import DtrScaleError, EngineError
+from dtr_scale.logs import launched_rank
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """One rank's view of all ranks; with one rank, every operation is local and free."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+
+    def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
+        """Return every rank's `value`, in rank order."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:  # noqa: ANN401
+        """Return rank 0's `value` on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Run a block on all ranks; where it fails on one, raise the first error on every rank.
+
+        Without it, the ranks that succeeded would wait for the failed one in their next collective.
+        The block itself must hold no collective after a place that may raise.
+        """
+        error: DtrScaleError | None = None
+        try:
+            yield
+        except DtrScaleError as caught:
+            error = caught
+        except Exception as caught:
+            if self.world_size == 1:
+                raise
+            error = EngineError(f"rank {self.rank} failed: {type(caught).__name__}: {caught}")
+            error.__cause__ = caught
+        for verdict in self.all_gather_object(error):
+            if verdict is not None:
+                verdict.on_every_rank = True
+                raise verdict
+
+    def leave(self) -> None:
+        """Take down the process group, if there is one."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_world(*, needs_process_group: bool) -> World:
+    """Return this process's place among the ranks that `deepspeed` or `torchrun` started.
+
+    A plain `python` process is a world of one; DeepSpeed wants a process group even then
+    (`needs_process_group`), so the variables that a launcher sets get their defaults here.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        _share_cores()
+    if world_size > 1 or needs_process_group:
+        defaults = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+        }
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return World(launched_rank(), local_rank, world_size, device)
+
+
+def _share_cores() -> None:
+    """Give each rank of this machine its share of the cores: too many threads are 10x slower."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
