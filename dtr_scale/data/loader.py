@@ -1,0 +1,431 @@
+"""From shards to micro-batches: reading samples, drawing what a step needs, worker processes.
+
+Everything in a micro-batch is a function of (seed, position), position = step * B + place in the
+global batch of B: the same at any world size, micro-batch size and number of workers.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import signal
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from io import FileIO
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dtr_scale.data.cache import GIB, ShardCache
+from dtr_scale.data.order import GlobalOrder
+from dtr_scale.data.shards import Manifest, Sample, one_line
+from dtr_scale.errors import DataError, DtrScaleError
+from dtr_scale.randomness import keyed_generator
+from dtr_scale.storage import Folder
+
+
+class MicroBatch(NamedTuple):
+    """What one micro-step of training needs, n samples."""
+
+    x_start: torch.Tensor  # float32 [n, C, H, W]
+    noise: torch.Tensor  # float32 [n, C, H, W]
+    t: torch.Tensor  # int64 [n], timestep
+    cluster: torch.Tensor  # int64 [n], cluster of the timestep
+    y: torch.Tensor  # int64 [n], class index; num_classes is the null label
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return it on a device; pinned memory is copied without waiting."""
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Samples(Protocol):
+    """Samples of one split by (shard, index): `SampleReader`, `SyntheticSource`."""
+
+    manifest: Manifest
+    shard_samples: tuple[int, ...]
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Return the stored array and the class index of a sample."""
+        ...
+
+    def prefetch(self, shards: tuple[int, ...]) -> None:
+        """Start fetching shards that will be read soon."""
+        ...
+
+    def close(self) -> None:
+        """Close the files; they are opened again when needed."""
+        ...
+
+
+class TimestepDraw(Protocol):
+    """Timesteps of places in the global batch; picklable."""
+
+    def draw(self, step: int, places: range, salt: int = 0) -> tuple[Any, Any]:
+        """Return (t, cluster), each int64 [len(places)]."""
+        ...
+
+
+class _OpenShard(NamedTuple):
+    file: FileIO
+    offsets: np.ndarray  # int64 [samples], where each array's numbers start
+    labels: np.ndarray  # int64 [samples]
+
+
+class SampleReader:
+    """The samples of one split of a prepared folder, by (shard, index in the shard).
+
+    Keeps the shards of two windows open; their tar headers are parsed once, then a sample is one
+    read at a known offset. A shard that is not what the manifest says raises a DataError.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        manifest: Manifest,
+        split: str = "train",
+        *,
+        window_shards: int = 8,
+        cache_dir: Path | None = None,
+        cache_max_bytes: int = 64 * GIB,
+    ) -> None:
+        self.manifest = manifest
+        shards = manifest.split(split)
+        self.shard_samples = tuple(shard.samples for shard in shards)
+        self.cache = ShardCache(folder, shards, cache_dir, cache_max_bytes)
+        self._max_open = 2 * window_shards
+        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._dtype = np.dtype(manifest.dtype)
+        self._sample_bytes = self._dtype.itemsize * int(np.prod(manifest.stored_shape))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict()}  # files do not cross processes
+
+    def read(self, shard: int, index: int) -> Sample:
+        """Return (stored array, class index) of a sample."""
+        opened = self._opened(shard)
+        offset = int(opened.offsets[index])
+        content = os.pread(opened.file.fileno(), self._sample_bytes, offset)
+        if len(content) != self._sample_bytes:
+            raise self._error(
+                shard, f"{self._sample_bytes} bytes at {offset}", f"{len(content)}: it was cut"
+            )
+        array = np.frombuffer(content, self._dtype).reshape(self.manifest.stored_shape)
+        return array, int(opened.labels[index])
+
+    def prefetch(self, shards: tuple[int, ...]) -> None:
+        """Fetch and verify shards in the background."""
+        self.cache.prefetch([shard for shard in shards if shard not in self._open])
+
+    def close(self) -> None:
+        """Close the shards; they are opened again when needed."""
+        while self._open:
+            self._close_oldest()
+
+    def _opened(self, shard: int) -> _OpenShard:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        while len(self._open) >= self._max_open:
+            self._close_oldest()
+        file = self.cache.open(shard)
+        try:
+            self._open[shard] = self._index(shard, file)
+        except BaseException:
+            file.close()
+            raise
+        return self._open[shard]
+
+    def _close_oldest(self) -> None:
+        self._open.popitem(last=False)[1].file.close()
+
+    def _index(self, shard: int, file: FileIO) -> _OpenShard:
+        """Parse the tar's headers, once; check what it holds against the manifest."""
+        arrays: dict[str, tarfile.TarInfo] = {}
+        labels: dict[str, int] = {}
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, _, kind = member.name.rpartition(".")
+                if kind == "npy":
+                    arrays[key] = member
+                elif kind == "cls":
+                    labels[key] = int(os.pread(file.fileno(), member.size, member.offset_data))
+        expected = self.cache.shards[shard].samples
+        if arrays.keys() != labels.keys() or len(arrays) != expected:
+            found = f"{len(arrays)} arrays and {len(labels)} labels"
+            raise self._error(shard, f"{expected} samples", found)
+        header_bytes = self._check_header(shard, file, next(iter(arrays.values())))
+        for key, member in arrays.items():
+            if member.size != header_bytes + self._sample_bytes:
+                found = f"{member.size} in {key}.npy"
+                raise self._error(shard, f"{header_bytes + self._sample_bytes} bytes", found)
+            if not 0 <= labels[key] < self.manifest.num_classes:
+                found = f"class {labels[key]} in {key}.cls"
+                raise self._error(shard, f"{self.manifest.num_classes} classes", found)
+        offsets = [member.offset_data + header_bytes for member in arrays.values()]
+        return _OpenShard(file, np.array(offsets), np.array([labels[key] for key in arrays]))
+
+    def _check_header(self, shard: int, file: FileIO, member: tarfile.TarInfo) -> int:
+        """Return the length of the .npy header, after a look at its shape and dtype."""
+        content = io.BytesIO(os.pread(file.fileno(), member.size, member.offset_data))
+        np.lib.format.read_magic(content)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+        if (shape, dtype) != (self.manifest.stored_shape, self._dtype):
+            expected = f"arrays {self._dtype} {self.manifest.stored_shape}"
+            raise self._error(shard, expected, f"{dtype} {shape}")
+        return content.tell()
+
+    def _error(self, shard: int, expected: str, found: str) -> DataError:
+        return DataError(
+            f"shard {self.cache.shards[shard].name} in {self.cache.folder.url}: the manifest says "
+            f"{expected}, found {found}; fix: prepare the data again (dtr-scale prepare)"
+        )
+
+
+class _Key(NamedTuple):
+    step: int
+    micro: int
+    salt: int
+
+
+class _MicroBatches(Dataset["MicroBatch | DtrScaleError"]):
+    """Micro-batches of one rank by (step, micro-batch of the step, salt); runs in the workers."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: GlobalOrder,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        first_place: int,
+        draw_timesteps: TimestepDraw,
+        conditional: bool,
+        class_dropout_prob: float,
+        horizontal_flip: bool,
+    ) -> None:
+        self.samples = samples
+        self.order = order
+        self.seed = seed
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.first_place = first_place
+        self.draw_timesteps = draw_timesteps
+        self.conditional = conditional
+        self.class_dropout_prob = class_dropout_prob
+        self.horizontal_flip = horizontal_flip
+        self._prefetched: tuple[int, ...] = ()
+
+    def __getitem__(self, key: _Key) -> "MicroBatch | DtrScaleError":
+        """Return the micro-batch; our own errors come as values, so that they stay one line."""
+        try:
+            return self._assemble(key)
+        except DtrScaleError as error:
+            return error
+
+    def _assemble(self, key: _Key) -> MicroBatch:
+        first = self.first_place + key.micro * self.micro_batch_size
+        places = range(first, first + self.micro_batch_size)
+        start = key.step * self.global_batch_size + first
+        self._prefetch(start)
+        shape = (self.micro_batch_size, *self.samples.manifest.shape)
+        x_start = np.empty(shape, np.float32)
+        noise = np.empty(shape, np.float32)
+        y = np.empty(self.micro_batch_size, np.int64)
+        located = self.order.samples(start, start + self.micro_batch_size)
+        for i, (shard, index) in enumerate(located):
+            x_start[i], y[i] = self._sample(shard, index, start + i, key.salt)
+            generator = keyed_generator(self.seed, "noise", start + i, key.salt)
+            generator.standard_normal(out=noise[i], dtype=np.float32)
+        t, cluster = self.draw_timesteps.draw(key.step, places, key.salt)
+        return MicroBatch(
+            x_start=torch.from_numpy(x_start),
+            noise=torch.from_numpy(noise),
+            t=torch.from_numpy(np.array(t, np.int64)),
+            cluster=torch.from_numpy(np.array(cluster, np.int64)),
+            y=torch.from_numpy(y),
+        )
+
+    def _sample(self, shard: int, index: int, position: int, salt: int) -> Sample:
+        """Return (x_start, y) after the draws of flip, posterior and label drop."""
+        draw = functools.partial(keyed_generator, self.seed, position=position, salt=salt)
+        manifest = self.samples.manifest
+        stored, label = self.samples.read(shard, index)
+        mirrored = self.horizontal_flip and draw("flip").random() < 0.5
+        posterior = draw("posterior") if manifest.encoding == "posterior" else None
+        if not self.conditional:
+            label = 0
+        elif self.class_dropout_prob and draw("label_drop").random() < self.class_dropout_prob:
+            label = manifest.num_classes
+        return manifest.decode(stored, mirrored=mirrored, generator=posterior), label
+
+    def _prefetch(self, position: int) -> None:
+        shards = self.order.shards_ahead(position)
+        if shards != self._prefetched:
+            self._prefetched = shards
+            self.samples.prefetch(shards)
+
+
+class _Keys(Sampler[_Key]):
+    """The keys of a rank's micro-batches from a step on, for ever."""
+
+    def __init__(self, step: int, grad_accum_steps: int, salt: int) -> None:
+        self._step = step
+        self._grad_accum_steps = grad_accum_steps
+        self._salt = salt
+
+    def __iter__(self) -> Iterator[_Key]:
+        step = self._step
+        while True:
+            for micro in range(self._grad_accum_steps):
+                yield _Key(step, micro, self._salt)
+            step += 1
+
+
+class BatchLoader:
+    """Yields the micro-batches of one rank for ever, `grad_accum_steps` of them per step.
+
+    Rank r of W owns the places [r B/W, (r+1) B/W) of each global batch of B. `num_workers` 0
+    reads in this process; otherwise spawned processes read ahead, `prefetch` micro-batches each.
+    They leave signals to this process, which must call `close()` (or use the loader in `with`).
+    Without `conditional` every label is 0.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: GlobalOrder,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        draw_timesteps: TimestepDraw,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        conditional: bool = True,
+        class_dropout_prob: float = 0.0,
+        horizontal_flip: bool = False,
+        prefetch: int = 4,
+    ) -> None:
+        rank_batch_size = global_batch_size // world_size
+        assert rank_batch_size * world_size == global_batch_size
+        assert rank_batch_size % micro_batch_size == 0
+        assert order.shard_samples == samples.shard_samples
+        self.grad_accum_steps = rank_batch_size // micro_batch_size
+        self.global_batch_size = global_batch_size
+        self._dataset = _MicroBatches(
+            samples,
+            order,
+            seed=seed,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            first_place=rank * rank_batch_size,
+            draw_timesteps=draw_timesteps,
+            conditional=conditional,
+            class_dropout_prob=class_dropout_prob,
+            horizontal_flip=horizontal_flip,
+        )
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+        self._batches: Iterator[MicroBatch | DtrScaleError] | None = None
+        self.seek(0)
+
+    def seek(self, samples_seen: int, salt: int = 0) -> None:
+        """Continue with the step at `samples_seen`; another `salt` re-draws all but the order."""
+        step, rest = divmod(samples_seen, self.global_batch_size)
+        assert rest == 0
+        self.close()
+        self._keys = _Keys(step, self.grad_accum_steps, salt)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self
+
+    def __next__(self) -> MicroBatch:
+        """Return the next micro-batch; DataError if the data or a worker failed."""
+        if self._batches is None:
+            self._batches = self._start()
+        try:
+            batch = next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:
+            # torch says "Caught" of what a worker raised; the rest is a connection to a dead one.
+            if not self._num_workers or "Caught " in str(error):
+                raise
+            raise DataError(
+                f"a data worker was killed ({one_line(error)}); fix: give the job more memory, or "
+                f"lower data.num_workers (now {self._num_workers})"
+            ) from error
+        if isinstance(batch, DtrScaleError):
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """End the workers; the loader can be used again after a `seek`."""
+        # Dropping the iterator is not enough: a caught exception may still hold it.
+        getattr(self._batches, "_shutdown_workers", lambda: None)()
+        self._batches = None
+        self._dataset.samples.close()
+
+    def __enter__(self) -> "BatchLoader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> Iterator["MicroBatch | DtrScaleError"]:
+        workers: dict[str, Any] = {}
+        if self._num_workers:
+            # Started first, because its start would unblock the signals again.
+            resource_tracker.ensure_running()
+            workers = {
+                "multiprocessing_context": "spawn",  # s3fs and threads do not survive a fork
+                "prefetch_factor": self._prefetch,
+                "worker_init_fn": functools.partial(_obey_parent_only, os.getpid()),
+            }
+        loader = DataLoader(
+            self._dataset,
+            sampler=self._keys,
+            batch_size=None,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            **workers,
+        )
+        with _starting_workers():
+            return iter(loader)
+
+
+@contextlib.contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Start workers that SIGINT and SIGTERM do not reach, and keep torch out of SIGCHLD.
+
+    A launcher signals the whole process tree, the main process decides what that means: workers
+    inherit both signals blocked. torch's SIGCHLD handler would raise a RuntimeError anywhere in
+    the main thread when a worker dies; without it the next batch raises, after 5 s at most.
+    """
+    on_child_exit = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_child_exit)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent_only(parent_pid: int, _worker_id: int) -> None:
+    """End this worker when its main process sends SIGTERM or is gone; ignore what others send."""
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+            if received is not None and received.si_pid == parent_pid:
+                break
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

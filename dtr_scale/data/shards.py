@@ -1,0 +1,189 @@
+"""Shards and their manifest: the format on disk, written and described here.
+
+A split is a row of plain webdataset tars with two members per sample, `<key>.npy` (the array)
+and `<key>.cls` (the class index). `manifest.json`, written last, holds what a tar cannot: how
+many samples there must be, their hashes, and how stored numbers become x_start.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from dtr_scale.errors import DataError
+from dtr_scale.storage import Folder
+
+MANIFEST_NAME = "manifest.json"
+
+Sample = tuple[np.ndarray, int]  # stored array, class index
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
+    """One tar of a split: what must be found in it."""
+
+    name: str
+    split: str
+    samples: NonNegativeInt
+    bytes: PositiveInt
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(_Record):
+    """What a folder of shards holds, and x_start = stored * scale_factor + shift.
+
+    "pixels" stores arrays [C, H, W]; "posterior" stores [2, 2, C, H, W]: for the image and its
+    mirror image the mean and standard deviation of the encoder's posterior.
+    """
+
+    format: Literal[1] = 1
+    encoding: Literal["pixels", "posterior"]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    dtype: Literal["uint8", "float16", "float32"]
+    scale_factor: float = 1.0
+    shift: float = 0.0
+    num_classes: PositiveInt
+    class_names: tuple[str, ...] = ()
+    shards: tuple[Shard, ...]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of one stored array."""
+        return self.shape if self.encoding == "pixels" else (2, 2, *self.shape)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical JSON: names the data of a run."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        """Return the shards of one split, in the order in which they were written."""
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    def num_samples(self, split: str) -> int:
+        """Return how many samples a split has."""
+        return sum(shard.samples for shard in self.split(split))
+
+    def decode(
+        self, stored: np.ndarray, *, mirrored: bool, generator: np.random.Generator | None
+    ) -> np.ndarray:
+        """Return x_start, float32 [C, H, W], of a stored array.
+
+        `generator` draws eps of a posterior (x = mean + std * eps); without one x is the mean.
+        """
+        if self.encoding == "posterior":
+            mean, std = stored[int(mirrored)].astype(np.float32)
+            if generator is not None:
+                mean += std * generator.standard_normal(mean.shape, dtype=np.float32)
+            x_start = mean
+        else:
+            x_start = (stored[..., ::-1] if mirrored else stored).astype(np.float32)
+        return x_start * np.float32(self.scale_factor) + np.float32(self.shift)
+
+
+def read_manifest(folder: Folder, split: str = "train") -> Manifest:
+    """Return the manifest of a folder; DataError unless it describes samples of `split`."""
+    with data_errors(folder, MANIFEST_NAME):
+        content = folder.read_bytes(MANIFEST_NAME)
+    where = f"{folder.url}/{MANIFEST_NAME}"
+    fix = "fix: prepare the data again (dtr-scale prepare)"
+    if not content.strip():
+        raise DataError(f"{where} is empty, a JSON manifest is expected; {fix}")
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise DataError(f"{where}: {field}: {first['msg']}{more}; {fix}") from error
+    if not manifest.shards:
+        raise DataError(f"{where} lists no shards; {fix}")
+    if not manifest.split(split):
+        splits = ", ".join(sorted({shard.split for shard in manifest.shards}))
+        raise DataError(f"{where} has no split {split!r}; accepted: {splits}")
+    if not manifest.num_samples(split):
+        raise DataError(f"{where}: the shards of split {split!r} hold 0 samples; {fix}")
+    return manifest
+
+
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
+    """Write the manifest: the last step, which makes the shards a data set."""
+    folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+
+
+def write_shards(
+    folder: Folder, samples: Iterable[Sample], split: str, samples_per_shard: int
+) -> Iterator[Shard]:
+    """Write `<split>-000000.tar`, ... and yield each shard when it is stored.
+
+    The same samples give the same bytes, whoever writes them and whenever.
+    """
+    numbered = enumerate(samples)
+    for shard_index in itertools.count():
+        content = list(itertools.islice(numbered, samples_per_shard))
+        if not content:
+            return
+        name = f"{split}-{shard_index:06d}.tar"
+        with tempfile.TemporaryDirectory(prefix="dtr_scale-") as directory:
+            path = Path(directory) / name
+            _write_tar(path, content)
+            shard = Shard(
+                name=name,
+                split=split,
+                samples=len(content),
+                bytes=path.stat().st_size,
+                sha256=file_sha256(path),
+            )
+            folder.put(path, name)
+        yield shard
+
+
+def _write_tar(path: Path, content: list[tuple[int, Sample]]) -> None:
+    from webdataset.writer import TarWriter
+
+    with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0) as tar:
+        for key, (array, label) in content:
+            tar.write({"__key__": f"{key:09d}", "npy": array, "cls": label})
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type when it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def data_errors(folder: Folder, name: str) -> Iterator[None]:
+    """Turn what storage raises about a file of the data set into one line that names the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = one_line(error)
+        if isinstance(error, FileNotFoundError):
+            fix = "fix: check data.shards, or prepare the data (dtr-scale prepare)"
+            message = f"{name} is missing in {folder.url} ({reason}); {fix}"
+        elif isinstance(error, PermissionError):
+            keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or data.storage_options"
+            fix = "the file's permissions" if folder.is_local else keys
+            message = f"no access to {name} in {folder.url} ({reason}); fix: check {fix}"
+        else:
+            server = "AWS_ENDPOINT_URL or data.storage_options.endpoint_url, and the server"
+            fix = "the disk" if folder.is_local else server
+            message = f"cannot read {name} in {folder.url} ({reason}); fix: check {fix}"
+        raise DataError(message) from error

@@ -1,0 +1,214 @@
+"""Micro-batches are functions of (seed, position): however split, wherever started, by whomever."""
+
+import itertools
+import multiprocessing
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from dtr_scale.data.loader import BatchLoader, MicroBatch, SampleReader
+from dtr_scale.data.order import GlobalOrder
+from dtr_scale.data.shards import read_manifest
+from dtr_scale.data.sources import Source, SyntheticSource, prepare, prepare_digits
+from dtr_scale.diffusion.timesteps import TimestepSampler
+from dtr_scale.errors import DataError
+from dtr_scale.storage import Folder
+
+SEED, BATCH = 11, 24
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("digits"))
+    prepare_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(digits_folder):
+    reader = SampleReader(digits_folder, read_manifest(digits_folder))
+    yield reader
+    reader.close()
+
+
+def _loader(samples, *, seed=SEED, batch=BATCH, **options):
+    boundaries = np.linspace(0, 1000, 9).astype(np.int64)
+    options = {"micro_batch_size": batch, "class_dropout_prob": 0.2} | options
+    return BatchLoader(
+        samples,
+        GlobalOrder(samples.shard_samples, seed, window_shards=2),
+        seed=seed,
+        global_batch_size=batch,
+        draw_timesteps=TimestepSampler(seed, boundaries, batch),
+        **options,
+    )
+
+
+def _steps(loader, num_steps):
+    """Return the micro-batches of some steps, joined to one."""
+    taken = list(itertools.islice(loader, num_steps * loader.grad_accum_steps))
+    return MicroBatch(*(torch.cat(tensors) for tensors in zip(*taken, strict=True)))
+
+
+def _assert_equal(found, expected):
+    for name, one, other in zip(MicroBatch._fields, found, expected, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_fields_have_their_shapes_and_types(reader):
+    batch = next(_loader(reader, horizontal_flip=True))
+    assert batch.x_start.shape == batch.noise.shape == (BATCH, 1, 8, 8)
+    assert batch.t.shape == batch.cluster.shape == batch.y.shape == (BATCH,)
+    assert [tensor.dtype for tensor in batch] == [torch.float32] * 2 + [torch.int64] * 3
+    assert torch.equal(batch.t // 125, batch.cluster)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 8), (2, 12), (3, 4), (4, 1)])
+@pytest.mark.parametrize("salt", [0, 3])
+def test_the_split_changes_nothing(reader, world_size, micro_batch_size, salt):
+    options = {"horizontal_flip": True}
+    whole = _loader(reader, **options)
+    whole.seek(1488, salt)  # two steps before the end of the epoch: this batch spans two epochs
+    expected = next(whole)
+    parts = []
+    for rank in range(world_size):
+        part = _loader(
+            reader,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
+            **options,
+        )
+        part.seek(1488, salt)
+        parts.append(_steps(part, 1))
+    _assert_equal([torch.cat(tensors) for tensors in zip(*parts, strict=True)], expected)
+
+
+def test_seeking_equals_running_there(reader):
+    loader = _loader(reader, micro_batch_size=12, horizontal_flip=True)
+    run = _steps(loader, 5)
+    loader.seek(3 * BATCH)
+    _assert_equal(_steps(loader, 2), [tensor[3 * BATCH :] for tensor in run])
+
+
+def test_a_salt_redraws_all_but_the_order(reader):
+    loader = _loader(reader, class_dropout_prob=0.0)
+    first = next(loader)
+    loader.seek(0, salt=1)
+    second = next(loader)
+    assert torch.equal(first.x_start, second.x_start)
+    assert torch.equal(first.y, second.y)
+    assert not torch.equal(first.noise, second.noise)
+    assert not torch.equal(first.t, second.t)
+
+
+def test_workers_change_nothing_and_leave_signals_to_the_parent(reader):
+    expected = _steps(_loader(reader, micro_batch_size=8, horizontal_flip=True), 4)
+    on_child_exit = signal.getsignal(signal.SIGCHLD)
+    with _loader(reader, micro_batch_size=8, horizontal_flip=True, num_workers=2) as loader:
+        first = _steps(loader, 2)
+        workers = multiprocessing.active_children()
+        assert len(workers) == 2
+        for worker in workers:  # as a launcher would: not from their parent
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+            subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+        second = _steps(loader, 2)
+        assert all(worker.is_alive() for worker in workers)
+        assert signal.getsignal(signal.SIGCHLD) == on_child_exit
+    _assert_equal([torch.cat(pair) for pair in zip(first, second, strict=True)], expected)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_worker_reports_bad_data_in_one_line(tmp_path):
+    folder = Folder(tmp_path)
+    manifest = prepare_digits(folder)
+    folder.remove("train-000002.tar")
+    with _loader(SampleReader(folder, manifest), num_workers=1) as loader:
+        with pytest.raises(DataError, match=r"^shard train-000002\.tar .* is missing") as caught:
+            _steps(loader, 70)
+        workers = multiprocessing.active_children()
+    assert "\n" not in str(caught.value)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_killed_worker_is_an_error_not_a_hang(reader):
+    with _loader(reader, num_workers=1, prefetch=2) as loader:
+        next(loader)
+        (worker,) = multiprocessing.active_children()
+        worker.kill()
+        started = time.monotonic()
+        with pytest.raises(DataError, match=r"a data worker was killed .*data\.num_workers"):
+            _steps(loader, 10)
+        assert time.monotonic() - started < 15
+
+
+def test_labels_are_dropped_at_their_rate(reader):
+    y = _steps(_loader(reader, batch=500, class_dropout_prob=0.1), 6).y
+    share = (y == 10).float().mean()
+    assert abs(share - 0.1) < 0.02
+    kept = _steps(_loader(reader, batch=500, class_dropout_prob=0.0), 3).y
+    assert torch.equal(kept.bincount(), torch.tensor(_label_counts(reader)))
+
+
+def _label_counts(reader):
+    labels = [reader.read(s, i)[1] for s, n in enumerate(reader.shard_samples) for i in range(n)]
+    return np.bincount(labels).tolist()
+
+
+def test_pixels_are_flipped_along_their_last_axis(reader):
+    plain = next(_loader(reader, batch=300)).x_start
+    mixed = next(_loader(reader, batch=300, horizontal_flip=True)).x_start
+    kept = (mixed == plain).flatten(1).all(1)
+    flipped = (mixed == plain.flip(-1)).flatten(1).all(1)
+    assert bool((kept | flipped).all())
+    assert 0.4 < flipped.float().mean() < 0.6
+
+
+def test_noise_is_standard_normal_and_differs_by_sample():
+    samples = SyntheticSource((1, 8, 8), num_classes=3, num_samples=50)
+    noise = _steps(_loader(samples, batch=200), 2).noise
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+    assert len({tuple(sample.flatten().tolist()) for sample in noise}) == 400
+
+
+@pytest.fixture
+def posterior(tmp_path):
+    """40 samples whose mean is their label, negated in the mirror; std 0.25, scale 0.5."""
+    views = np.array([1.0, -1.0]).reshape(2, 1, 1, 1)
+    samples = []
+    for label in range(40):
+        mean = views * label * np.ones((1, 4, 4))
+        samples.append((np.stack([mean, np.full_like(mean, 0.25)], 1).astype(np.float16), label))
+    source = Source(
+        encoding="posterior",
+        shape=(1, 4, 4),
+        dtype="float16",
+        scale_factor=0.5,
+        shift=0.0,
+        class_names=tuple(map(str, range(40))),
+        splits={"train": samples},
+    )
+    folder = Folder(tmp_path)
+    manifest = prepare(source, folder, samples_per_shard=16)
+    reader = SampleReader(folder, manifest)
+    yield reader
+    reader.close()
+
+
+def test_a_posterior_is_sampled_afresh_from_the_view_that_was_drawn(posterior):
+    batch = _steps(_loader(posterior, batch=40, horizontal_flip=True, class_dropout_prob=0.0), 20)
+    means = batch.x_start.flatten(1).mean(1)
+    mirrored = means < 0
+    large = batch.y > 2
+    assert 0.4 < mirrored[large].float().mean() < 0.6
+    sign = torch.where(mirrored, -1.0, 1.0)
+    eps = (batch.x_start / 0.5 - (sign * batch.y)[:, None, None, None])[large] / 0.25
+    assert abs(eps.mean()) < 0.03
+    assert abs(eps.std() - 1) < 0.03
+    one = batch.x_start[(batch.y == 30) & ~mirrored]
+    assert len(torch.unique(one[:, 0, 0, 0])) == len(one) > 3

@@ -1,0 +1,169 @@
+"""Shards: written the same every time, readable by tar and webdataset, described by a manifest."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from webdataset.compat import WebDataset
+
+from dtr_scale.data.loader import SampleReader
+from dtr_scale.data.shards import MANIFEST_NAME, Manifest, read_manifest, write_shards
+from dtr_scale.data.sources import SyntheticSource, digits, prepare_digits
+from dtr_scale.errors import ConfigError, DataError
+from dtr_scale.randomness import keyed_generator
+from dtr_scale.storage import Folder
+
+
+@pytest.fixture(scope="module")
+def digits_folder(tmp_path_factory):
+    folder = Folder(tmp_path_factory.mktemp("digits"))
+    prepare_digits(folder)
+    return folder
+
+
+def test_digits_are_read_back(folder, tmp_path):
+    written = prepare_digits(folder)
+    manifest = read_manifest(folder)
+    assert manifest == written
+    assert (manifest.num_samples("train"), manifest.num_samples("val")) == (1500, 297)
+    assert (manifest.num_classes, manifest.class_names[3]) == (10, "3")
+    assert sorted(folder.names()) == [MANIFEST_NAME, *(shard.name for shard in manifest.shards)]
+
+    reader = SampleReader(folder, manifest, "val", cache_dir=tmp_path / "cache")
+    for index, (array, label) in enumerate(digits().splits["val"]):
+        stored, stored_label = reader.read(0, index)
+        assert stored_label == label
+        np.testing.assert_array_equal(stored, array)
+    x_start = manifest.decode(reader.read(0, 0)[0], mirrored=False, generator=None)
+    assert (x_start.dtype, x_start.shape) == (np.float32, (1, 8, 8))
+    assert -1 <= x_start.min() < 0 < x_start.max() <= 1
+    reader.close()
+
+
+def test_a_second_run_writes_the_same_bytes(digits_folder, tmp_path):
+    again = Folder(tmp_path)
+    prepare_digits(again)
+    assert again.names() == digits_folder.names()
+    for name in again.names():
+        assert again.read_bytes(name) == digits_folder.read_bytes(name)
+    assert read_manifest(again).hash == read_manifest(digits_folder).hash
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset 1.0.2's own
+def test_tar_and_webdataset_read_the_shards(digits_folder):
+    path = digits_folder.local_path / "train-000001.tar"
+    listed = subprocess.run(["tar", "-tf", path], capture_output=True, text=True, check=True)
+    assert listed.stdout.split()[:2] == ["000000500.cls", "000000500.npy"]
+
+    dataset: Any = WebDataset(str(path), shardshuffle=False).decode()
+    samples = [(sample["npy"], sample["cls"]) for sample in dataset]
+    expected = list(digits().splits["train"])[500:1000]
+    assert len(samples) == 500
+    for (array, label), (expected_array, expected_label) in zip(samples, expected, strict=True):
+        np.testing.assert_array_equal(array, expected_array)
+        assert label == expected_label
+
+
+def test_samples_are_not_held_in_memory_together(tmp_path):
+    taken = 0
+
+    def samples():
+        nonlocal taken
+        for _ in range(25):
+            taken += 1
+            yield np.zeros((1, 2, 2), np.uint8), 0
+
+    shards = write_shards(Folder(tmp_path), samples(), "train", 10)
+    assert (next(shards).samples, taken) == (10, 10)
+    assert [shard.samples for shard in shards] == [10, 5]
+
+
+def test_posterior_decoding_takes_mean_std_and_mirror():
+    manifest = Manifest(
+        encoding="posterior",
+        shape=(1, 2, 2),
+        dtype="float16",
+        scale_factor=0.5,
+        shift=1.0,
+        num_classes=1,
+        shards=(),
+    )
+    stored = np.stack([np.full((2, 1, 2, 2), view) for view in (2.0, 6.0)]).astype(np.float16)
+    stored[:, 1] = 0.25
+    assert manifest.stored_shape == (2, 2, 1, 2, 2)
+    assert np.all(manifest.decode(stored, mirrored=False, generator=None) == 2.0)
+    assert np.all(manifest.decode(stored, mirrored=True, generator=None) == 4.0)
+    eps = keyed_generator(0, "posterior").standard_normal((1, 2, 2), dtype=np.float32)
+    drawn = manifest.decode(stored, mirrored=True, generator=keyed_generator(0, "posterior"))
+    np.testing.assert_allclose(drawn, (6.0 + 0.25 * eps) * 0.5 + 1.0, rtol=1e-6)
+    assert drawn.dtype == np.float32
+
+
+GOOD = {
+    "encoding": "pixels",
+    "shape": [1, 8, 8],
+    "dtype": "uint8",
+    "num_classes": 10,
+    "shards": [
+        {"name": "a.tar", "split": "train", "samples": 0, "bytes": 10, "sha256": "0" * 64},
+        {"name": "b.tar", "split": "val", "samples": 5, "bytes": 10, "sha256": "0" * 64},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "split", "message"),
+    [
+        (None, "train", "manifest.json is missing in .*dtr-scale prepare"),
+        (b"", "train", "manifest.json is empty.*fix: prepare the data again"),
+        (b"not json", "train", "manifest.json: the file: Invalid JSON.*fix"),
+        (b"[]", "train", "manifest.json: the file: Input should be an object.*fix"),
+        (GOOD | {"format": 2}, "train", "manifest.json: format: Input should be 1.*fix"),
+        (GOOD | {"dtype": "int3", "num_classes": 0}, "val", r"dtype: .*\(and 1 more\); fix"),
+        (GOOD | {"shards": []}, "train", "manifest.json lists no shards; fix"),
+        (GOOD, "test", "has no split 'test'; accepted: train, val"),
+        (GOOD, "train", "the shards of split 'train' hold 0 samples; fix"),
+    ],
+)
+def test_a_bad_manifest_is_one_line_with_the_fix(tmp_path, content, split, message):
+    folder = Folder(tmp_path)
+    if content is not None:
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        folder.write_bytes(MANIFEST_NAME, content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_manifest(folder, split)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bucket", "options", "message"),
+    [
+        (None, {"key": "nobody", "secret": "wrong"}, "no access to .*AWS_ACCESS_KEY_ID"),
+        (None, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1}, "fix: check AWS_ENDPOI"),
+        ("s3://nobucket/x", {}, r"missing in s3://nobucket/x \(The specified bucket does not exi"),
+    ],
+)
+def test_unreachable_storage_is_one_line_with_the_fix(s3_url, bucket, options, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read_manifest(Folder(bucket or s3_url, options))
+    assert "\n" not in str(caught.value)
+    assert "wrong" not in str(caught.value)
+
+
+def test_digits_without_scikit_learn_name_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install dtr-scale\[prepare\]"):
+        digits()
+
+
+def test_synthetic_samples_are_keyed_and_normal():
+    source = SyntheticSource((3, 4, 4), num_classes=5, num_samples=400)
+    arrays, labels = zip(*(source.read(0, index) for index in range(400)), strict=True)
+    np.testing.assert_array_equal(source.read(0, 7)[0], arrays[7])
+    assert set(labels) == set(range(5))
+    assert abs(np.mean(arrays)) < 0.03
+    assert abs(np.std(arrays) - 1) < 0.03
+    assert arrays[0].dtype == np.float32
