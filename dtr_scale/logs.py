@@ -16,7 +16,10 @@ class _BesideProgressBar(logging.Handler):
     """Writes to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:
+            self.handleError(record)  # whoever read the output is gone; the run goes on
 
 
 def setup_logging(rank: int) -> None:

@@ -1,0 +1,196 @@
+"""The command line: `dtr-scale train | sample | evaluate | prepare | config`.
+
+Nothing heavy is imported before a command is known, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dtr_scale.errors import ConfigError, DtrScaleError
+from dtr_scale.logs import launched_rank, setup_logging
+
+EXIT_USER_ERROR = 2
+
+_OVERRIDES = "any key of the experiment can be overridden: --train.lr=2e-4 or --train.lr 2e-4"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 2 for a user's error, without a traceback."""
+    rank = launched_rank()
+    setup_logging(rank)
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if arguments.takes_overrides:
+            return arguments.run(arguments, rest)
+        if rest:
+            raise ConfigError(f"unknown argument {rest[0]!r}; see dtr-scale {arguments.command} -h")
+        return arguments.run(arguments)
+    except DtrScaleError as error:
+        if rank == 0 or not error.on_every_rank:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dtr-scale",
+        description="Train diffusion transformers with Denoising Task Routing.",
+        epilog="examples:\n"
+        "  dtr-scale prepare digits --out data/digits\n"
+        "  deepspeed launch/train.py --config configs/demo_digits.json\n"
+        "  dtr-scale sample runs/demo_digits --num 100\n"
+        "  dtr-scale evaluate runs/demo_digits",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(takes_overrides=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_train, _add_sample, _add_evaluate, _add_prepare, _add_config):
+        add(commands)
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands,
+        "train",
+        f"train an experiment, or go on with it; {_OVERRIDES}",
+        "deepspeed launch/train.py --config configs/dit_l_dtr_antuw.json --train.max_steps=400000",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment's JSON")
+    # The deepspeed launcher passes it; the rank is taken from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_train, takes_overrides=True)
+
+
+def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands,
+        "sample",
+        "draw samples from a run's newest checkpoint (averaged weights) into a picture",
+        "dtr-scale sample runs/demo_digits --num 100 --columns 10",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--num", type=int, default=64, help="samples (default 64)")
+    parser.add_argument("--columns", type=int, default=8, help="of the picture (default 8)")
+    parser.add_argument("--out", type=Path, help="PNG (default RUN_DIR/samples/grid.png)")
+    parser.set_defaults(run=_sample)
+
+
+def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "measure samples of a run's newest checkpoint against the held-out split",
+        "dtr-scale evaluate runs/demo_digits --num-samples 500",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--num-samples", type=int, help="default: evaluation.num_samples")
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands,
+        "prepare",
+        "write a data set as webdataset shards with a manifest",
+        "dtr-scale prepare digits --out s3://my-bucket/digits/",
+    )
+    parser.add_argument(
+        "source", choices=["digits"], help="digits: scikit-learn's, 8x8, 10 classes"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
+    parser.set_defaults(run=_prepare)
+
+
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _command(
+        commands,
+        "config",
+        "show an experiment with every default filled in, or the JSON Schema of all experiments",
+        "dtr-scale config show configs/dit_l_dtr_antuw.json",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print the resolved experiment", allow_abbrev=False)
+    show.add_argument("file", metavar="FILE")
+    show.set_defaults(run=_config_show, takes_overrides=True)
+    schema = actions.add_parser("schema", help="print the JSON Schema", allow_abbrev=False)
+    schema.set_defaults(run=_config_schema)
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.train.run import train_experiment
+
+    return train_experiment(experiment)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from dtr_scale.train.from_run import sample_run
+
+    path = sample_run(
+        arguments.run_dir, num=arguments.num, columns=arguments.columns, out=arguments.out
+    )
+    print(path)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from dtr_scale.train.from_run import evaluate_run
+
+    metrics, path = evaluate_run(arguments.run_dir, num_samples=arguments.num_samples)
+    for name, value in metrics.items():
+        print(f"{name}: {value:.1%}" if name == "legibility" else f"{name}: {value:.3f}")
+    print(f"report: {path}")
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from dtr_scale.data.sources import prepare_digits
+    from dtr_scale.storage import Folder
+
+    manifest = prepare_digits(Folder(arguments.out))
+    for split in ("train", "val"):
+        shards, samples = manifest.split(split), manifest.num_samples(split)
+        print(f"{split}: {samples} samples in {len(shards)} shards")
+    print(f"manifest: {arguments.out.rstrip('/')}/manifest.json")
+    return 0
+
+
+def _config_show(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment, resolved
+
+    print(json.dumps(resolved(load_experiment(arguments.file, overrides)), indent=2))
+    return 0
+
+
+def _config_schema(arguments: argparse.Namespace) -> int:
+    from dtr_scale.config.export import experiment_schema
+
+    print(experiment_schema(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

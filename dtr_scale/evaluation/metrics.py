@@ -1,0 +1,36 @@
+"""Distances between sets of features."""
+
+import numpy as np
+
+from dtr_scale.errors import EvaluationError
+
+
+def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
+    """Return the Fréchet distance between Gaussians fitted to two sets [n, d] and [m, d].
+
+    |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., 2017), S with n - 1.
+    Raises EvaluationError for fewer than two samples or different d.
+    """
+    if min(len(features), len(reference)) < 2 or features.shape[1:] != reference.shape[1:]:
+        raise EvaluationError(
+            f"cannot compare features {list(features.shape)} with {list(reference.shape)}; "
+            "give at least 2 of each, of the same length"
+        )
+    mean_1, cov_1 = _moments(features)
+    mean_2, cov_2 = _moments(reference)
+    # tr (S_1 S_2)^(1/2) from the symmetric S_1^(1/2) S_2 S_1^(1/2), which has the same eigenvalues.
+    root_1 = _symmetric_root(cov_1)
+    eigenvalues = np.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
+    trace_root = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
+    shift = ((mean_1 - mean_2) ** 2).sum()
+    return float(shift + np.trace(cov_1) + np.trace(cov_2) - 2.0 * trace_root)
+
+
+def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    features = features.astype(np.float64)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T

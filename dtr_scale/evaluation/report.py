@@ -1,0 +1,65 @@
+"""Numbers of a set of samples, published with everything they depend on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from dtr_scale.data.loader import Samples
+from dtr_scale.evaluation.legibility import legibility
+from dtr_scale.evaluation.metrics import frechet_distance
+
+REPORT = "evaluation.json"
+_MOST_PIXELS = 4096  # as raw features; larger pictures need a feature extractor
+
+
+def has_pixel_metrics(samples: Samples) -> bool:
+    """Tell whether pictures of this data can be compared pixel by pixel."""
+    manifest = samples.manifest
+    return manifest.encoding == "pixels" and int(np.prod(manifest.shape)) <= _MOST_PIXELS
+
+
+def read_all(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+    """Return every sample of a split, float32 [n, C, H, W], and its label, int64 [n]."""
+    images, labels = [], []
+    for shard, count in enumerate(samples.shard_samples):
+        for index in range(count):
+            stored, label = samples.read(shard, index)
+            images.append(samples.manifest.decode(stored, mirrored=False, generator=None))
+            labels.append(label)
+    return np.stack(images), np.array(labels)
+
+
+def pixel_frechet_distance(images: Tensor | np.ndarray, reference: np.ndarray) -> float:
+    """Return the Fréchet distance over raw pixels of [n, C, H, W] in [-1, 1] and a reference."""
+    clipped = np.clip(np.asarray(images), -1.0, 1.0)
+    return frechet_distance(
+        clipped.reshape(len(clipped), -1), reference.reshape(len(reference), -1)
+    )
+
+
+def pixel_report(
+    images: Tensor, asked: Tensor, *, train: Samples, held_out: Samples
+) -> dict[str, float]:
+    """Return the metrics of samples of a data set of small pictures, and of its own training set.
+
+    `frechet_distance` is to the held-out pictures; `frechet_distance_real`, that of the training
+    pictures to the same, is what a perfect generator would reach.
+    """
+    real_images, real_labels = read_all(train)
+    reference, _ = read_all(held_out)
+    return {
+        "frechet_distance": pixel_frechet_distance(images, reference),
+        "frechet_distance_real": pixel_frechet_distance(real_images, reference),
+        "legibility": legibility(images.numpy(), asked.numpy(), real_images, real_labels),
+    }
+
+
+def write_report(run_dir: Path, metrics: dict[str, float], manifest: dict[str, Any]) -> Path:
+    """Store the numbers with their manifest; return where."""
+    path = run_dir / REPORT
+    content = {"metrics": metrics, "manifest": manifest}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,125 @@
+"""Samples of a trained network: sample i is a function of (seed, i), whoever draws it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtr_scale.diffusion.guidance import cfg_model
+from dtr_scale.diffusion.process import GaussianDiffusion
+from dtr_scale.diffusion.samplers import Progress, ddim_sample, ddpm_sample
+from dtr_scale.models.dit import DiT
+from dtr_scale.randomness import keyed_generator
+
+_GRID_PIXELS = 48  # small pictures are enlarged to about this
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How samples are drawn: part of every published number."""
+
+    noise_schedule: str
+    num_timesteps: int
+    sampler: str
+    num_sampling_steps: int
+    cfg_scale: float
+    cfg_channels: int | None
+    clip_denoised: bool
+    seed: int
+
+    def manifest(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class KeyedNoise:
+    """The noise of given samples: `start` is x_T, `[i]` that of the i-th sampling step."""
+
+    def __init__(
+        self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device
+    ) -> None:
+        self._seed = seed
+        self._indices = indices
+        self._shape = shape
+        self._device = device
+
+    @property
+    def start(self) -> Tensor:
+        return self._draw("sampling.start", 0)
+
+    def __getitem__(self, step: int) -> Tensor:
+        return self._draw("sampling.step", step)
+
+    def _draw(self, stream: str, salt: int) -> Tensor:
+        draws = [
+            keyed_generator(self._seed, stream, index, salt).standard_normal(
+                self._shape, dtype=np.float32
+            )
+            for index in self._indices
+        ]
+        return torch.from_numpy(np.stack(draws)).to(self._device)
+
+
+def class_labels(indices: range, num_classes: int) -> Tensor:
+    """Return the class asked for of each sample: they go round, so all are equally frequent."""
+    return torch.tensor([index % num_classes for index in indices])
+
+
+@torch.no_grad()
+def draw_samples(
+    network: DiT,
+    settings: SamplingSettings,
+    indices: range,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return samples `indices` as fp32 [n, C, H, W] on the CPU, the same for any batch_size."""
+    diffusion = GaussianDiffusion(
+        settings.noise_schedule,
+        settings.num_timesteps,
+        timestep_respacing=str(settings.num_sampling_steps),
+        learn_sigma=network.learn_sigma,
+    )
+    guided = cfg_model(network, settings.cfg_scale, settings.cfg_channels)
+    shape = (network.in_channels, network.input_size, network.input_size)
+    device = next(network.parameters()).device
+    batches: list[Tensor] = [torch.empty(0, *shape)]
+    for first in range(indices.start, indices.stop, batch_size):
+        batch = range(first, min(first + batch_size, indices.stop))
+        labels = class_labels(batch, network.num_classes).to(device)
+        noise = KeyedNoise(settings.seed, batch, shape, device)
+
+        def model_fn(x: Tensor, t: Tensor, y: Tensor = labels) -> Tensor:
+            return guided(x, t, y)
+
+        start, clip = noise.start, settings.clip_denoised
+        if settings.sampler == "ddim":
+            x = ddim_sample(model_fn, diffusion, start, clip_denoised=clip, progress=progress)
+        else:
+            x = ddpm_sample(
+                model_fn, diffusion, start, noise, clip_denoised=clip, progress=progress
+            )
+        batches.append(x.cpu())
+    return torch.cat(batches)
+
+
+def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
+    """Write images [n, C, H, W] in [-1, 1], one or three channels, as one PNG, row by row."""
+    from PIL import Image
+
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    sheet = torch.zeros(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
+    for i, image in enumerate(levels):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        sheet[:, top : top + height, left : left + width] = image
+    pixels = sheet.to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
+    enlarged = max(1, _GRID_PIXELS // height)
+    picture = Image.fromarray(pixels)
+    size = (picture.width * enlarged, picture.height * enlarged)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize(size, Image.Resampling.NEAREST).save(path)

@@ -1,0 +1,76 @@
+"""Sampling and measuring in the middle of training, with the averaged weights, on all ranks."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dtr_scale.data.loader import Samples
+from dtr_scale.engines.base import Engine
+from dtr_scale.engines.world import World
+from dtr_scale.evaluation.report import has_pixel_metrics, pixel_frechet_distance, read_all
+from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples, save_grid
+from dtr_scale.models.dit import DiT
+from dtr_scale.tracking.base import Tracker
+from dtr_scale.train.ema import Ema
+
+log = logging.getLogger(__name__)
+
+_GRID_IMAGES = 64
+
+
+class PeriodicEvaluation:
+    """Called with a step on every rank; rank 0 writes pictures and figures, if it has a folder.
+
+    Pictures of small pixel data are compared with the held-out split; latents are kept as they
+    are (`step_*.npz`), to be decoded and measured where a decoder is at hand.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        engine: Engine,
+        ema: Ema,
+        settings: SamplingSettings,
+        num_samples: int,
+        batch_size: int,
+        held_out: Samples | None,
+        folder: Path | None,
+        tracker: Tracker,
+    ) -> None:
+        self._world = world
+        self._engine = engine
+        self._ema = ema
+        self._settings = settings
+        self._num_samples = num_samples
+        self._batch_size = batch_size
+        self._held_out = held_out
+        self._folder = folder
+        self._tracker = tracker
+
+    def __call__(self, step: int) -> None:
+        network = self._engine.network
+        assert isinstance(network, DiT)
+        share = np.array_split(np.arange(self._num_samples), self._world.world_size)
+        mine = share[self._world.rank]
+        indices = range(int(mine[0]), int(mine[-1]) + 1) if len(mine) else range(0)
+        with self._ema.swapped_in():
+            part = draw_samples(network, self._settings, indices, batch_size=self._batch_size)
+        images = torch.cat(self._world.all_gather_object(part))
+        if self._folder is not None:
+            self._publish(step, images, self._folder)
+
+    def _publish(self, step: int, images: torch.Tensor, folder: Path) -> None:
+        if self._held_out is None or not has_pixel_metrics(self._held_out):
+            path = folder / f"step_{step:08d}.npz"
+            np.savez(path, latents=images.numpy())
+            log.info("step %d: %d latents sampled to %s", step, len(images), path)
+            return
+        picture = folder / f"step_{step:08d}.png"
+        save_grid(picture, images[:_GRID_IMAGES], columns=8)
+        reference, _ = read_all(self._held_out)
+        distance = pixel_frechet_distance(images, reference)
+        log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
+        self._tracker.log_evaluation(step, {"frechet_distance": distance}, picture)

@@ -1,0 +1,55 @@
+"""What a person sees of a run: a bar on a terminal, plain lines in a log file."""
+
+import logging
+import resource
+import sys
+import time
+from datetime import timedelta
+
+import torch
+from tqdm import tqdm
+
+from dtr_scale.tracking.journal import Record
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Shows every logged step: loss, speed, waiting for data, time left and memory."""
+
+    def __init__(self, *, step: int, max_steps: int) -> None:
+        self._first_step = step
+        self._max_steps = max_steps
+        self._start = time.monotonic()
+        self._bar: tqdm | None = None
+        if sys.stderr.isatty():
+            layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(total=max_steps, initial=step, unit="step", bar_format=layout)
+
+    def show(self, record: Record) -> None:
+        step = int(record["step"])
+        figures = (
+            f"loss {record['loss']:.4f}  {record['samples_per_second']:.1f} samples/s  "
+            f"data wait {record['data_wait_fraction']:.0%}  eta {self._time_left(step)}  "
+            f"mem {_memory_gb():.1f} GB"
+        )
+        if self._bar is None:
+            log.info("step %d/%d  %s", step, self._max_steps, figures)
+        else:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _time_left(self, step: int) -> timedelta:
+        seconds_per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
+        return timedelta(seconds=round((self._max_steps - step) * seconds_per_step))
+
+
+def _memory_gb() -> float:
+    """Return the most memory in use so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

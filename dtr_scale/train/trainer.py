@@ -1,0 +1,251 @@
+"""The training loop. It does not know which engine, data, tracker or machine it has."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtr_scale.checkpoint.layout import Piece
+from dtr_scale.checkpoint.manager import CheckpointManager
+from dtr_scale.data.loader import BatchLoader, MicroBatch
+from dtr_scale.diffusion.process import GaussianDiffusion
+from dtr_scale.diffusion.timesteps import TimestepSampler
+from dtr_scale.engines.base import ADAM_MOMENTS, Engine
+from dtr_scale.engines.world import World
+from dtr_scale.errors import EngineError
+from dtr_scale.objectives.objective import Objective
+from dtr_scale.tracking.journal import Record
+from dtr_scale.train.ema import Ema
+from dtr_scale.train.signals import LeaveRequest
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over the global batch: means of that step alone."""
+
+    mse: float
+    vb: float
+    cluster_loss: list[float]
+    counts: list[int]
+    objective: float
+    grad_norm: float
+    leave: bool
+
+
+class Stopwatch:
+    """Throughput and the share of the time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._samples = 0
+
+    def next_of(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - before
+        return batch
+
+    def count(self, samples: int) -> None:
+        self._samples += samples
+
+    def read(self) -> Record:
+        elapsed = time.perf_counter() - self._start
+        figures: Record = {
+            "samples_per_second": self._samples / elapsed,
+            "data_wait_fraction": self._waited / elapsed,
+        }
+        self.__init__()
+        return figures
+
+
+class Trainer:
+    """Trains from wherever the newest checkpoint stands to `max_steps`."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        engine: Engine,
+        objective: Objective,
+        diffusion: GaussianDiffusion,
+        timesteps: TimestepSampler,
+        loader: BatchLoader,
+        ema: Ema,
+        checkpoints: CheckpointManager,
+        meta: dict[str, Any],
+        global_batch_size: int,
+        max_steps: int,
+        lr: float,
+        log_every: int,
+        save_every: int,
+        evaluate_every: int = 0,
+    ) -> None:
+        self.world = world
+        self.engine = engine
+        self.objective = objective
+        self.diffusion = diffusion
+        self.timesteps = timesteps
+        self.loader = loader
+        self.ema = ema
+        self.checkpoints = checkpoints
+        self.meta = meta
+        self.global_batch_size = global_batch_size
+        self.max_steps = max_steps
+        self.lr = lr
+        self.log_every = log_every
+        self.save_every = save_every
+        self.evaluate_every = evaluate_every
+        self.step = 0
+        self.saved_step: int | None = None
+        self._watch = Stopwatch()
+
+    @property
+    def samples_seen(self) -> int:
+        return self.step * self.global_batch_size
+
+    def run(
+        self,
+        leave: LeaveRequest,
+        *,
+        log: Callable[[Record], None],
+        evaluate: Callable[[int], None],
+    ) -> str | None:
+        """Train until `max_steps`, or until any rank asks to leave; return why it left, or None.
+
+        The state is saved either way. `log` is given the journal's record of every logged step.
+        """
+        self.loader.seek(self.samples_seen)
+        batches = iter(self.loader)
+        self._watch = Stopwatch()
+        while self.step < self.max_steps:
+            result = self._train_step(batches, leave)
+            self.step += 1
+            last = self.step == self.max_steps or result.leave
+            if last or self._due(self.log_every):
+                log(self._record(result))
+            if last or self._due(self.save_every):
+                self.save()
+            if result.leave:
+                reasons = self.world.all_gather_object(leave.reason)
+                return next(reason for reason in reasons if reason)
+            if self.evaluate_every and self._due(self.evaluate_every):
+                evaluate(self.step)
+        return None
+
+    def save(self) -> None:
+        meta = self.meta | {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "optimizer_step": self.engine.optimizer_step,
+        }
+        self.checkpoints.save(self.step, self._state(self.objective.state_dict()), meta)
+        self.saved_step = self.step
+
+    def resume(self) -> bool:
+        """Take up the newest complete checkpoint; False if there is none."""
+        objective_state = self.objective.state_dict()
+        meta = self.checkpoints.restore(self._state(objective_state))
+        if meta is None:
+            return False
+        self.engine.optimizer_step = meta["optimizer_step"]
+        self.engine.push_masters()
+        self.objective.load_state_dict(objective_state)
+        self.step = self.saved_step = meta["step"]
+        return True
+
+    def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
+        counts = torch.from_numpy(self.timesteps.counts(self.step)).to(self.world.device)
+        sums = torch.zeros(3 + len(counts), dtype=torch.float64, device=self.world.device)
+        for micro in range(self.loader.grad_accum_steps):
+            batch = self._watch.next_of(batches).to(self.world.device)
+            with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
+                x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
+                terms = self.diffusion.loss_terms(
+                    self.engine.forward(x_t, batch.t, batch.y),
+                    x_start=batch.x_start,
+                    x_t=x_t,
+                    t=batch.t,
+                    noise=batch.noise,
+                )
+                mse, vb = terms["mse"], terms["vb"]
+                self.engine.backward(self.objective.loss(mse, vb, batch.cluster, counts))
+            _add_losses(sums, mse.detach(), vb.detach(), batch.cluster)
+        sums[0] = float(leave.reason is not None)
+        self.world.all_reduce_sum(sums)
+        grad_norm = self.engine.step()
+        cluster_loss = sums[3:] / counts
+        objective = self.objective.value(cluster_loss, counts)
+        self.objective.update(cluster_loss, counts)
+        self.ema.update()
+        self._watch.count(self.global_batch_size)
+        leaving, mse_sum, vb_sum = sums[:3].tolist()
+        result = StepResult(
+            mse=mse_sum / self.global_batch_size,
+            vb=vb_sum / self.global_batch_size,
+            cluster_loss=cluster_loss.tolist(),
+            counts=counts.tolist(),
+            objective=objective,
+            grad_norm=grad_norm,
+            leave=leaving > 0,
+        )
+        self._refuse_divergence(result)
+        return result
+
+    def _refuse_divergence(self, result: StepResult) -> None:
+        """Stop before broken weights reach a checkpoint."""
+        if not math.isfinite(result.mse + result.vb + result.grad_norm):
+            raise EngineError(
+                f"step {self.step + 1}: loss {result.mse + result.vb}, gradient norm "
+                f"{result.grad_norm}; the newest checkpoint is of step {self.saved_step}. "
+                "Go on from it with a lower train.lr or train.grad_clip=1"
+            )
+
+    def _record(self, result: StepResult) -> Record:
+        clusters = {
+            f"loss_cluster_{k}": loss
+            for k, (loss, count) in enumerate(zip(result.cluster_loss, result.counts, strict=True))
+            if count
+        }
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "loss": result.mse + result.vb,
+            "objective": result.objective,
+            "mse": result.mse,
+            "vb": result.vb,
+            **clusters,
+            **self.objective.metrics(),
+            "lr": self.lr,
+            "grad_norm": result.grad_norm,
+            **self._watch.read(),
+        }
+
+    def _state(self, objective_state: dict[str, Tensor]) -> dict[str, Piece]:
+        """Return this rank's part of all that a checkpoint holds, as views of the live tensors."""
+        state: dict[str, Piece] = {}
+        for part, average in zip(self.engine.fragments(), self.ema.values, strict=True):
+            state[f"master/{part.name}"] = Piece(part.shape, part.offset, part.master)
+            state[f"ema/{part.name}"] = Piece(part.shape, part.offset, average)
+            for moment in ADAM_MOMENTS:
+                state[f"{moment}/{part.name}"] = Piece(
+                    part.shape, part.offset, getattr(part, moment)
+                )
+        for name, tensor in objective_state.items():
+            state[f"objective/{name}"] = Piece(tuple(tensor.shape), 0, tensor.view(-1))
+        return state
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0
+
+
+def _add_losses(sums: Tensor, mse: Tensor, vb: Tensor, cluster: Tensor) -> None:
+    """Add to sums [leave, mse, vb, loss of cluster 0, 1, ...] by cluster id, in fp64."""
+    mse, vb = mse.double(), vb.double()
+    sums[1] += mse.sum()
+    sums[2] += vb.sum()
+    sums[3:].index_add_(0, cluster, mse + vb)

@@ -1,0 +1,112 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from dtr_scale.config.load import flatten, load_experiment, parse_overrides, resolved
+from dtr_scale.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FLAGSHIP = CONFIGS / "dit_l_dtr_antuw.json"
+
+
+def test_overrides_are_json_else_strings_in_both_spellings():
+    arguments = ["--a.b=1e-4", "--c", "true", "--d=s3://x/", "--e=[1, 2]", "--f=null", "--g="]
+    assert list(parse_overrides(arguments)) == [
+        ("a.b", 1e-4), ("c", True), ("d", "s3://x/"), ("e", [1, 2]), ("f", None), ("g", ""),
+    ]  # fmt: skip
+
+
+def test_overrides_reach_the_experiment():
+    experiment = load_experiment(
+        FLAGSHIP, ["--train.lr=2e-4", "--model.routing.type", "none", "--data.type=synthetic"]
+    )
+    assert experiment.train.lr == 2e-4
+    assert experiment.model.routing.type == "none"
+    assert experiment.data.shards == "s3://dtr-latents/imagenet-256/"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--engine.zero_stge=1", "unknown key engine.zero_stge; did you mean engine.zero_stage?"),
+        ("--lr=1", "unknown key lr; did you mean train.lr?"),
+        ("--data.foo=1", "unknown key data.foo; known are data.type, data.shards"),
+        ("--train.lr=fast", 'train.lr = "fast": should be a valid number'),
+        ("--train.max_steps=true", "train.max_steps = true: should be a valid integer"),
+        ("--train.max_steps=0", "train.max_steps = 0: should be greater than or equal to 1"),
+        ("--engine.type=zero", "engine.type = \"zero\": should be 'single' or 'deepspeed'"),
+        ("--model.variant=DiT-M/2", 'model.variant = "DiT-M/2": accepted are DiT-S/2'),
+        ("--model.depth=3", "model.variant = 'DiT-L/2' and model.depth = 3 exclude each other"),
+        ("--model.input_size=33", "model.input_size = 33 is not divisible by the patch size 2"),
+        ("--model.variant=null", "model.hidden_size is missing; set model.variant"),
+        ("--objective.num_clusters=7", "choose one of 1, 2, 4, 5, 8, 10"),
+        ("--train.micro_batch_size=48", "choose 32 or another divisor of 256"),
+        ("--evaluation.cfg_channels=5", "exceeds model.in_channels = 4"),
+        ("--evaluation.num_sampling_steps=2000", "choose at most 1000"),
+        ("--model.class_dropout_prob=0", "evaluation.cfg_scale = 1.5 needs a network that knows"),
+        ("--data.shards=null", "data.shards is missing"),
+        ("--train=5", "train = 5: should be an object"),
+        ("--train.lr.x=5", "override --train.lr.x: 'lr' is a value, not a section"),
+        ("train.lr=5", "unexpected argument 'train.lr=5'"),
+        ("--train.lr", "override --train.lr has no value"),
+        ("--name=a/b", 'name = "a/b": String should match pattern'),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_fix(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(FLAGSHIP, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_free_sizes_must_fit():
+    sizes = ["--model.variant=null", "--model.depth=2", "--model.patch_size=2"]
+    with pytest.raises(ConfigError, match=r"hidden_size = 50 is not divisible by .*num_heads = 4"):
+        load_experiment(FLAGSHIP, [*sizes, "--model.hidden_size=50", "--model.num_heads=4"])
+    fitting = load_experiment(FLAGSHIP, [*sizes, "--model.hidden_size=48", "--model.num_heads=4"])
+    assert fitting.model.hidden_size == 48
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[]", "an experiment is a JSON object"), (None, "cannot read")],
+)
+def test_a_file_that_is_no_experiment_is_refused(tmp_path, content, message):
+    path = tmp_path / "experiment.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(path)
+
+
+def test_resolved_loads_again_and_keeps_no_secret():
+    experiment = load_experiment(
+        FLAGSHIP, ['--data.storage_options={"key": "AK", "secret": "hush", "region": "eu"}']
+    )
+    data = resolved(experiment)
+    assert data["run_dir"] == "runs/dit_l_dtr_antuw"
+    assert data["data"]["storage_options"] == {"region": "eu"}
+    assert "hush" not in json.dumps(data)
+    assert experiment.data.storage_options["secret"] == "hush"
+
+
+def test_flatten_joins_keys_with_dots():
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": {}}) == {"a.b.c": 1, "a.d": [2], "e": {}}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro"), [(1, 32), (4, 32), (8, 32), (16, 16), (64, 4), (256, 1)]
+)
+def test_micro_batches_are_at_most_the_share_of_a_rank(world_size, micro):
+    assert load_experiment(FLAGSHIP).micro_batch_size(world_size) == micro
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    with pytest.raises(ConfigError, match="256 is not divisible by 3 ranks"):
+        load_experiment(FLAGSHIP).micro_batch_size(3)
+    shared = load_experiment(
+        FLAGSHIP, ["--train.global_batch_size=40", "--train.micro_batch_size=8"]
+    )
+    with pytest.raises(ConfigError, match="does not divide the 20 samples per rank"):
+        shared.micro_batch_size(2)

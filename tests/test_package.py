@@ -1,0 +1,86 @@
+"""The package's outside, and which of its modules may import which."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dtr_scale
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dtr_scale"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+OWNERS = {
+    "deepspeed": {"engines/zero.py"},
+    "mlflow": {"tracking/mlflow.py"},
+    "fsspec": {"storage.py"},
+    "s3fs": {"storage.py"},
+    "xformers": {"models/attention.py"},
+}
+EVERYWHERE = {"errors", "logs", "storage", "randomness"}
+PURE = {"torch", "numpy"}
+MAY_IMPORT = {
+    "models": {"models"},
+    "diffusion": {"diffusion"},
+    "objectives": {"objectives", "models", "diffusion"},
+    "data": {"data"},
+    "engines": {"engines"},
+    "tracking": {"tracking"},
+    "checkpoint": {"checkpoint", "engines"},
+    "config": {"config"},
+    "evaluation": {"evaluation", "models", "diffusion", "data", "engines"},
+}
+
+
+def imported_modules(path):
+    """Yield the dotted name of everything a module imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+
+
+def test_public_names_are_these():
+    assert dtr_scale.__all__ == ["GaussianDiffusion", "__version__", "build_model"]
+    for name in dtr_scale.__all__:
+        assert getattr(dtr_scale, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        dtr_scale.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["import dtr_scale", "import dtr_scale.cli"])
+def test_importing_loads_nothing_heavy(command):
+    heavy = "{'torch', 'mlflow', 'deepspeed', 'pydantic', 'numpy'}"
+    check = f"{command}, sys; loaded = {heavy} & set(sys.modules); assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_design(path):
+    name = path.relative_to(PACKAGE).as_posix()
+    room = name.partition("/")[0]
+    for module in imported_modules(path):
+        top, _, rest = module.partition(".")
+        if top in OWNERS:
+            assert name in OWNERS[top], f"{name} imports {module}"
+        if room in MAY_IMPORT and top == "dtr_scale":
+            target = rest.partition(".")[0]
+            assert target in MAY_IMPORT[room] | EVERYWHERE, f"{name} imports {module}"
+        if room in ("models", "diffusion", "objectives"):
+            known = top in sys.stdlib_module_names or top in PURE | {"dtr_scale", "xformers"}
+            assert known, f"{name} imports {module}"
+
+
+def test_the_repository_holds_what_was_agreed():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+    assert {path.partition("/")[0] for path in listed} <= {
+        "dtr_scale", "launch", "configs", "docker", "tests", "pyproject.toml", "README.md",
+        ".ci", ".gitignore", "LICENSE", "constraints.txt",
+    }  # fmt: skip
