@@ -12,17 +12,17 @@ from pathlib import Path
 from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.logs import launched_rank, setup_logging
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 _OVERRIDES = "any key of the experiment can be overridden: --train.lr=2e-4 or --train.lr 2e-4"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 2 for a user's error, without a traceback."""
-    rank = launched_rank()
+    arguments, rest = _parser().parse_known_args(argv)
+    rank = launched_rank() if arguments.command == "train" else 0
     setup_logging(rank)
     try:
-        arguments, rest = _parser().parse_known_args(argv)
         if arguments.takes_overrides:
             return arguments.run(arguments, rest)
         if rest:
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0 or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,8 +93,10 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "dtr-scale sample runs/demo_digits --num 100 --columns 10",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--num", type=int, default=64, help="samples (default 64)")
-    parser.add_argument("--columns", type=int, default=8, help="of the picture (default 8)")
+    parser.add_argument("--num", type=_positive_int, default=64, help="samples (default 64)")
+    parser.add_argument(
+        "--columns", type=_positive_int, default=8, help="of the picture (default 8)"
+    )
     parser.add_argument("--out", type=Path, help="PNG (default RUN_DIR/samples/grid.png)")
     parser.set_defaults(run=_sample)
 
@@ -104,7 +109,7 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "dtr-scale evaluate runs/demo_digits --num-samples 500",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--num-samples", type=int, help="default: evaluation.num_samples")
+    parser.add_argument("--num-samples", type=_positive_int, help="default: evaluation.num_samples")
     parser.set_defaults(run=_evaluate)
 
 
@@ -135,6 +140,13 @@ def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     show.set_defaults(run=_config_show, takes_overrides=True)
     schema = actions.add_parser("schema", help="print the JSON Schema", allow_abbrev=False)
     schema.set_defaults(run=_config_schema)
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not accepted; give 1 or more")
+    return number
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -170,7 +182,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
     from dtr_scale.data.sources import prepare_digits
     from dtr_scale.storage import Folder
 
-    manifest = prepare_digits(Folder(arguments.out))
+    try:
+        manifest = prepare_digits(Folder(arguments.out))
+    except OSError as error:
+        raise ConfigError(
+            f"--out={arguments.out} cannot be written: {error.strerror or error}; choose another"
+        ) from None
     for split in ("train", "val"):
         shards, samples = manifest.split(split), manifest.num_samples(split)
         print(f"{split}: {samples} samples in {len(shards)} shards")

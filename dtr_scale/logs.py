@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
@@ -10,6 +11,12 @@ from tqdm import tqdm
 def launched_rank() -> int:
     """Return this process's global rank as its launcher set it, 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+def without_password(url: str) -> str:
+    """Return a URL as it may be shown and stored: user and password left out."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 class _BesideProgressBar(logging.Handler):

@@ -1,6 +1,7 @@
 """Shared fixtures: a real S3 server, and folders of both kinds."""
 
 import itertools
+import logging
 import os
 import shutil
 import socket
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: bit-identical runs need the same number of threads everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dtr_scale.data.sources import prepare_digits
 from dtr_scale.storage import Folder
 
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
@@ -88,3 +93,28 @@ def folder(request, tmp_path):
     if request.param == "local":
         return Folder(tmp_path / "folder")
     return Folder(request.getfixturevalue("s3_url"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The digits, prepared once in a local folder that no test writes to."""
+    path = tmp_path_factory.mktemp("digits")
+    prepare_digits(Folder(path))
+    return path
+
+
+@pytest.fixture
+def warnings_of(caplog):
+    """Return the warnings of a module's logger, whatever the command line made of logging."""
+    attached = []
+
+    def messages(name):
+        return [r.getMessage() for r in caplog.records if r.name == name and r.levelno >= 30]
+
+    package = logging.getLogger("dtr_scale")
+    if not package.propagate:
+        package.addHandler(caplog.handler)
+        attached.append(package)
+    yield messages
+    for logger in attached:
+        logger.removeHandler(caplog.handler)

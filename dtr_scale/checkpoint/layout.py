@@ -46,6 +46,7 @@ class Piece:
 
 def write_rank_file(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
     """Store one rank's pieces at `path`; return the file's entry for the index."""
+    assert all(piece.data.dtype == torch.float32 for piece in pieces.values())
     tensors = {key: piece.data.detach().to("cpu").contiguous() for key, piece in pieces.items()}
     save_file(tensors, path)
     return {

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.errors import ConfigError
+from dtr_scale.logs import without_password
 
 SECRETS = frozenset({"key", "secret", "token"})
 """Names in data.storage_options that are used and never written anywhere."""
@@ -66,6 +67,8 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     data["run_dir"] = str(experiment.run_path)
     options = data["data"]["storage_options"]
     data["data"]["storage_options"] = {k: v for k, v in options.items() if k not in SECRETS}
+    if uri := data["tracking"]["uri"]:
+        data["tracking"]["uri"] = without_password(uri)
     return data
 
 

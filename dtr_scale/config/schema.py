@@ -39,6 +39,14 @@ def _variant_name(variant: str | None) -> str | None:
     return variant
 
 
+def _local_path(path: str | None) -> str | None:
+    if path is not None and "://" in path:
+        raise PydanticCustomError(
+            "local_path", "must be a local folder; checkpoints can go to s3:// by checkpoint.dir"
+        )
+    return path
+
+
 class RoutingConfig(Section):
     type: Literal["dtr", "dtr_eq4", "none"] = "none"
     """`dtr` is the official code's window, `dtr_eq4` equation 4's, `none` plain DiT."""
@@ -197,7 +205,7 @@ class Experiment(Section):
 
     schema_: str | None = Field(default=None, alias="$schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    run_dir: str | None = None
+    run_dir: Annotated[str | None, AfterValidator(_local_path)] = None
     """Where the run writes; default: runs/<name>."""
     description: str = ""
     expected: dict[str, float] = {}

@@ -82,13 +82,18 @@ class World:
             dist.destroy_process_group()
 
 
+def launched_world_size() -> int:
+    """Return how many processes the launcher started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join_world(*, needs_process_group: bool) -> World:
     """Return this process's place among the ranks that `deepspeed` or `torchrun` started.
 
     A plain `python` process is a world of one; DeepSpeed wants a process group even then
     (`needs_process_group`), so the variables that a launcher sets get their defaults here.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)

@@ -16,6 +16,10 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
             f"cannot compare features {list(features.shape)} with {list(reference.shape)}; "
             "give at least 2 of each, of the same length"
         )
+    if not (np.isfinite(features).all() and np.isfinite(reference).all()):
+        raise EvaluationError(
+            "features hold nan or inf; the network that made the samples has diverged"
+        )
     mean_1, cov_1 = _moments(features)
     mean_2, cov_2 = _moments(reference)
     # tr (S_1 S_2)^(1/2) from the symmetric S_1^(1/2) S_2 S_1^(1/2), which has the same eigenvalues.
@@ -28,7 +32,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     features = features.astype(np.float64)
-    return features.mean(axis=0), np.cov(features, rowvar=False)
+    return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
 def _symmetric_root(matrix: np.ndarray) -> np.ndarray:

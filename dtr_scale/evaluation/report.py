@@ -29,12 +29,13 @@ def read_all(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
             stored, label = samples.read(shard, index)
             images.append(samples.manifest.decode(stored, mirrored=False, generator=None))
             labels.append(label)
+    samples.close()
     return np.stack(images), np.array(labels)
 
 
 def pixel_frechet_distance(images: Tensor | np.ndarray, reference: np.ndarray) -> float:
     """Return the Fréchet distance over raw pixels of [n, C, H, W] in [-1, 1] and a reference."""
-    clipped = np.clip(np.asarray(images), -1.0, 1.0)
+    clipped = _clipped(images)
     return frechet_distance(
         clipped.reshape(len(clipped), -1), reference.reshape(len(reference), -1)
     )
@@ -53,8 +54,13 @@ def pixel_report(
     return {
         "frechet_distance": pixel_frechet_distance(images, reference),
         "frechet_distance_real": pixel_frechet_distance(real_images, reference),
-        "legibility": legibility(images.numpy(), asked.numpy(), real_images, real_labels),
+        "legibility": legibility(_clipped(images), asked.numpy(), real_images, real_labels),
     }
+
+
+def _clipped(images: Tensor | np.ndarray) -> np.ndarray:
+    """Return what a picture shows of samples."""
+    return np.clip(np.asarray(images), -1.0, 1.0)
 
 
 def write_report(run_dir: Path, metrics: dict[str, float], manifest: dict[str, Any]) -> Path:

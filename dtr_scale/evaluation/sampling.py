@@ -87,8 +87,8 @@ def draw_samples(
     shape = (network.in_channels, network.input_size, network.input_size)
     device = next(network.parameters()).device
     batches: list[Tensor] = [torch.empty(0, *shape)]
-    for first in range(indices.start, indices.stop, batch_size):
-        batch = range(first, min(first + batch_size, indices.stop))
+    for first in range(0, len(indices), batch_size):
+        batch = indices[first : first + batch_size]
         labels = class_labels(batch, network.num_classes).to(device)
         noise = KeyedNoise(settings.seed, batch, shape, device)
 
@@ -122,4 +122,4 @@ def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
     picture = Image.fromarray(pixels)
     size = (picture.width * enlarged, picture.height * enlarged)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(size, Image.Resampling.NEAREST).save(path)
+    picture.resize(size, Image.Resampling.NEAREST).save(path, format="PNG")

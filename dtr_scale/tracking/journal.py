@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dtr_scale.storage import Folder
+
 Record = dict[str, float]
 
 
@@ -19,9 +21,7 @@ class Journal:
         self.path = path
         if path.exists():
             kept = [json.dumps(record) + "\n" for record in read_journal(path, last_step=step)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+            Folder(path.parent).write_bytes(path.name, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -39,6 +39,12 @@ def read_journal(path: Path, *, last_step: int | None = None) -> Iterator[Record
     for record in records:
         if last_step is None or record["step"] <= last_step:
             yield record
+
+
+def last_step(path: Path) -> int:
+    """Return the step of the journal's last whole record, 0 if there is none."""
+    records = list(read_journal(path)) if path.exists() else []
+    return int(records[-1]["step"]) if records else 0
 
 
 def read_new_records(path: Path, start: int) -> tuple[list[Record], int]:

@@ -19,8 +19,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        for average, master in zip(self.values, self._masters, strict=True):
-            average.lerp_(master, 1.0 - self._decay)
+        foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+        foreach_lerp_(self.values, self._masters, 1.0 - self._decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import torch
 from dtr_scale.data.loader import Samples
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
+from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.report import has_pixel_metrics, pixel_frechet_distance, read_all
 from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples, save_grid
 from dtr_scale.models.dit import DiT
@@ -71,6 +72,10 @@ class PeriodicEvaluation:
         picture = folder / f"step_{step:08d}.png"
         save_grid(picture, images[:_GRID_IMAGES], columns=8)
         reference, _ = read_all(self._held_out)
-        distance = pixel_frechet_distance(images, reference)
+        try:
+            distance = pixel_frechet_distance(images, reference)
+        except EvaluationError as error:
+            log.warning("step %d: no frechet_distance: %s", step, error)
+            return
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
         self._tracker.log_evaluation(step, {"frechet_distance": distance}, picture)

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
-from dtr_scale.engines.world import World, join_world
+from dtr_scale.engines.world import World, join_world, launched_world_size
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Journal, Record
@@ -36,20 +36,19 @@ def train_experiment(experiment: Experiment) -> int:
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         _take_up(trainer, experiment, world, run_dir)
-        with _status_kept(run_dir, trainer):
-            reason = _run(trainer, experiment, world, run_dir, leave)
+        reason = _run(trainer, experiment, world, run_dir, leave)
         world.barrier()
     return EXIT_REQUEUE if reason else EXIT_FINISHED
 
 
 def _join(experiment: Experiment) -> World:
-    world = join_world(needs_process_group=experiment.engine.type == "deepspeed")
-    if experiment.engine.type == "single" and world.world_size > 1:
+    world_size = launched_world_size()
+    if experiment.engine.type == "single" and world_size > 1:
         raise ConfigError(
-            f"engine.type = 'single' runs in one process, the launcher started {world.world_size}; "
+            f"engine.type = 'single' runs in one process, the launcher started {world_size}; "
             "use --engine.type=deepspeed or start one process"
         )
-    return world
+    return join_world(needs_process_group=experiment.engine.type == "deepspeed")
 
 
 def _take_up(
@@ -97,12 +96,13 @@ def _run(
         evaluate = build_evaluation(experiment, trainer, run_dir, tracker)
         reason = trainer.run(leave, log=record_step, evaluate=evaluate)
         outcome = "preempted" if reason else "finished"
+        # First of all: a scheduler's patience may end while MLflow is brought up to date.
+        run_dir.write_status(outcome, step=trainer.step, reason=reason or "")
     finally:
         progress.close()
         journal.close()
         saved = trainer.saved_step
         tracker.finish(outcome, None if saved is None else trainer.checkpoints.url(saved))
-    run_dir.write_status(outcome, step=trainer.step, reason=reason or "")
     log.info(
         "%s at step %d; checkpoint %s",
         f"leaving on request ({reason})" if reason else "finished",
@@ -114,25 +114,21 @@ def _run(
 
 @contextmanager
 def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirectory | None]:
-    """Hold the run directory on rank 0; the other ranks know that it is held."""
+    """Hold the run directory on rank 0; the other ranks know that it is held.
+
+    What ends the block with an error goes into status.json.
+    """
     run_dir: RunDirectory | None = None
     with world.agree():
         if world.is_main:
             run_dir = RunDirectory(experiment.run_path)
     try:
         yield run_dir
-    finally:
-        if run_dir:
-            run_dir.close()
-
-
-@contextmanager
-def _status_kept(run_dir: RunDirectory | None, trainer: Trainer) -> Iterator[None]:
-    """Write down why a run failed before the error goes its way."""
-    try:
-        yield
     except BaseException as error:
         if run_dir:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            run_dir.write_status("failed", step=trainer.step, reason=reason)
+            run_dir.write_status("failed", reason=reason)
         raise
+    finally:
+        if run_dir:
+            run_dir.close()

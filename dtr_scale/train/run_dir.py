@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -11,9 +12,13 @@ from typing import Any
 
 from dtr_scale.errors import ConfigError
 from dtr_scale.storage import Folder
+from dtr_scale.tracking.journal import last_step
+
+log = logging.getLogger(__name__)
 
 CONFIG, STATUS, JOURNAL, LOCK = "config.json", "status.json", "journal.jsonl", "lock"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+_OF_ONE_RUN = (CONFIG, STATUS, JOURNAL, CHECKPOINTS, SAMPLES, "mlflow.json", "evaluation.json")
 _LOCK_PATIENCE_SECONDS = 20.0
 
 
@@ -44,24 +49,29 @@ class RunDirectory:
     def write_config(self, config: dict[str, Any]) -> None:
         self._write_json(CONFIG, config)
 
-    def write_status(self, outcome: str, *, step: int, reason: str = "") -> None:
-        """Store how the run stands: running, finished, preempted or failed, and why."""
+    def write_status(self, outcome: str, *, step: int | None = None, reason: str = "") -> None:
+        """Store how the run stands: running, finished, preempted or failed, and why.
+
+        Without a step it is that of the journal's last line.
+        """
+        if step is None:
+            step = last_step(self.journal)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._write_json(STATUS, {"outcome": outcome, "reason": reason, "step": step, "time": now})
 
     def set_aside(self) -> Path | None:
-        """Move an earlier run's journal, checkpoints and MLflow id out of the way, losing nothing.
+        """Move an earlier run out of the way, losing nothing.
 
-        Returns where they are now; None if there was nothing.
+        Returns where it is now, a run directory of its own; None if nothing had been trained.
         """
-        names = (JOURNAL, CHECKPOINTS, "mlflow.json")
-        present = [name for name in names if (self.path / name).exists()]
-        if not present:
+        if not any((self.path / name).exists() for name in (JOURNAL, CHECKPOINTS)):
             return None
+        present = [name for name in _OF_ONE_RUN if (self.path / name).exists()]
         place = self.path / f"replaced_{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
         place.mkdir()
         for name in present:
             (self.path / name).rename(place / name)
+        (self.path / SAMPLES).mkdir()
         return place
 
     def close(self) -> None:
@@ -77,11 +87,16 @@ class RunDirectory:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     self._lock.seek(0)
+                    holder = self._lock.read().strip()
+                    self._lock.close()
                     raise ConfigError(
-                        f"run_dir = {str(self.path)!r} is in use by {self._lock.read().strip()}; "
+                        f"run_dir = {str(self.path)!r} is in use by {holder}; "
                         "wait for that job, stop it, or choose another with --run_dir=PATH"
                     ) from None
                 time.sleep(0.2)
+            except OSError as error:
+                log.warning("%s cannot be locked (%s); start no second job there", self.path, error)
+                break
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()

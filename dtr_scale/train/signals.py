@@ -17,6 +17,7 @@ class LeaveRequest:
 
     def __init__(self) -> None:
         self._signal: str | None = None
+        self._interrupted = False
         self._parent = os.getppid()
         launcher = os.environ.get(LAUNCHER_PID)
         self._launcher = int(launcher) if launcher else None
@@ -44,8 +45,10 @@ class LeaveRequest:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal == "SIGINT":
-            os._exit(130)
+        if number == signal.SIGINT:
+            if self._interrupted:
+                os._exit(130)
+            self._interrupted = True
         self._signal = self._signal or signal.Signals(number).name
 
 

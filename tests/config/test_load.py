@@ -50,6 +50,7 @@ def test_overrides_reach_the_experiment():
         ("--train.lr.x=5", "override --train.lr.x: 'lr' is a value, not a section"),
         ("train.lr=5", "unexpected argument 'train.lr=5'"),
         ("--train.lr", "override --train.lr has no value"),
+        ("--run_dir=s3://b/run", 'run_dir = "s3://b/run": must be a local folder'),
         ("--name=a/b", 'name = "a/b": String should match pattern'),
     ],
 )
@@ -82,11 +83,16 @@ def test_a_file_that_is_no_experiment_is_refused(tmp_path, content, message):
 
 def test_resolved_loads_again_and_keeps_no_secret():
     experiment = load_experiment(
-        FLAGSHIP, ['--data.storage_options={"key": "AK", "secret": "hush", "region": "eu"}']
+        FLAGSHIP,
+        [
+            '--data.storage_options={"key": "AK", "secret": "hush", "region": "eu"}',
+            "--tracking.uri=postgresql+psycopg2://me:hush@db.local:5432/runs",
+        ],
     )
     data = resolved(experiment)
     assert data["run_dir"] == "runs/dit_l_dtr_antuw"
     assert data["data"]["storage_options"] == {"region": "eu"}
+    assert data["tracking"]["uri"] == "postgresql+psycopg2://db.local:5432/runs"
     assert "hush" not in json.dumps(data)
     assert experiment.data.storage_options["secret"] == "hush"
 

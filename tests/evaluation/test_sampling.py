@@ -1,0 +1,154 @@
+"""Samples are a function of (seed, index), and a picture shows them all."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dtr_scale.errors import ConfigError
+from dtr_scale.evaluation.sampling import (
+    KeyedNoise,
+    SamplingSettings,
+    class_labels,
+    draw_samples,
+    save_grid,
+)
+from dtr_scale.models.dit import DiT
+
+SETTINGS = SamplingSettings(
+    noise_schedule="cosine",
+    num_timesteps=1000,
+    sampler="ddpm",
+    num_sampling_steps=4,
+    cfg_scale=2.0,
+    cfg_channels=None,
+    clip_denoised=True,
+    seed=3,
+)
+
+
+def network(class_dropout_prob=0.1):
+    """A small network whose output depends on all that it is given."""
+    model = DiT(
+        hidden_size=32, depth=2, num_heads=2, patch_size=2, input_size=8, in_channels=1,
+        num_classes=3, class_dropout_prob=class_dropout_prob, routing="dtr",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["ddpm", "ddim"])
+def drawn(request):
+    """Settings, and samples 0 to 9 drawn with them in one batch."""
+    settings = replace(SETTINGS, sampler=request.param)
+    return settings, draw_samples(network(), settings, range(9), batch_size=9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_samples_do_not_depend_on_the_batch_size(drawn, batch_size):
+    settings, samples = drawn
+    assert (samples.shape, samples.dtype) == ((9, 1, 8, 8), torch.float32)
+    again = draw_samples(network(), settings, range(9), batch_size=batch_size)
+    torch.testing.assert_close(again, samples, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [(0, 5, 9), (0, 1, 2, 9), (0, 9, 9)])
+def test_samples_do_not_depend_on_who_draws_them(drawn, split):
+    settings, samples = drawn
+    parts = [
+        draw_samples(network(), settings, range(first, stop), batch_size=4)
+        for first, stop in pairwise(split)
+    ]
+    torch.testing.assert_close(torch.cat(parts), samples, rtol=1e-5, atol=1e-5)
+    every_other = draw_samples(network(), settings, range(1, 9, 2), batch_size=3)
+    torch.testing.assert_close(every_other, samples[1::2], rtol=1e-5, atol=1e-5)
+
+
+def test_samples_differ_by_index_class_seed_and_guidance(drawn):
+    settings, samples = drawn
+    assert len({sample.numpy().tobytes() for sample in samples}) == 9
+    for changed in (replace(settings, seed=4), replace(settings, cfg_scale=1.0)):
+        other = draw_samples(network(), changed, range(9), batch_size=9)
+        assert (other - samples).flatten(1).abs().amax(dim=1).min() > 1e-3
+    assert class_labels(range(2, 8), 3).tolist() == [2, 0, 1, 2, 0, 1]
+
+
+def test_clipping_keeps_samples_in_range():
+    wild = draw_samples(network(), replace(SETTINGS, clip_denoised=False), range(6), batch_size=6)
+    clipped = draw_samples(network(), SETTINGS, range(6), batch_size=6)
+    assert wild.abs().max() > 1.5 > 1.1 > clipped.abs().max()
+
+
+def test_guidance_needs_a_null_label_and_scale_1_does_not():
+    unguided = replace(SETTINGS, cfg_scale=1.0)
+    samples = draw_samples(network(class_dropout_prob=0), unguided, range(3), batch_size=3)
+    assert samples.isfinite().all()
+    with pytest.raises(ConfigError, match="needs a model trained with a null label"):
+        draw_samples(network(class_dropout_prob=0), SETTINGS, range(3), batch_size=3)
+
+
+def test_noise_is_standard_normal_and_keyed_by_sample_and_step():
+    noise = KeyedNoise(0, range(2000), (1, 2, 2), torch.device("cpu"))
+    draws = torch.stack([noise.start, noise[0], noise[1]])
+    assert draws.shape == (3, 2000, 1, 2, 2)
+    moments = torch.corrcoef(draws.flatten(1))
+    torch.testing.assert_close(moments, torch.eye(3), rtol=0, atol=0.05)
+    assert draws.mean().abs() < 0.02
+    assert (draws.std() - 1).abs() < 0.02
+    tail = KeyedNoise(0, range(1990, 2000), (1, 2, 2), torch.device("cpu"))
+    assert torch.equal(tail[1], noise[1][1990:])
+
+
+def test_progress_sees_the_steps_of_every_batch():
+    seen = []
+
+    def progress(steps):
+        seen.append(list(steps))
+        return seen[-1]
+
+    draw_samples(network(), SETTINGS, range(5), batch_size=3, progress=progress)
+    assert seen == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid_shows_every_image_in_its_place(tmp_path, channels):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(5, channels, 8, 8, generator=generator) * 2.4 - 1.2
+    path = tmp_path / "new" / "grid"
+    save_grid(path, images, columns=3)
+
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", {1: "L", 3: "RGB"}[channels])
+        shown = np.asarray(picture).reshape(picture.height, picture.width, channels)
+    enlarged = 48 // 8
+    assert shown.shape[:2] == ((2 * 9 + 1) * enlarged, (3 * 9 + 1) * enlarged)
+    small = shown[::enlarged, ::enlarged]
+    np.testing.assert_array_equal(shown, small.repeat(enlarged, 0).repeat(enlarged, 1))
+    expected = ((images.numpy().clip(-1, 1) + 1) * 127.5).round().transpose(0, 2, 3, 1)
+    for i, image in enumerate(expected):
+        row, column = divmod(i, 3)
+        cell = small[row * 9 + 1 : row * 9 + 9, column * 9 + 1 : column * 9 + 9]
+        np.testing.assert_array_equal(cell, image)
+    assert not small[10:, 19:].any()
+    assert not small[::9].any()
+    assert not small[:, ::9].any()
+
+
+def test_large_images_are_not_enlarged(tmp_path):
+    save_grid(tmp_path / "grid.png", torch.zeros(1, 3, 64, 64), columns=1)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (66, 66)
+
+
+def test_the_manifest_holds_every_setting():
+    assert SETTINGS.manifest() == {
+        "noise_schedule": "cosine", "num_timesteps": 1000, "sampler": "ddpm",
+        "num_sampling_steps": 4, "cfg_scale": 2.0, "cfg_channels": None,
+        "clip_denoised": True, "seed": 3,
+    }  # fmt: skip

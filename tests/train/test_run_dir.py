@@ -1,0 +1,99 @@
+"""A run directory belongs to one job at a time and keeps what earlier runs left."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from dtr_scale.errors import ConfigError
+from dtr_scale.train import run_dir as run_dir_module
+from dtr_scale.train.run_dir import RunDirectory
+
+HOLDER = """
+import pathlib, sys, time
+from dtr_scale.train.run_dir import RunDirectory
+held = RunDirectory(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path."""
+    command = [sys.executable, "-c", HOLDER, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_job_is_refused_and_told_who_holds_the_directory(holder, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_dir_module, "_LOCK_PATIENCE_SECONDS", 0.3)
+    with pytest.raises(ConfigError, match=rf"is in use by pid {holder.pid} on .*--run_dir=PATH"):
+        RunDirectory(tmp_path)
+
+
+def test_kill_9_frees_the_directory_for_a_job_that_waits(holder, tmp_path):
+    threading.Timer(0.3, holder.send_signal, [signal.SIGKILL]).start()
+    RunDirectory(tmp_path).close()
+
+
+def test_a_closed_directory_can_be_held_again(tmp_path):
+    for _ in range(2):
+        run_dir = RunDirectory(tmp_path / "new" / "run")
+        run_dir.close()
+    lock = (tmp_path / "new" / "run" / "lock").read_text()
+    assert lock.count("pid ") == 1
+
+
+def test_a_place_that_cannot_be_written_is_named_with_the_fix(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run' cannot be written: Not a dir.*--run_dir=PA"):
+        RunDirectory(tmp_path / "file" / "run")
+
+
+def test_status_and_config_are_json(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    run_dir.write_config({"name": "Überblick", "train": {"lr": 1e-4}})
+    run_dir.write_status("running", step=0)
+    run_dir.write_status("failed", step=7, reason="step 8: loss nan")
+    run_dir.close()
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"name": "Überblick", "train": {"lr": 1e-4}}
+    status = json.loads((tmp_path / "status.json").read_text())
+    time = datetime.fromisoformat(status.pop("time"))
+    assert abs(datetime.now(UTC) - time) < timedelta(minutes=1)
+    assert status == {"outcome": "failed", "reason": "step 8: loss nan", "step": 7}
+
+
+def test_an_earlier_run_is_set_aside_whole(tmp_path):
+    run_dir = RunDirectory(tmp_path)
+    assert run_dir.set_aside() is None
+    files = {
+        "config.json": "{}", "status.json": "{}", "journal.jsonl": '{"step": 1}\n',
+        "mlflow.json": "{}", "evaluation.json": "{}", "samples/step_00000001.png": "png",
+        "checkpoints/step_00000001/index.json": "{}",
+    }  # fmt: skip
+    shared = {"mlflow.db": "database", "notes.txt": "the user's"}
+    for name, text in (files | shared).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    place = run_dir.set_aside()
+    assert place is not None and place.parent == tmp_path
+    moved = {str(p.relative_to(place)): p.read_text() for p in place.rglob("*") if p.is_file()}
+    assert moved == files
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"lock", "samples", place.name, *shared}
+    assert not list((tmp_path / "samples").iterdir())
+
+    assert run_dir.set_aside() is None
+    run_dir.journal.write_text('{"step": 1}\n')
+    second = run_dir.set_aside()
+    assert second is not None and second != place
+    run_dir.close()

@@ -1,0 +1,258 @@
+"""Whole runs in this process: resuming, splitting, leaving, and what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dtr_scale.data.sources import prepare_digits
+from dtr_scale.errors import CheckpointError, ConfigError, DataError, EngineError
+from dtr_scale.storage import Folder
+from tests.runs import ROOT, journal, train
+
+BATCH = ("--train.global_batch_size=32", "--train.micro_batch_size=32")
+TINY = (*BATCH, "--train.max_steps=4", "--checkpoint.every_steps=2")
+
+
+def status(run_dir):
+    return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+
+
+def tiny(digits, run_dir, *overrides):
+    return train(digits, run_dir, *TINY, *overrides)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(digits, tmp_path):
+    """To the last bit: stopped at step 50 and resumed to 100, against straight through."""
+    through, resumed = tmp_path / "through", tmp_path / "resumed"
+    assert train(digits, through, *BATCH, "--train.max_steps=100") == 0
+    assert train(digits, resumed, *BATCH, "--train.max_steps=50") == 0
+    assert train(digits, resumed, *BATCH, "--train.max_steps=100") == 0
+    assert journal(resumed) == journal(through)
+    assert len(journal(through)) == 100
+    weights = "checkpoints/step_00000100/rank_00000.safetensors"
+    assert (resumed / weights).read_bytes() == (through / weights).read_bytes()
+
+
+@pytest.mark.parametrize("objective", ["ant_uw", "vanilla"])
+def test_the_journal_does_not_depend_on_the_micro_batch_size(digits, tmp_path, objective):
+    records = {}
+    for micro in (64, 32, 16):
+        size = ("--train.global_batch_size=64", f"--train.micro_batch_size={micro}")
+        steps = ("--train.max_steps=20", f"--objective.type={objective}")
+        assert train(digits, tmp_path / str(micro), *size, *steps) == 0
+        records[micro] = journal(tmp_path / str(micro))
+    for micro in (32, 16):
+        for found, expected in zip(records[micro], records[64], strict=True):
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_the_journal_has_the_agreed_keys(digits, tmp_path):
+    tiny(digits, tmp_path, "--train.log_every=2")
+    lines = (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    clusters = [f"{name}_{k}" for name in ("loss_cluster", "uw_log_var") for k in range(8)]
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    for line in lines:
+        record = json.loads(line)
+        assert list(record) == [
+            "step", "samples_seen", "loss", "objective", "mse", "vb", *clusters,
+            "lr", "grad_norm", "samples_per_second", "data_wait_fraction",
+        ]  # fmt: skip
+        assert record["samples_seen"] == 32 * record["step"]
+        assert record["loss"] == record["mse"] + record["vb"]
+        # 32 samples go round 8 clusters evenly, so the loss is the mean of theirs.
+        mean = sum(record[f"loss_cluster_{k}"] for k in range(8)) / 8
+        assert record["loss"] == pytest.approx(mean)
+
+
+def test_workers_and_evaluation_change_nothing(digits, tmp_path):
+    """Reading ahead and sampling with the averaged weights leave the training as it is."""
+    evaluation = (
+        "--evaluation.every_steps=2",
+        "--evaluation.num_samples=20",
+        "--evaluation.num_sampling_steps=4",
+    )
+    tiny(digits, tmp_path / "plain")
+    tiny(digits, tmp_path / "busy", "--data.num_workers=2", *evaluation)
+    assert journal(tmp_path / "busy") == journal(tmp_path / "plain")
+    pictures = sorted(path.name for path in (tmp_path / "busy" / "samples").iterdir())
+    assert pictures == ["step_00000002.png", "step_00000004.png"]
+
+
+def test_shards_and_checkpoints_in_object_storage(digits, tmp_path, s3_url):
+    """The same journal from s3:// as from disk, resumed from a checkpoint in s3://."""
+    prepare_digits(Folder(f"{s3_url}/digits"))
+    remote = (f"--checkpoint.dir={s3_url}/checkpoints", f"--data.cache_dir={tmp_path}/cache")
+    run_dir = tmp_path / "remote"
+    assert train(f"{s3_url}/digits", run_dir, *TINY, *remote, "--train.max_steps=2") == 0
+    assert train(f"{s3_url}/digits", run_dir, *TINY, *remote) == 0
+    tiny(digits, tmp_path / "local")
+    assert journal(run_dir) == journal(tmp_path / "local")
+    assert Folder(f"{s3_url}/checkpoints").names() == ["step_00000002", "step_00000004"]
+    assert not (run_dir / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(digits, tmp_path, number):
+    run_dir, long = tmp_path / "run", (*BATCH, "--train.max_steps=1000000")
+
+    def send_when_training():
+        path = run_dir / "journal.jsonl"
+        while not (path.exists() and path.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_when_training)
+    sender.start()
+    assert train(digits, run_dir, *long) == 75
+    sender.join()
+    left = status(run_dir)
+    assert (left["outcome"], left["reason"]) == ("preempted", number.name)
+    last = int(journal(run_dir)[-1]["step"])
+    assert left["step"] == last
+    further = last + 2
+    assert train(digits, run_dir, *BATCH, f"--train.max_steps={further}") == 0
+    assert [record["step"] for record in journal(run_dir)] == list(range(1, further + 1))
+    assert status(run_dir)["outcome"] == "finished"
+
+
+def test_a_checkpoint_cut_short_is_passed_over(digits, tmp_path, warnings_of):
+    through, cut = tmp_path / "through", tmp_path / "cut"
+    tiny(digits, through)
+    tiny(digits, cut)
+    part = cut / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    tiny(digits, cut)
+    (warning,) = warnings_of("dtr_scale.checkpoint.manager")
+    assert "step_00000004: rank_00000.safetensors has" in warning
+    assert journal(cut) == journal(through)
+
+
+def test_a_fresh_start_on_purpose_loses_nothing(digits, tmp_path):
+    tiny(digits, tmp_path)
+    tiny(digits, tmp_path, "--checkpoint.resume=never", "--train.seed=1")
+    (replaced,) = tmp_path.glob("replaced_*")
+    assert journal(replaced) != journal(tmp_path)
+    assert [record["step"] for record in journal(replaced)] == [1, 2, 3, 4]
+    assert (replaced / "checkpoints" / "step_00000004").is_dir()
+
+
+def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(digits, tmp_path):
+    tiny(digits, tmp_path)
+    before = journal(tmp_path)
+    for part in tmp_path.glob("checkpoints/*/index.json"):
+        part.unlink()
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        tiny(digits, tmp_path)
+    assert journal(tmp_path) == before
+
+
+def copied(digits, tmp_path):
+    place = tmp_path / "digits"
+    place.mkdir()
+    for path in digits.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    return place
+
+
+def without_a_shard(place):
+    (place / "train-000001.tar").unlink()
+
+
+def with_a_cut_shard(place):
+    path = place / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[: 512 * 100])
+
+
+def with_an_altered_shard(place):
+    path = place / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def with_an_empty_manifest(place):
+    (place / "manifest.json").write_text("")
+
+
+def without_manifest(place):
+    (place / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_shard, r"train-000001\.tar .*is missing"),
+        (with_a_cut_shard, r"train-000001\.tar.*1034240.*51200"),
+        (with_an_altered_shard, r"train-000001\.tar.*sha256"),
+        (with_an_empty_manifest, "manifest.json is empty"),
+        (without_manifest, "manifest.json is missing"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_data_is_one_line_and_nothing_is_lost(digits, tmp_path, damage, message, num_workers):
+    place, run_dir = copied(digits, tmp_path), tmp_path / "run"
+    workers = f"--data.num_workers={num_workers}"
+    assert tiny(place, run_dir, "--train.max_steps=2") == 0
+    before = journal(run_dir)
+    damage(place)
+    with pytest.raises(DataError, match=message) as caught:
+        tiny(place, run_dir, "--train.max_steps=60", workers)
+    assert "\n" not in str(caught.value)
+    assert "fix: " in str(caught.value)
+    assert journal(run_dir)[:2] == before
+    assert (run_dir / "checkpoints" / "step_00000002" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--model.in_channels=3", r"make samples \[3, 8, 8\], the manifest in .* has \[1, 8, 8\]"),
+        ("--model.num_classes=7", "set --model.num_classes=10"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused(digits, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(digits, tmp_path, override)
+
+
+def test_an_unconditional_network_trains_without_labels(digits, tmp_path):
+    unconditional = ("--model.conditioning=none", "--evaluation.cfg_scale=1")
+    assert tiny(digits, tmp_path, *unconditional) == 0
+
+
+def test_a_second_job_on_a_run_directory_is_refused(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("dtr_scale.train.run_dir._LOCK_PATIENCE_SECONDS", 0.2)
+    holder = (
+        "import sys, time; from pathlib import Path;"
+        "from dtr_scale.train.run_dir import RunDirectory;"
+        f"held = RunDirectory(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ConfigError, match=f"is in use by pid {process.pid} on "):
+            tiny(digits, tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    assert tiny(digits, tmp_path) == 0  # a killed holder holds nothing
+
+
+def test_losing_the_loss_stops_before_a_checkpoint(digits, tmp_path):
+    assert tiny(digits, tmp_path, "--train.max_steps=2") == 0
+    with pytest.raises(EngineError, match=r"the newest checkpoint is of step 2.*lower train\.lr"):
+        tiny(digits, tmp_path, "--train.max_steps=40", "--train.lr=1e30")
+    assert status(tmp_path)["outcome"] == "failed"
+
+
+def test_one_process_cannot_be_many(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process, the launcher started 2"):
+        tiny(digits, tmp_path)

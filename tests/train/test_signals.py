@@ -1,0 +1,100 @@
+"""Requests to leave, with real signals to real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dtr_scale.train.signals import LAUNCHER_PID, LeaveRequest
+
+# Says "ready", waits for a reason to leave, says it.
+RANK = """
+import time
+from dtr_scale.train.signals import LeaveRequest
+leave = LeaveRequest()
+with leave.listening():
+    print("ready", flush=True)
+    while leave.reason is None:
+        time.sleep(0.01)
+    print(leave.reason, flush=True)
+"""
+# The same, and then still has work to do.
+BUSY_RANK = RANK + "    time.sleep(60)\n"
+
+
+@pytest.fixture
+def start():
+    """Start a script, wait until it is ready; it is killed in the end."""
+    started = []
+
+    def start(script, *before):
+        command = [*before, sys.executable, "-c", script]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+def test_a_signal_is_the_reason_to_leave(start, name):
+    rank = start(RANK)
+    rank.send_signal(signal.Signals[name])
+    assert rank.communicate(timeout=20)[0] == f"{name}\n"
+    assert rank.returncode == 0
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_the_second_sigint_leaves_at_once(start, first):
+    rank = start(BUSY_RANK)
+    rank.send_signal(signal.Signals[first])
+    assert rank.stdout.readline() == f"{first}\n"
+    if first == "SIGTERM":
+        # More of another kind are no reason to hurry.
+        rank.send_signal(signal.SIGTERM)
+        rank.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(0.3)
+    rank.send_signal(signal.SIGINT)
+    assert rank.wait(20) == 130
+
+
+def test_an_ignored_sighup_stays_ignored(start):
+    rank = start(RANK, "nohup")
+    rank.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(0.3)
+    rank.send_signal(signal.SIGTERM)
+    assert rank.communicate(timeout=20)[0] == "SIGTERM\n"
+
+
+def test_a_parent_that_is_gone_is_noticed(start):
+    launcher = start(RANK, "sh", "-c", '"$@" & wait', "sh")
+    launcher.kill()
+    assert launcher.stdout.readline() == "the launcher is gone\n"
+
+
+def test_a_launcher_further_up_that_is_gone_is_noticed(monkeypatch):
+    launcher = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setenv(LAUNCHER_PID, str(launcher.pid))
+    leave = LeaveRequest()
+    assert leave.reason is None
+    launcher.kill()
+    launcher.wait()
+    assert leave.reason == "the launcher is gone"
+
+
+def test_handlers_are_put_back_and_the_reason_stays():
+    before = signal.getsignal(signal.SIGUSR1)
+    leave = LeaveRequest()
+    with leave.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert leave.reason == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) is before
