@@ -125,12 +125,12 @@ class Trainer:
         while self.step < self.max_steps:
             result = self._train_step(batches, leave)
             self.step += 1
-            last = self.step == self.max_steps or result.leave
-            if last or self._due(self.log_every):
+            # Not where the run is asked to leave: its journal must not tell how often it was.
+            if self._due(self.log_every):
                 log(self._record(result))
-            if last or self._due(self.save_every):
+            if result.leave or self._due(self.save_every):
                 self.save()
-            if result.leave:
+            if result.leave and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
             if self.evaluate_every and self._due(self.evaluate_every):
@@ -240,7 +240,7 @@ class Trainer:
         return state
 
     def _due(self, every: int) -> bool:
-        return self.step % every == 0
+        return self.step % every == 0 or self.step == self.max_steps
 
 
 def _add_losses(sums: Tensor, mse: Tensor, vb: Tensor, cluster: Tensor) -> None:
