@@ -22,7 +22,7 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from dtr_scale.errors import CheckpointError
+from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.storage import Folder
 
 FORMAT = 1
@@ -136,13 +136,17 @@ class CheckpointReader:
         return out
 
     def read_into(self, wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
-        """Return the values of the wanted pieces; the pieces themselves stay as they are."""
+        """Return the values of the wanted pieces; the pieces themselves stay as they are.
+
+        ConfigError if the checkpoint is of another network or objective.
+        """
         for key, piece in wanted.items():
-            if key not in self._tensors:
-                raise CheckpointError(f"{self.url} has no tensor {key}")
-            if self.shape(key) != piece.shape:
-                raise CheckpointError(
-                    f"{self.url}: {key} has shape {self.shape(key)}, the run needs {piece.shape}"
+            stored = self.shape(key) if key in self._tensors else None
+            if stored != piece.shape:
+                raise ConfigError(
+                    f"{self.url} is of another network or objective: {key} has shape {stored}, "
+                    f"this run needs {piece.shape}; set model and objective as they were, or "
+                    "choose another run_dir"
                 )
         in_file_order = sorted(wanted, key=lambda key: self._place(key))
         return {

@@ -72,6 +72,26 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     return data
 
 
+_IDENTITY = ("model.", "diffusion.", "objective.", "train.global_batch_size", "train.seed")
+_CHANGEABLE = ("model.attention", "objective.lr")
+
+
+def changed_identity(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (key, old, new) where two resolved experiments are not the same run.
+
+    Engine, ranks, micro-batches, learning rates, logging and the like may change from one job of a
+    run to the next; network, diffusion, objective, batch size and seed may not.
+    """
+    before, after = flatten(old), flatten(new)
+    return [
+        (key, before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if key.startswith(_IDENTITY)
+        and key not in _CHANGEABLE
+        and before.get(key) != after.get(key)
+    ]
+
+
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one with dotted keys: {"train": {"lr": 1}} -> {"train.lr": 1}."""
     flat: dict[str, Any] = {}

@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from dtr_scale.config.load import resolved
+from dtr_scale.config.load import changed_identity, resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world, launched_world_size
 from dtr_scale.errors import CheckpointError, ConfigError
@@ -31,13 +32,14 @@ def train_experiment(experiment: Experiment) -> int:
     with ExitStack() as stack:
         stack.enter_context(leave.listening())
         world = _join(experiment)
-        stack.callback(world.leave)
         run_dir = stack.enter_context(_run_directory(experiment, world))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         _take_up(trainer, experiment, world, run_dir)
         reason = _run(trainer, experiment, world, run_dir, leave)
         world.barrier()
+    # Not after an error: the other ranks may be waiting in a collective, or gone.
+    world.leave()
     return EXIT_REQUEUE if reason else EXIT_FINISHED
 
 
@@ -65,8 +67,24 @@ def _take_up(
                     "checkpoints; choose an empty checkpoint.dir"
                 )
         return
-    if trainer.resume() and world.is_main:
-        log.info("resumed %s at step %d", trainer.checkpoints.url(trainer.step), trainer.step)
+    meta = trainer.resume()
+    if meta is None:
+        return
+    _refuse_another_run(meta, trainer.meta, trainer.checkpoints.url(trainer.step))
+    log.info("resumed %s at step %d", trainer.checkpoints.url(trainer.step), trainer.step)
+
+
+def _refuse_another_run(stored: dict[str, Any], wanted: dict[str, Any], url: str) -> None:
+    """Raise ConfigError if what defines a run is not what the checkpoint was made with."""
+    differences = changed_identity(stored["config"], wanted["config"])
+    if stored["manifest_hash"] != wanted["manifest_hash"]:
+        differences.append(("data.shards' manifest", stored["manifest_hash"][:12], "another"))
+    if differences:
+        listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in differences)
+        raise ConfigError(
+            f"{url} belongs to another run: {listed}; set that back, choose another run_dir, or "
+            "start afresh with --checkpoint.resume=never"
+        )
 
 
 def _run(

@@ -133,7 +133,8 @@ class Trainer:
             if result.leave and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
-            if self.evaluate_every and self._due(self.evaluate_every):
+            # Not at any last step: ten thousand samples may cost more than a short run.
+            if self.evaluate_every and self.step % self.evaluate_every == 0:
                 evaluate(self.step)
         return None
 
@@ -146,17 +147,17 @@ class Trainer:
         self.checkpoints.save(self.step, self._state(self.objective.state_dict()), meta)
         self.saved_step = self.step
 
-    def resume(self) -> bool:
-        """Take up the newest complete checkpoint; False if there is none."""
+    def resume(self) -> dict[str, Any] | None:
+        """Take up the newest complete checkpoint and return its meta; None if there is none."""
         objective_state = self.objective.state_dict()
         meta = self.checkpoints.restore(self._state(objective_state))
         if meta is None:
-            return False
+            return None
         self.engine.optimizer_step = meta["optimizer_step"]
         self.engine.push_masters()
         self.objective.load_state_dict(objective_state)
         self.step = self.saved_step = meta["step"]
-        return True
+        return meta
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         counts = torch.from_numpy(self.timesteps.counts(self.step)).to(self.world.device)

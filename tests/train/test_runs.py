@@ -142,6 +142,40 @@ def test_a_fresh_start_on_purpose_loses_nothing(digits, tmp_path):
     assert (replaced / "checkpoints" / "step_00000004").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--model.routing.alpha=2", "model.routing.alpha was 4.0 and is 2.0"),
+        ("--train.global_batch_size=64", "train.global_batch_size was 32 and is 64"),
+        ("--model.depth=3", "is of another network or objective: .*blocks.2.* has shape None"),
+        ("--objective.type=vanilla", "objective.type was 'ant_uw' and is 'vanilla'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path, override, message):
+    tiny(digits, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        tiny(digits, tmp_path, override, "--train.max_steps=8")
+    assert len(journal(tmp_path)) == 4
+
+
+def test_another_manifest_is_another_run(digits, tmp_path):
+    place = copied(digits, tmp_path)
+    run_dir = tmp_path / "run"
+    tiny(place, run_dir)
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["shards"] = [s for s in manifest["shards"] if s["name"] != "train-000002.tar"]
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError, match="manifest was"):
+        tiny(place, run_dir, "--train.max_steps=8")
+
+
+def test_harmless_changes_go_on(digits, tmp_path):
+    tiny(digits, tmp_path)
+    changes = ("--train.lr=1e-4", "--train.micro_batch_size=8", "--train.grad_clip=1")
+    assert tiny(digits, tmp_path, *changes, "--train.max_steps=6") == 0
+    assert len(journal(tmp_path)) == 6
+
+
 def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(digits, tmp_path):
     tiny(digits, tmp_path)
     before = journal(tmp_path)
