@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.logs import launched_rank, setup_logging
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown argument {rest[0]!r}; see dtr-scale {arguments.command} -h")
         return arguments.run(arguments)
     except DtrScaleError as error:
-        if rank == 0 or not error.on_every_rank:
+        if not error.reported and (rank == 0 or not error.on_every_rank):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
@@ -37,8 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Tell what is wrong and how to call it right, once for all ranks."""
+        if launched_rank() == 0:
+            super().error(message)
+        sys.exit(EXIT_USER_ERROR)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dtr-scale",
         description="Train diffusion transformers with Denoising Task Routing.",
         epilog="examples:\n"
@@ -57,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    commands: "argparse._SubParsersAction[_Parser]",
     name: str,
     summary: str,
     example: str,
@@ -72,7 +81,7 @@ def _command(
     )
 
 
-def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_train(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "train",
@@ -85,7 +94,7 @@ def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.set_defaults(run=_train, takes_overrides=True)
 
 
-def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "sample",
@@ -93,15 +102,15 @@ def _add_sample(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "dtr-scale sample runs/demo_digits --num 100 --columns 10",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--num", type=_positive_int, default=64, help="samples (default 64)")
+    parser.add_argument("--num", type=positive_integer, default=64, help="samples (default 64)")
     parser.add_argument(
-        "--columns", type=_positive_int, default=8, help="of the picture (default 8)"
+        "--columns", type=positive_integer, default=8, help="of the picture (default 8)"
     )
     parser.add_argument("--out", type=Path, help="PNG (default RUN_DIR/samples/grid.png)")
     parser.set_defaults(run=_sample)
 
 
-def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "evaluate",
@@ -109,11 +118,13 @@ def _add_evaluate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         "dtr-scale evaluate runs/demo_digits --num-samples 500",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--num-samples", type=_positive_int, help="default: evaluation.num_samples")
+    parser.add_argument(
+        "--num-samples", type=positive_integer, help="default: evaluation.num_samples"
+    )
     parser.set_defaults(run=_evaluate)
 
 
-def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_prepare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "prepare",
@@ -127,7 +138,7 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=_prepare)
 
 
-def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_config(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "config",
@@ -142,7 +153,7 @@ def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     schema.set_defaults(run=_config_schema)
 
 
-def _positive_int(text: str) -> int:
+def positive_integer(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not accepted; give 1 or more")

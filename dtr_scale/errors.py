@@ -4,6 +4,7 @@ DtrScaleError
 ├── ConfigError       an experiment file, an override or a combination of settings
 ├── DataError         a manifest, a shard or a sample
 ├── CheckpointError   a checkpoint that cannot be written, found or trusted
+│   └── DamagedCheckpointError
 ├── EngineError       devices, launchers, DeepSpeed
 └── EvaluationError   sampling and metrics
 
@@ -18,6 +19,9 @@ class DtrScaleError(Exception):
     on_every_rank = False
     """All ranks raise it together, so rank 0 alone reports it."""
 
+    reported = False
+    """The rank that failed reports it; this one is only told."""
+
 
 class ConfigError(DtrScaleError):
     """The experiment cannot be run as it is described."""
@@ -31,6 +35,10 @@ class DataError(DtrScaleError):
 
 class CheckpointError(DtrScaleError):
     """A checkpoint cannot be written, found or trusted."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is incomplete, cut or altered: another one may be whole."""
 
 
 class EngineError(DtrScaleError):

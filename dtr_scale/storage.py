@@ -33,6 +33,8 @@ class Folder:
 
     def __new__(cls, url: str | Path, storage_options: Mapping[str, Any] | None = None) -> "Folder":
         """Choose the kind of folder by the scheme of `url`."""
+        if str(url).startswith("s3:/") and not str(url).startswith("s3://"):
+            raise ConfigError(f"{url} is no folder; write s3://bucket/prefix")
         scheme, separator, _ = str(url).partition("://")
         if separator and scheme not in ("file", "s3"):
             raise ConfigError(

@@ -7,7 +7,8 @@ if ! "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 
     echo "error: $python is no Python 3.11 or newer with venv; install one or set PYTHON" >&2
     exit 2
 fi
-[ -d .venv ] || "$python" -m venv .venv
+# A virtual environment without pip is one whose making was cut off.
+[ -x .venv/bin/pip ] || "$python" -m venv --clear .venv
 source .venv/bin/activate
 
 stamp=".venv/installed-$extras"

@@ -1,13 +1,15 @@
 """Small runs of the demo's experiment for tests, in this process or on ranks."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
+from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Record
-from dtr_scale.train.build import build_trainer
+from dtr_scale.train.build import build_evaluation, build_trainer
 from dtr_scale.train.run import train_experiment
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
@@ -37,19 +39,25 @@ def train(digits: Path | str, run_dir: Path, *overrides: str) -> int:
     return train_experiment(demo_experiment(digits, run_dir, *SINGLE, *overrides))
 
 
-def run_trainer(trainer: Trainer) -> list[Record]:
+def run_trainer(
+    trainer: Trainer, evaluate: Callable[[int], None] = lambda step: None
+) -> list[Record]:
     """Run a trainer to its end and return the records of its steps."""
     records: list[Record] = []
-    trainer.run(LeaveRequest(), log=records.append, evaluate=lambda step: None)
+    trainer.run(LeaveRequest(), log=records.append, evaluate=evaluate)
     trainer.loader.close()
     return records
 
 
-def train_on(world: World, experiment: Experiment, *, resume: bool = False) -> list[Record]:
+def train_on(
+    world: World, experiment: Experiment, *, resume: bool = False, evaluating: bool = False
+) -> list[Record]:
     """Train an experiment on a rank's world and return the records of its steps."""
     trainer = build_trainer(experiment, world)
     if resume:
         assert trainer.resume()
+    if evaluating:
+        return run_trainer(trainer, build_evaluation(experiment, trainer, None, NullTracker()))
     return run_trainer(trainer)
 
 

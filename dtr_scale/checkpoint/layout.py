@@ -13,6 +13,7 @@ A tensor's key is its kind and canonical name: `master/blocks.0.attn.qkv.weight`
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,9 +21,10 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from dtr_scale.storage import Folder
 
 FORMAT = 1
@@ -48,7 +50,10 @@ def write_rank_file(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
     """Store one rank's pieces at `path`; return the file's entry for the index."""
     assert all(piece.data.dtype == torch.float32 for piece in pieces.values())
     tensors = {key: piece.data.detach().to("cpu").contiguous() for key, piece in pieces.items()}
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from error
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
@@ -85,16 +90,20 @@ def complete_mark(index: bytes) -> bytes:
 class CheckpointReader:
     """One complete checkpoint; every byte read is checked against the index.
 
-    Raises CheckpointError naming the file when anything is missing, cut or altered.
+    Raises DamagedCheckpointError naming the file when anything is missing, cut or altered, and
+    CheckpointError when it cannot be read at all.
     """
 
     def __init__(self, folder: Folder) -> None:
         self.url = folder.url
         self._folder = folder
         self._block: tuple[str, int, bytes] | None = None
+        self._sized: set[str] = set()
         index = self._read(INDEX)
         if self._read(COMPLETE) != complete_mark(index):
-            raise CheckpointError(f"{self.url}: {INDEX} is not the one that {COMPLETE} names")
+            raise DamagedCheckpointError(
+                f"{self.url}: {INDEX} is not the one that {COMPLETE} names"
+            )
         content = json.loads(index)
         if content["format"] != FORMAT:
             raise CheckpointError(
@@ -103,12 +112,6 @@ class CheckpointReader:
         self.meta: dict[str, Any] = content["meta"]
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
-        for name, file in self._files.items():
-            self._check_size(name, file["bytes"])
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._tensors[key]["shape"])
@@ -132,7 +135,7 @@ class CheckpointReader:
                 out[first - offset : last - offset] = values
                 found += last - first
         if found != numel:
-            raise CheckpointError(f"{self.url} holds {found} of {numel} elements of {key}")
+            raise DamagedCheckpointError(f"{self.url} holds {found} of {numel} elements of {key}")
         return out
 
     def read_into(self, wanted: Mapping[str, Piece]) -> dict[str, torch.Tensor]:
@@ -158,21 +161,31 @@ class CheckpointReader:
         first = self._tensors[key]["pieces"][0]
         return first["file"], first["start_byte"]
 
-    def _read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Tell a file that is missing from one that cannot be read now."""
         try:
-            return self._folder.read_bytes(name, start, end)
+            yield
         except FileNotFoundError:
-            raise CheckpointError(f"{self.url}: {name} is missing") from None
+            raise DamagedCheckpointError(f"{self.url}: {name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{self.url}: {name} cannot be read: {error}") from None
 
-    def _check_size(self, name: str, expected: int) -> None:
-        try:
+    def _read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        with self._reading(name):
+            return self._folder.read_bytes(name, start, end)
+
+    def _check_size_once(self, name: str) -> None:
+        if name in self._sized:
+            return
+        with self._reading(name):
             found = self._folder.size(name)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.url}: {name} is missing") from None
+        expected = self._files[name]["bytes"]
         if found != expected:
-            raise CheckpointError(f"{self.url}: {name} has {found} bytes, its index {expected}")
+            raise DamagedCheckpointError(
+                f"{self.url}: {name} has {found} bytes, its index {expected}"
+            )
+        self._sized.add(name)
 
     def _read_verified(self, name: str, start: int, length: int) -> bytes:
         first, last = start // BLOCK_BYTES, (start + length - 1) // BLOCK_BYTES
@@ -184,11 +197,12 @@ class CheckpointReader:
         # Pieces are read in file order, so the last block is the one that is wanted again.
         if self._block and self._block[:2] == (name, number):
             return self._block[2]
+        self._check_size_once(name)
         start = number * BLOCK_BYTES
         end = min(start + BLOCK_BYTES, self._files[name]["bytes"])
         block = self._read(name, start, end)
         if xxhash.xxh3_64_hexdigest(block) != self._files[name]["blocks"][number]:
-            raise CheckpointError(f"{self.url}: {name} is damaged in bytes {start} to {end}")
+            raise DamagedCheckpointError(f"{self.url}: {name} is damaged in bytes {start} to {end}")
         self._block = (name, number, block)
         return block
 

@@ -24,12 +24,13 @@ from dtr_scale.checkpoint.layout import (
     write_rank_file,
 )
 from dtr_scale.engines.world import World
-from dtr_scale.errors import CheckpointError
+from dtr_scale.errors import CheckpointError, DamagedCheckpointError
 from dtr_scale.storage import Folder
 
 log = logging.getLogger(__name__)
 
 UNFINISHED = "UNFINISHED"
+_PROBE = ".probe"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -44,6 +45,24 @@ class CheckpointManager:
 
     def url(self, step: int) -> str:
         return self._folder.child(_name(step)).url
+
+    def probe(self) -> None:
+        """Check that this folder can be written and that every rank sees the same one.
+
+        Every rank calls it; CheckpointError on all of them otherwise.
+        """
+        with self._world.agree(), _as_checkpoint_error(self._folder.url):
+            if self._world.is_main:
+                self._folder.write_bytes(_PROBE, b"")
+        with self._world.agree(), _as_checkpoint_error(self._folder.url):
+            if not self._folder.exists(_PROBE):
+                raise CheckpointError(
+                    f"rank {self._world.rank} does not see what rank 0 writes in "
+                    f"{self._folder.url}; give a checkpoint.dir that all nodes share, or s3://"
+                )
+        with self._world.agree(), _as_checkpoint_error(self._folder.url):
+            if self._world.is_main:
+                self._folder.remove(_PROBE)
 
     def save(self, step: int, state: Mapping[str, Piece], meta: dict[str, Any]) -> str:
         """Store all ranks' pieces as the checkpoint of `step`; return its URL.
@@ -64,7 +83,10 @@ class CheckpointManager:
         entries = self._world.all_gather_object(entry)
         with self._world.agree(), _as_checkpoint_error(self.url(step)):
             if self._world.is_main:
+                self._check_sizes(target, entries)
                 self._commit(step, target, build_index(entries, meta))
+        if self._world.is_main:
+            self._retire(step)
         return self.url(step)
 
     def restore(self, state: Mapping[str, Piece]) -> dict[str, Any] | None:
@@ -74,13 +96,17 @@ class CheckpointManager:
         over. None if there is no checkpoint at all; CheckpointError if there are some and none
         can be used.
         """
-        steps = self._world.broadcast_object(self.steps() if self._world.is_main else None)
+        steps: list[int] = []
+        with self._world.agree():
+            if self._world.is_main:
+                steps = self.steps()
+        steps = self._world.broadcast_object(steps)
         for step in steps:
             try:
                 with self._world.agree():
                     reader = CheckpointReader(self._folder.child(_name(step)))
                     values = reader.read_into(state)
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 if self._world.is_main:
                     log.warning("checkpoint passed over: %s", error)
                 continue
@@ -99,7 +125,7 @@ class CheckpointManager:
         for step in self.steps():
             try:
                 return CheckpointReader(self._folder.child(_name(step)))
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 log.warning("checkpoint passed over: %s", error)
         raise CheckpointError(f"no complete checkpoint in {self._folder.url}; train first")
 
@@ -114,7 +140,7 @@ class CheckpointManager:
         return [step for step in steps if not self._is_unfinished(_name(step))]
 
     def _is_unfinished(self, name: str) -> bool:
-        if self._folder.is_local:
+        if self._folder.is_local or not _STEP_NAME.fullmatch(name):
             return False
         children = self._folder.child(name).names()
         return UNFINISHED in children and COMPLETE not in children
@@ -147,7 +173,7 @@ class CheckpointManager:
             return entry
 
     def _commit(self, step: int, target: str, index: bytes) -> None:
-        """Make the checkpoint appear under its final name, then retire old ones."""
+        """Make the checkpoint appear under its final name."""
         temporary = self._folder.child(target)
         temporary.write_bytes(INDEX, index)
         temporary.write_bytes(COMPLETE, complete_mark(index))
@@ -159,16 +185,30 @@ class CheckpointManager:
             self._folder.fsync()
         else:
             temporary.remove(UNFINISHED)
-        self._retire()
 
-    def _retire(self) -> None:
-        for name in self._folder.names():
-            if name.startswith(".step_"):
-                self._folder.remove(name)  # left by a save or a removal that was cut off
-        complete = [step for step in self.steps() if self._is_complete(step)]
-        for step in complete[self._keep_last :]:
-            if not self._keep_every or step % self._keep_every:
-                self._discard(_name(step))
+    def _check_sizes(self, target: str, entries: list[dict[str, Any]]) -> None:
+        """Refuse to commit what rank 0 does not see: folders of that name on several nodes."""
+        folder = self._folder.child(target)
+        for entry in entries:
+            if not folder.exists(entry["file"]) or folder.size(entry["file"]) != entry["bytes"]:
+                raise CheckpointError(
+                    f"{folder.url}/{entry['file']}, written by another rank, is not what rank 0 "
+                    "finds there; give a checkpoint.dir that all nodes share, or s3://"
+                )
+
+    def _retire(self, step: int) -> None:
+        """Remove what the checkpoint of `step` makes superfluous; training goes on if it fails."""
+        try:
+            for name in self._folder.names():
+                if name.startswith(".step_") or self._is_unfinished(name):
+                    self._folder.remove(name)  # left by a save or a removal that was cut off
+            # Damaged ones that were passed over may be newer; they do not count.
+            complete = [old for old in self.steps() if old <= step and self._is_complete(old)]
+            for old in complete[self._keep_last :]:
+                if not self._keep_every or old % self._keep_every:
+                    self._discard(_name(old))
+        except OSError as error:
+            log.warning("old checkpoints stay in %s: %s", self._folder.url, error)
 
     def _is_complete(self, step: int) -> bool:
         return self._folder.exists(f"{_name(step)}/{COMPLETE}")
@@ -197,4 +237,6 @@ def _as_checkpoint_error(url: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot save {url}: {error}") from error
+        raise CheckpointError(
+            f"cannot save {url}: {error}; make room or give another checkpoint.dir"
+        ) from error

@@ -76,13 +76,16 @@ _IDENTITY = ("model.", "diffusion.", "objective.", "train.global_batch_size", "t
 _CHANGEABLE = ("model.attention", "objective.lr")
 
 
-def changed_identity(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def changed_identity(
+    stored: dict[str, Any], wanted: dict[str, Any], source: str
+) -> list[tuple[str, Any, Any]]:
     """Return (key, old, new) where two resolved experiments are not the same run.
 
     Engine, ranks, micro-batches, learning rates, logging and the like may change from one job of a
     run to the next; network, diffusion, objective, batch size and seed may not.
     """
-    before, after = flatten(old), flatten(new)
+    # Keys that came after `stored` was written had their default's effect then.
+    before, after = flatten(resolved(validate(stored, source))), flatten(wanted)
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

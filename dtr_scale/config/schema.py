@@ -24,7 +24,9 @@ VARIANT_PATCHES = (2, 4, 8)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -110,7 +112,7 @@ class ModelConfig(Section):
 
 class DiffusionConfig(Section):
     noise_schedule: Literal["linear", "cosine"] = "cosine"
-    num_timesteps: PositiveInt = 1000
+    num_timesteps: Annotated[int, Field(ge=2)] = 1000
 
 
 class ObjectiveConfig(Section):
@@ -193,7 +195,7 @@ class EvaluationConfig(Section):
     cfg_channels: PositiveInt | None = None
     """Guided channels: DTR's code guides all 4, DiT's only 3; null: all."""
     sampler: Literal["ddpm", "ddim"] = "ddpm"
-    num_sampling_steps: PositiveInt = 250
+    num_sampling_steps: Annotated[int, Field(ge=2)] = 250
     clip_denoised: bool = False
     """Clip each predicted x_0 to [-1, 1]: right for pixels, wrong for latents."""
     batch_size: PositiveInt = 64

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtr_scale.data.cache import GIB, ShardCache
 from dtr_scale.data.order import GlobalOrder
-from dtr_scale.data.shards import Manifest, Sample, one_line
+from dtr_scale.data.shards import Manifest, Sample, data_errors, one_line
 from dtr_scale.errors import DataError, DtrScaleError
 from dtr_scale.randomness import keyed_generator
 from dtr_scale.storage import Folder
@@ -117,6 +117,15 @@ class SampleReader:
             )
         array = np.frombuffer(content, self._dtype).reshape(self.manifest.stored_shape)
         return array, int(opened.labels[index])
+
+    def check_sizes(self) -> None:
+        """Look at every shard's size before training: DataError for one missing or cut short."""
+        folder = self.cache.folder
+        for shard_id, shard in enumerate(self.cache.shards):
+            with data_errors(folder, f"shard {shard.name}"):
+                size = folder.size(shard.name)
+            if size != shard.bytes:
+                raise self._error(shard_id, f"{shard.bytes} bytes", f"{size}")
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
         """Fetch and verify shards in the background."""
@@ -318,6 +327,7 @@ class BatchLoader:
         assert rank_batch_size * world_size == global_batch_size
         assert rank_batch_size % micro_batch_size == 0
         assert order.shard_samples == samples.shard_samples
+        self.samples = samples
         self.grad_accum_steps = rank_batch_size // micro_batch_size
         self.global_batch_size = global_batch_size
         self._dataset = _MicroBatches(

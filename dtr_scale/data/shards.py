@@ -61,10 +61,10 @@ class Manifest(_Record):
         """Shape of one stored array."""
         return self.shape if self.encoding == "pixels" else (2, 2, *self.shape)
 
-    @property
-    def hash(self) -> str:
-        """sha256 of the canonical JSON: names the data of a run."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    def hash(self, split: str) -> str:
+        """Return the sha256 of the canonical JSON without other splits: it names a run's data."""
+        content = self.model_copy(update={"shards": self.split(split)}).model_dump(mode="json")
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def split(self, name: str) -> tuple[Shard, ...]:

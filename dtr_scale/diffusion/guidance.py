@@ -43,7 +43,9 @@ def cfg_model(
 
     def guided_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         labels = torch.cat([y, torch.full_like(y, model.null_label)])
-        conditional, null = model(torch.cat([x, x]), torch.cat([t, t]), labels).chunk(2)
+        # fp32: the difference of two near outputs loses most of bf16's digits.
+        both = model(torch.cat([x, x]), torch.cat([t, t]), labels).float()
+        conditional, null = both.chunk(2)
         eps, rest = conditional[:, :guided], conditional[:, guided:]
         eps_null = null[:, :guided]
         return torch.cat([eps_null + cfg_scale * (eps - eps_null), rest], dim=1)

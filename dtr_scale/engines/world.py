@@ -2,6 +2,7 @@
 
 import os
 import socket
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class World:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
         """Return every rank's `value`, in rank order."""
@@ -69,8 +70,8 @@ class World:
         except Exception as caught:
             if self.world_size == 1:
                 raise
+            traceback.print_exc()  # it does not travel to the other ranks
             error = EngineError(f"rank {self.rank} failed: {type(caught).__name__}: {caught}")
-            error.__cause__ = caught
         for verdict in self.all_gather_object(error):
             if verdict is not None:
                 verdict.on_every_rank = True
@@ -96,7 +97,7 @@ def join_world(*, needs_process_group: bool) -> World:
     world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = _own_gpu(local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -120,11 +121,22 @@ def join_world(*, needs_process_group: bool) -> World:
     return World(launched_rank(), local_rank, world_size, device)
 
 
+def _own_gpu(local_rank: int) -> torch.device:
+    """Return this rank's GPU: the only one that its scheduler shows it, or one per local rank."""
+    num_gpus = torch.cuda.device_count()
+    if num_gpus > 1 and local_rank >= num_gpus:
+        raise EngineError(
+            f"local rank {local_rank} has no GPU of its own: this node has {num_gpus}; start at "
+            f"most {num_gpus} processes per node"
+        )
+    return torch.device("cuda", local_rank if num_gpus > 1 else 0)
+
+
 def _share_cores() -> None:
     """Give each rank of this machine its share of the cores: too many threads are 10x slower."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _free_port() -> int:

@@ -12,10 +12,10 @@ ATTENTION_BACKENDS = ("auto", "xformers", "sdpa")
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Return softmax(q k^T / sqrt(head_dim)) v; all tensors are [N, L, heads, head_dim].
 
-    `backend` is what `resolve_backend` returned. xformers has kernels for CUDA alone: a model
-    that was moved to the CPU runs through PyTorch's attention.
+    `backend` is what `resolve_backend` returned. xformers has kernels for CUDA alone, its fast ones
+    for 16 bits: on the CPU and in fp32 PyTorch's attention does the work.
     """
-    if backend == "xformers" and q.is_cuda:
+    if backend == "xformers" and q.is_cuda and q.dtype != torch.float32:
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from dtr_scale.errors import DataError
 from dtr_scale.storage import Folder
 
 Record = dict[str, float]
@@ -53,4 +54,9 @@ def read_new_records(path: Path, start: int) -> tuple[list[Record], int]:
         file.seek(start)
         data = file.read()
     end = data.rfind(b"\n") + 1
-    return [json.loads(line) for line in data[:end].splitlines()], start + end
+    try:
+        return [json.loads(line) for line in data[:end].splitlines()], start + end
+    except ValueError as error:
+        raise DataError(
+            f"{path} has a line that is not JSON ({error}); repair it or move it away"
+        ) from None

@@ -27,6 +27,7 @@ from dtr_scale.engines.base import Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError
+from dtr_scale.evaluation.report import has_pixel_metrics
 from dtr_scale.evaluation.sampling import SamplingSettings
 from dtr_scale.models.build import build_model
 from dtr_scale.models.dit import DiT
@@ -49,6 +50,8 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
     with world.agree():
         micro_batch_size = experiment.micro_batch_size(world.world_size)
         samples = open_samples(experiment)
+        if world.is_main and isinstance(samples, SampleReader):
+            samples.check_sizes()
     timesteps = TimestepSampler(
         seed=train.seed,
         boundaries=timestep_clusters(experiment.diffusion.num_timesteps, objective.num_clusters),
@@ -93,7 +96,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
             "version": dtr_scale.__version__,
             "torch": torch.__version__,
             "world_size": world.world_size,
-            "manifest_hash": samples.manifest.hash,
+            "manifest_hash": samples.manifest.hash("train"),
         },
         global_batch_size=train.global_batch_size,
         max_steps=train.max_steps,
@@ -206,7 +209,7 @@ def _announce(experiment: Experiment, network: nn.Module) -> None:
     name = model.variant or f"DiT {model.hidden_size}x{model.depth}"
     stage = f" ZeRO-{engine.zero_stage}" if engine.type == "deepspeed" else ""
     log.info(
-        "%s, %.1fM parameters, routing %s, objective %s; engine %s%s %s",
+        "%s, %.4gM parameters, routing %s, objective %s; engine %s%s %s",
         name,
         millions,
         model.routing.type,
@@ -246,11 +249,18 @@ def build_tracker(experiment: Experiment, world: World, run_dir: RunDirectory) -
     )
 
 
+def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:
+    """Return the split that samples are compared with, if they will and can be."""
+    wanted = experiment.evaluation.every_steps and experiment.data.type == "latents"
+    if not wanted or not has_pixel_metrics(trainer.loader.samples):
+        return None
+    return open_samples(experiment, "val")
+
+
 def build_evaluation(
     experiment: Experiment, trainer: Trainer, run_dir: RunDirectory | None, tracker: Tracker
 ) -> PeriodicEvaluation:
     evaluation = experiment.evaluation
-    has_split = experiment.data.type == "latents" and evaluation.every_steps and run_dir
     return PeriodicEvaluation(
         world=trainer.world,
         engine=trainer.engine,
@@ -258,7 +268,7 @@ def build_evaluation(
         settings=sampling_settings(experiment),
         num_samples=evaluation.num_samples,
         batch_size=evaluation.batch_size,
-        held_out=open_samples(experiment, "val") if has_split else None,
+        held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
         tracker=tracker,
     )

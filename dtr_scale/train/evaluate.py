@@ -9,7 +9,7 @@ import torch
 from dtr_scale.data.loader import Samples
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
-from dtr_scale.errors import EvaluationError
+from dtr_scale.errors import DtrScaleError
 from dtr_scale.evaluation.report import has_pixel_metrics, pixel_frechet_distance, read_all
 from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples, save_grid
 from dtr_scale.models.dit import DiT
@@ -61,7 +61,10 @@ class PeriodicEvaluation:
             part = draw_samples(network, self._settings, indices, batch_size=self._batch_size)
         images = torch.cat(self._world.all_gather_object(part))
         if self._folder is not None:
-            self._publish(step, images, self._folder)
+            try:
+                self._publish(step, images, self._folder)
+            except (DtrScaleError, OSError) as error:  # no figure is worth the run
+                log.warning("step %d: evaluation failed: %s", step, error)
 
     def _publish(self, step: int, images: torch.Tensor, folder: Path) -> None:
         if self._held_out is None or not has_pixel_metrics(self._held_out):
@@ -72,10 +75,6 @@ class PeriodicEvaluation:
         picture = folder / f"step_{step:08d}.png"
         save_grid(picture, images[:_GRID_IMAGES], columns=8)
         reference, _ = read_all(self._held_out)
-        try:
-            distance = pixel_frechet_distance(images, reference)
-        except EvaluationError as error:
-            log.warning("step %d: no frechet_distance: %s", step, error)
-            return
+        distance = pixel_frechet_distance(images, reference)
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
         self._tracker.log_evaluation(step, {"frechet_distance": distance}, picture)

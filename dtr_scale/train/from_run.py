@@ -59,7 +59,7 @@ def evaluate_run(run_dir: Path, *, num_samples: int | None = None) -> tuple[dict
         "ema_decay": experiment.train.ema_decay,
         "checkpoint": reader.url,
         "step": reader.meta["step"],
-        "reference": {"split": "val", "manifest_hash": held_out.manifest.hash},
+        "reference": {"split": "val", "manifest_hash": held_out.manifest.hash("val")},
     }
     return metrics, write_report(run_dir, metrics, manifest)
 
@@ -72,7 +72,7 @@ def load_run(run_dir: Path) -> tuple[Experiment, DiT, CheckpointReader]:
             "`dtr-scale train` wrote, for example runs/demo_digits"
         )
     # The directory may have been moved since the run wrote its own path down.
-    experiment = load_experiment(run_dir / CONFIG, [f"--run_dir={run_dir}"])
+    experiment = load_experiment(run_dir / CONFIG).model_copy(update={"run_dir": str(run_dir)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = open_checkpoints(experiment, World(0, 0, 1, device)).newest()
     network = build_network(experiment)

@@ -1,25 +1,29 @@
 """One job of a run: take the directory, go on from its checkpoint, train, write how it ended."""
 
+import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from dtr_scale.config.load import changed_identity, resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world, launched_world_size
-from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.tracking.base import NullTracker
+from dtr_scale.errors import CheckpointError, ConfigError, EngineError
+from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.build import build_evaluation, build_tracker, build_trainer
 from dtr_scale.train.progress import Progress
-from dtr_scale.train.run_dir import RunDirectory
+from dtr_scale.train.run_dir import RunDirectory, read_status, write_status
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 EXIT_FINISHED, EXIT_REQUEUE = 0, 75
+_PEER_SECONDS = 5.0
 
 
 def train_experiment(experiment: Experiment) -> int:
@@ -33,14 +37,79 @@ def train_experiment(experiment: Experiment) -> int:
         stack.enter_context(leave.listening())
         world = _join(experiment)
         run_dir = stack.enter_context(_run_directory(experiment, world))
+        stack.enter_context(_failures_told(experiment.run_path, world))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         _take_up(trainer, experiment, world, run_dir)
-        reason = _run(trainer, experiment, world, run_dir, leave)
+        records = stack.enter_context(_records(trainer, experiment, world, run_dir))
+        with world.agree():
+            evaluate = build_evaluation(experiment, trainer, run_dir, records.tracker)
+        reason = trainer.run(leave, log=records.write, evaluate=evaluate)
+        records.end("preempted" if reason else "finished", reason or "")
         world.barrier()
     # Not after an error: the other ranks may be waiting in a collective, or gone.
     world.leave()
     return EXIT_REQUEUE if reason else EXIT_FINISHED
+
+
+class _Records:
+    """What rank 0 writes of a run: journal, tracker, progress, status; nothing on other ranks."""
+
+    tracker: Tracker = NullTracker()
+
+    def write(self, record: Record) -> None: ...
+
+    def end(self, outcome: str, reason: str) -> None: ...
+
+
+class _MainRecords(_Records):
+    def __init__(
+        self, trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory
+    ) -> None:
+        self._trainer = trainer
+        self._path = run_dir.path
+        run_dir.write_config(resolved(experiment))
+        write_status(run_dir.path, "running", step=trainer.step)
+        self._journal = Journal(run_dir.journal, step=trainer.step)
+        self.tracker = build_tracker(experiment, world, run_dir)
+        self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
+
+    def write(self, record: Record) -> None:
+        self._journal.write(record)
+        self.tracker.log(record)
+        self._progress.show(record)
+
+    def end(self, outcome: str, reason: str) -> None:
+        """Write how the run ended, first of all where launch scripts look for it."""
+        write_status(self._path, outcome, step=self._trainer.step, reason=reason)
+        checkpoint = None
+        if self._trainer.saved_step is not None:
+            checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
+        self.close(outcome, checkpoint)
+        told = f"leaving on request ({reason})" if reason else outcome
+        log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint)
+
+    def close(self, outcome: str, checkpoint: str | None) -> None:
+        self._progress.close()
+        self._journal.close()
+        self.tracker.finish(outcome, checkpoint)
+
+
+@contextmanager
+def _records(
+    trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
+) -> Iterator[_Records]:
+    """Open rank 0's records, with one verdict for all ranks; close them if the run fails."""
+    records = _Records()
+    with world.agree():
+        if run_dir:
+            records = _MainRecords(trainer, experiment, world, run_dir)
+    try:
+        yield records
+    except BaseException:
+        if isinstance(records, _MainRecords):
+            records.close("failed", None)
+        raise
 
 
 def _join(experiment: Experiment) -> World:
@@ -53,19 +122,62 @@ def _join(experiment: Experiment) -> World:
     return join_world(needs_process_group=experiment.engine.type == "deepspeed")
 
 
+@contextmanager
+def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirectory | None]:
+    """Hold the run directory on rank 0; the other ranks know that it is held."""
+    run_dir: RunDirectory | None = None
+    with world.agree():
+        if world.is_main:
+            run_dir = RunDirectory(experiment.run_path)
+    try:
+        yield run_dir
+    finally:
+        if run_dir:
+            run_dir.close()
+
+
+@contextmanager
+def _failures_told(run_path: Path, world: World) -> Iterator[None]:
+    """Let the rank that failed write why into status.json; what breaks after it is no news.
+
+    When a rank is gone, the collectives of the others fail with errors that explain nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world.world_size > 1 and isinstance(error, RuntimeError) and _peer_has_failed(run_path):
+            told = EngineError(f"another rank failed: {read_status(run_path)['reason']}")
+            told.reported = True
+            raise told from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        with contextlib.suppress(OSError):  # the error itself matters more
+            write_status(run_path, "failed", reason=reason)
+        raise
+
+
+def _peer_has_failed(run_path: Path) -> bool:
+    deadline = time.monotonic() + _PEER_SECONDS
+    while read_status(run_path)["outcome"] != "failed":
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def _take_up(
     trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
 ) -> None:
     """Go on from the newest checkpoint, or start afresh where there is none or it is wanted."""
+    trainer.checkpoints.probe()
     if experiment.checkpoint.resume == "never":
         with world.agree():
-            if run_dir and (place := run_dir.set_aside()):
-                log.info("fresh start: the earlier run was moved to %s", place)
-            if world.is_main and trainer.checkpoints.steps():
+            if experiment.checkpoint.dir and world.is_main and trainer.checkpoints.steps():
                 raise CheckpointError(
                     f"checkpoint.resume = 'never', but {experiment.checkpoint.dir} holds "
                     "checkpoints; choose an empty checkpoint.dir"
                 )
+            if run_dir and (place := run_dir.set_aside()):
+                log.info("fresh start: the earlier run was moved to %s", place)
         return
     meta = trainer.resume()
     if meta is None:
@@ -76,77 +188,13 @@ def _take_up(
 
 def _refuse_another_run(stored: dict[str, Any], wanted: dict[str, Any], url: str) -> None:
     """Raise ConfigError if what defines a run is not what the checkpoint was made with."""
-    differences = changed_identity(stored["config"], wanted["config"])
+    differences = changed_identity(stored["config"], wanted["config"], source=url)
     if stored["manifest_hash"] != wanted["manifest_hash"]:
-        differences.append(("data.shards' manifest", stored["manifest_hash"][:12], "another"))
+        old, new = stored["manifest_hash"][:12], wanted["manifest_hash"][:12]
+        differences.append(("the manifest of data.shards", old, new))
     if differences:
         listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in differences)
         raise ConfigError(
             f"{url} belongs to another run: {listed}; set that back, choose another run_dir, or "
             "start afresh with --checkpoint.resume=never"
         )
-
-
-def _run(
-    trainer: Trainer,
-    experiment: Experiment,
-    world: World,
-    run_dir: RunDirectory | None,
-    leave: LeaveRequest,
-) -> str | None:
-    """Train with journal, tracker and progress on rank 0, and without on the others."""
-    if run_dir is None:
-        evaluate = build_evaluation(experiment, trainer, None, NullTracker())
-        return trainer.run(leave, log=lambda record: None, evaluate=evaluate)
-    run_dir.write_config(resolved(experiment))
-    run_dir.write_status("running", step=trainer.step)
-    journal = Journal(run_dir.journal, step=trainer.step)
-    tracker = build_tracker(experiment, world, run_dir)
-    progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
-
-    def record_step(record: Record) -> None:
-        journal.write(record)
-        tracker.log(record)
-        progress.show(record)
-
-    outcome = "failed"
-    try:
-        evaluate = build_evaluation(experiment, trainer, run_dir, tracker)
-        reason = trainer.run(leave, log=record_step, evaluate=evaluate)
-        outcome = "preempted" if reason else "finished"
-        # First of all: a scheduler's patience may end while MLflow is brought up to date.
-        run_dir.write_status(outcome, step=trainer.step, reason=reason or "")
-    finally:
-        progress.close()
-        journal.close()
-        saved = trainer.saved_step
-        tracker.finish(outcome, None if saved is None else trainer.checkpoints.url(saved))
-    log.info(
-        "%s at step %d; checkpoint %s",
-        f"leaving on request ({reason})" if reason else "finished",
-        trainer.step,
-        trainer.checkpoints.url(trainer.step),
-    )
-    return reason
-
-
-@contextmanager
-def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirectory | None]:
-    """Hold the run directory on rank 0; the other ranks know that it is held.
-
-    What ends the block with an error goes into status.json.
-    """
-    run_dir: RunDirectory | None = None
-    with world.agree():
-        if world.is_main:
-            run_dir = RunDirectory(experiment.run_path)
-    try:
-        yield run_dir
-    except BaseException as error:
-        if run_dir:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-            run_dir.write_status("failed", reason=reason)
-        raise
-    finally:
-        if run_dir:
-            run_dir.close()

@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,33 +33,19 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._folder = Folder(path)
-        try:
+        with self._writing():
             (path / SAMPLES).mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir = {str(path)!r} cannot be written: {error.strerror}; "
-                "choose another with --run_dir=PATH"
-            ) from None
         self._take_lock()
+        with self._writing():
+            write_status(path, "running")
 
     @property
     def journal(self) -> Path:
         return self.path / JOURNAL
 
     def write_config(self, config: dict[str, Any]) -> None:
-        self._write_json(CONFIG, config)
-
-    def write_status(self, outcome: str, *, step: int | None = None, reason: str = "") -> None:
-        """Store how the run stands: running, finished, preempted or failed, and why.
-
-        Without a step it is that of the journal's last line.
-        """
-        if step is None:
-            step = last_step(self.journal)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write_json(STATUS, {"outcome": outcome, "reason": reason, "step": step, "time": now})
+        _write_json(self.path, CONFIG, config)
 
     def set_aside(self) -> Path | None:
         """Move an earlier run out of the way, losing nothing.
@@ -101,5 +89,35 @@ class RunDirectory:
         self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
 
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        self._folder.write_bytes(name, json.dumps(content, indent=2).encode() + b"\n")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir = {str(self.path)!r} cannot be written: {error.strerror}; "
+                "choose another with --run_dir=PATH"
+            ) from None
+
+
+def write_status(
+    run_path: Path, outcome: str, *, step: int | None = None, reason: str = ""
+) -> None:
+    """Store how a run stands: running, finished, preempted or failed, and why.
+
+    Without a step it is that of the journal's last line.
+    """
+    if step is None:
+        step = last_step(run_path / JOURNAL)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {"outcome": outcome, "reason": reason, "step": step, "time": now}
+    _write_json(run_path, STATUS, content)
+
+
+def read_status(run_path: Path) -> dict[str, Any]:
+    """Return what `write_status` stored last."""
+    return Folder(run_path).read_json(STATUS)
+
+
+def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
+    Folder(folder).write_bytes(name, json.dumps(content, indent=2).encode() + b"\n")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dtr_scale.logs import launched_rank
+
 LAUNCHER_PID = "DTR_SCALE_LAUNCHER_PID"
 """Set by a launch script to its own pid: when it is gone, its ranks leave."""
 
@@ -49,6 +51,8 @@ class LeaveRequest:
             if self._interrupted:
                 os._exit(130)
             self._interrupted = True
+            if launched_rank() == 0:
+                os.write(2, b"\nleaving after this step; Ctrl-C again leaves at once\n")
         self._signal = self._signal or signal.Signals(number).name
 
 

@@ -1,5 +1,6 @@
 """The training loop. It does not know which engine, data, tracker or machine it has."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,16 @@ from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.engines.base import ADAM_MOMENTS, Engine
 from dtr_scale.engines.world import World
-from dtr_scale.errors import EngineError
+from dtr_scale.errors import CheckpointError, EngineError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.signals import LeaveRequest
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
+"""Failures in a row after which a run without checkpoints is not worth going on with."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,9 @@ class Stopwatch:
     """Throughput and the share of the time spent waiting for data, since the last reading."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self._start = time.perf_counter()
         self._waited = 0.0
         self._samples = 0
@@ -59,7 +68,7 @@ class Stopwatch:
             "samples_per_second": self._samples / elapsed,
             "data_wait_fraction": self._waited / elapsed,
         }
-        self.__init__()
+        self.restart()
         return figures
 
 
@@ -102,6 +111,7 @@ class Trainer:
         self.evaluate_every = evaluate_every
         self.step = 0
         self.saved_step: int | None = None
+        self._failed_saves = 0
         self._watch = Stopwatch()
 
     @property
@@ -121,15 +131,17 @@ class Trainer:
         """
         self.loader.seek(self.samples_seen)
         batches = iter(self.loader)
-        self._watch = Stopwatch()
+        self._watch.restart()
         while self.step < self.max_steps:
             result = self._train_step(batches, leave)
             self.step += 1
             # Not where the run is asked to leave: its journal must not tell how often it was.
             if self._due(self.log_every):
                 log(self._record(result))
-            if result.leave or self._due(self.save_every):
+            if result.leave or self.step == self.max_steps:
                 self.save()
+            elif self._due(self.save_every):
+                self._try_to_save()
             if result.leave and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
@@ -146,6 +158,18 @@ class Trainer:
         }
         self.checkpoints.save(self.step, self._state(self.objective.state_dict()), meta)
         self.saved_step = self.step
+
+    def _try_to_save(self) -> None:
+        """Save, and go on training if that fails for a while: the next save may do better."""
+        try:
+            self.save()
+            self._failed_saves = 0
+        except CheckpointError as error:
+            self._failed_saves += 1
+            if self._failed_saves == MAX_FAILED_SAVES:
+                raise
+            if self.world.is_main:
+                log.warning("step %d is not saved, training goes on: %s", self.step, error)
 
     def resume(self) -> dict[str, Any] | None:
         """Take up the newest complete checkpoint and return its meta; None if there is none."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 
 import pytest
 import torch
@@ -145,17 +146,54 @@ def test_the_last_ones_and_every_nth_are_kept(folder):
     assert folder.names() == [f"step_{step:08d}" for step in (30, 60, 70)]
 
 
-def test_a_failed_save_is_one_clear_error_and_leaves_the_old_ones(tmp_path):
-    place = tmp_path / "checkpoints"
-    manager = manager_of(Folder(place))
+def test_damaged_ones_do_not_count_among_the_last(folder):
+    """Passed over and newer than what is saved now, they must not cost a good one its place."""
+    manager = manager_of(folder, keep_last=1)
+    for step in (20, 40):
+        manager_of(folder, keep_last=9).save(step, state_of(step), {"step": step})
+    cut(folder.child("step_00000040"), PART)
+    manager.save(30, state_of(30), {"step": 30})
+    assert folder.names() == ["step_00000030", "step_00000040"]
+    assert manager.restore(state_of(0.0)) == {"step": 30}
+
+
+@pytest.mark.parametrize("most_bytes", [100, 500])  # of a file: no part, or a part but no index
+def test_a_failed_save_leaves_nothing_under_the_final_name(tmp_path, most_bytes):
+    """The system takes no more bytes: one clear error, the old checkpoint stays and counts."""
+    folder = Folder(tmp_path)
+    manager = manager_of(folder)
     manager.save(1, state_of(1.0), {"step": 1})
-    (place / ".step_00000002.tmp").write_text("a file where the folder should be")
-    (place / "step_00000002").write_text("in the way")
-    blocked = manager_of(Folder(place / "step_00000002"))
-    with pytest.raises(CheckpointError, match="cannot save"):
-        blocked.save(2, state_of(2.0), {"step": 2})
-    state = state_of(0.0)
-    assert CheckpointReader(Folder(place).child("step_00000001")).read_into(state)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot save .*File too large.*; make room"):
+            manager.save(2, state_of(2.0), {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "step_00000002" not in folder.names()
+    assert manager.restore(state_of(0.0)) == {"step": 1}
+    manager.save(3, state_of(3.0), {"step": 3})
+    assert folder.names() == ["step_00000001", "step_00000003"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match=r"another checkpoint\.dir"):
+        manager_of(Folder(tmp_path / "file" / "checkpoints")).probe()
+    manager_of(Folder(tmp_path / "new")).probe()
+    assert Folder(tmp_path / "new").names() == []
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path):
+    """An outage must stop the start, not send the run back to an older checkpoint."""
+    folder = Folder(tmp_path)
+    manager = manager_of(folder)
+    manager.save(1, state_of(1.0), {"step": 1})
+    manager.save(2, state_of(2.0), {"step": 2})
+    (tmp_path / "step_00000002" / INDEX).unlink()
+    (tmp_path / "step_00000002" / INDEX).mkdir()  # reading it is an error, but not "missing"
+    with pytest.raises(CheckpointError, match=f"{INDEX} cannot be read"):
+        manager.restore(state_of(0.0))
 
 
 def test_a_network_of_another_shape_is_refused(folder):

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from dtr_scale.engines.world import World, join_world
+from dtr_scale.errors import DataError, EngineError
+from dtr_scale.train.build import build_network, build_trainer
 from tests.ranks import run_on_ranks
 from tests.runs import SINGLE, demo_experiment, train_on
 
@@ -31,6 +33,12 @@ def two_ranks(digits: Path, place: Path) -> dict[str, list[dict[str, float]]]:
         name: train_on(world, demo_experiment(digits, place / name, *COMMON, *setting))
         for name, setting in ZERO.items()
     }
+    evaluating = (
+        *COMMON, *ZERO["zero1_bf16"], "--evaluation.every_steps=5", "--evaluation.num_samples=5",
+        "--evaluation.num_sampling_steps=2",
+    )  # fmt: skip
+    experiment = demo_experiment(digits, place / "evaluating", *evaluating)
+    records["zero1_bf16_evaluating"] = train_on(world, experiment, evaluating=True)
     half = (*COMMON, *ZERO["zero1_fp32"], f"--train.max_steps={HALF}")
     train_on(world, demo_experiment(digits, place / "zero1_then_single", *half))
     onward = (*COMMON, *ZERO["zero2_fp32"])
@@ -59,6 +67,22 @@ def runs(digits, tmp_path_factory):
     return {"single": reference, "zero1_then_single": handed_over, **first}
 
 
+def masters_start_in_fp32(digits: Path, place: Path) -> bool:
+    """Tell whether a bf16 engine's masters are what the network was initialised with."""
+    world = join_world(needs_process_group=True)
+    experiment = demo_experiment(digits, place, *COMMON, *ZERO["zero1_bf16"])
+    initial = dict(build_network(experiment).named_parameters())
+    parts = build_trainer(experiment, world).engine.fragments()
+    world.leave()
+    return all(
+        torch.equal(
+            part.master,
+            initial[part.name].detach().view(-1)[part.offset : part.offset + len(part.master)],
+        )
+        for part in parts
+    )
+
+
 def losses(records):
     return [record["loss"] for record in records]
 
@@ -77,3 +101,41 @@ def test_two_ranks_agree_with_one_process(runs, name):
 def test_a_checkpoint_goes_on_in_another_engine_and_world(runs, name):
     assert losses(runs[name]) == pytest.approx(losses(runs["single"])[HALF:], rel=1e-5)
     assert [record["step"] for record in runs[name]] == list(range(HALF + 1, STEPS + 1))
+
+
+def test_sampling_with_the_averaged_weights_leaves_training_as_it_was(runs):
+    assert losses(runs["zero1_bf16_evaluating"]) == losses(runs["zero1_bf16"])
+
+
+def test_masters_are_not_rounded_to_bf16_at_the_start(digits, tmp_path):
+    assert run_on_ranks(2, masters_start_in_fp32, digits, tmp_path) == [True, True]
+
+
+def verdicts() -> list[str]:
+    """What a rank is told when rank 1 alone fails, in ways we know and do not know."""
+    world = join_world(needs_process_group=True)
+    told = []
+    for error in (DataError("a shard is missing"), KeyError("surprise")):
+        try:
+            with world.agree():
+                if world.rank == 1:
+                    raise error
+        except (DataError, EngineError) as verdict:
+            told.append(f"{type(verdict).__name__}: {verdict} {verdict.on_every_rank}")
+    with world.agree():
+        told.append("none")
+    world.leave()
+    return told
+
+
+def test_all_ranks_get_the_verdict_of_the_one_that_failed():
+    first, second = run_on_ranks(2, verdicts)
+    assert (
+        first
+        == second
+        == [
+            "DataError: a shard is missing True",
+            "EngineError: rank 1 failed: KeyError: 'surprise' True",
+            "none",
+        ]
+    )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,13 +172,28 @@ def test_what_only_ranks_can_know_is_told_once(tmp_path, launch):
     assert "Traceback" not in output
 
 
+def test_an_altered_shard_is_told_in_one_line_whichever_rank_meets_it(digits, tmp_path, launch):
+    place, run_dir = tmp_path / "digits", tmp_path / "run"
+    shutil.copytree(digits, place)
+    shard = place / "train-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 1
+    shard.write_bytes(bytes(data))
+    launched = launch(run_dir, *SMALL, f"--data.shards={place}")
+    output, _ = launched.communicate(timeout=120)
+    assert launched.returncode == 2, output
+    assert "Traceback" not in output, output
+    assert "train-000001.tar" in status(run_dir)["reason"]
+    assert status(run_dir)["outcome"] == "failed"
+
+
 @pytest.mark.slow
 def test_the_flagship_steps_twice_on_a_cpu(tmp_path, launch):
-    """The real 458M network is built, wrapped by ZeRO-1 in bf16 and stepped, at a small batch."""
+    """The real 458M network is built, compiled, wrapped by ZeRO-1 in bf16 and stepped."""
     launched = launch(
         tmp_path / "run", "--data.type=synthetic", "--train.max_steps=2",
         "--train.global_batch_size=8", "--train.micro_batch_size=4", "--train.log_every=1",
-        "--engine.compile=false", "--evaluation.every_steps=0", "--tracking.type=none",
+        "--evaluation.every_steps=0", "--tracking.type=none",
         "--data.num_workers=1",
         config=ROOT / "configs" / "dit_l_dtr_antuw.json", ranks=1,
     )  # fmt: skip

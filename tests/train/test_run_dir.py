@@ -11,11 +11,11 @@ import pytest
 
 from dtr_scale.errors import ConfigError
 from dtr_scale.train import run_dir as run_dir_module
-from dtr_scale.train.run_dir import RunDirectory
+from dtr_scale.train.run_dir import RunDirectory, write_status
 
 HOLDER = """
 import pathlib, sys, time
-from dtr_scale.train.run_dir import RunDirectory
+from dtr_scale.train.run_dir import RunDirectory, write_status
 held = RunDirectory(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -60,8 +60,8 @@ def test_a_place_that_cannot_be_written_is_named_with_the_fix(tmp_path):
 def test_status_and_config_are_json(tmp_path):
     run_dir = RunDirectory(tmp_path)
     run_dir.write_config({"name": "Überblick", "train": {"lr": 1e-4}})
-    run_dir.write_status("running", step=0)
-    run_dir.write_status("failed", step=7, reason="step 8: loss nan")
+    write_status(tmp_path, "running", step=0)
+    write_status(tmp_path, "failed", step=7, reason="step 8: loss nan")
     run_dir.close()
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {"name": "Überblick", "train": {"lr": 1e-4}}

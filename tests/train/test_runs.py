@@ -165,7 +165,7 @@ def test_another_manifest_is_another_run(digits, tmp_path):
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["shards"] = [s for s in manifest["shards"] if s["name"] != "train-000002.tar"]
     (place / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match="manifest was"):
+    with pytest.raises(ConfigError, match=r"the manifest of data\.shards was"):
         tiny(place, run_dir, "--train.max_steps=8")
 
 
