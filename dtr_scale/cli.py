@@ -99,13 +99,10 @@ def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
         commands,
         "sample",
         "draw samples from a run's newest checkpoint (averaged weights) into a picture",
-        "dtr-scale sample runs/demo_digits --num 100 --columns 10",
+        "dtr-scale sample runs/demo_digits --num 100",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--num", type=positive_integer, default=64, help="samples (default 64)")
-    parser.add_argument(
-        "--columns", type=positive_integer, default=8, help="of the picture (default 8)"
-    )
     parser.add_argument("--out", type=Path, help="PNG (default RUN_DIR/samples/grid.png)")
     parser.set_defaults(run=_sample)
 
@@ -172,9 +169,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _sample(arguments: argparse.Namespace) -> int:
     from dtr_scale.train.from_run import sample_run
 
-    path = sample_run(
-        arguments.run_dir, num=arguments.num, columns=arguments.columns, out=arguments.out
-    )
+    path = sample_run(arguments.run_dir, num=arguments.num, out=arguments.out)
     print(path)
     return 0
 

@@ -84,7 +84,7 @@ def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
         ["train", "--conf", DEMO],
         ["prepare", "cifar", "--out", "there"],
         ["sample", "run", "--num", "0"],
-        ["sample", "run", "--columns", "-1"],
+        ["sample", "run", "--num", "-1"],
         ["evaluate", "run", "--num-samples", "many"],
     ],
 )

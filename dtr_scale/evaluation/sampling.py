@@ -106,6 +106,11 @@ def draw_samples(
     return torch.cat(batches)
 
 
+def grid_columns(num_classes: int) -> int:
+    """Return the columns of a picture of samples: one per class where they are few."""
+    return num_classes if 1 < num_classes <= 16 else 8
+
+
 def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
     """Write images [n, C, H, W] in [-1, 1], one or three channels, as one PNG, row by row."""
     from PIL import Image

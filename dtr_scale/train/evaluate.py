@@ -10,15 +10,20 @@ from dtr_scale.data.loader import Samples
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DtrScaleError
-from dtr_scale.evaluation.report import has_pixel_metrics, pixel_frechet_distance, read_all
-from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples, save_grid
+from dtr_scale.evaluation.report import pixel_frechet_distance, read_all
+from dtr_scale.evaluation.sampling import (
+    SamplingSettings,
+    draw_samples,
+    grid_columns,
+    save_grid,
+)
 from dtr_scale.models.dit import DiT
 from dtr_scale.tracking.base import Tracker
 from dtr_scale.train.ema import Ema
 
 log = logging.getLogger(__name__)
 
-_GRID_IMAGES = 64
+_GRID_ROWS = 8
 
 
 class PeriodicEvaluation:
@@ -62,18 +67,19 @@ class PeriodicEvaluation:
         images = torch.cat(self._world.all_gather_object(part))
         if self._folder is not None:
             try:
-                self._publish(step, images, self._folder)
+                self._publish(step, images, network.num_classes, self._folder)
             except (DtrScaleError, OSError) as error:  # no figure is worth the run
                 log.warning("step %d: evaluation failed: %s", step, error)
 
-    def _publish(self, step: int, images: torch.Tensor, folder: Path) -> None:
-        if self._held_out is None or not has_pixel_metrics(self._held_out):
+    def _publish(self, step: int, images: torch.Tensor, num_classes: int, folder: Path) -> None:
+        if self._held_out is None:
             path = folder / f"step_{step:08d}.npz"
             np.savez(path, latents=images.numpy())
             log.info("step %d: %d latents sampled to %s", step, len(images), path)
             return
         picture = folder / f"step_{step:08d}.png"
-        save_grid(picture, images[:_GRID_IMAGES], columns=8)
+        columns = grid_columns(num_classes)
+        save_grid(picture, images[: _GRID_ROWS * columns], columns=columns)
         reference, _ = read_all(self._held_out)
         distance = pixel_frechet_distance(images, reference)
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)

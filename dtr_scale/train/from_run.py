@@ -12,7 +12,7 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError, EvaluationError
 from dtr_scale.evaluation.report import has_pixel_metrics, pixel_report, write_report
-from dtr_scale.evaluation.sampling import class_labels, draw_samples, save_grid
+from dtr_scale.evaluation.sampling import class_labels, draw_samples, grid_columns, save_grid
 from dtr_scale.models.dit import DiT
 from dtr_scale.train.build import (
     build_network,
@@ -23,7 +23,7 @@ from dtr_scale.train.build import (
 from dtr_scale.train.run_dir import CONFIG, SAMPLES
 
 
-def sample_run(run_dir: Path, *, num: int, columns: int, out: Path | None = None) -> Path:
+def sample_run(run_dir: Path, *, num: int, out: Path | None = None) -> Path:
     """Draw samples 0 to `num` of a run into one picture; return its path."""
     experiment, network, _ = load_run(run_dir)
     images = _draw(experiment, network, num)
@@ -33,7 +33,7 @@ def sample_run(run_dir: Path, *, num: int, columns: int, out: Path | None = None
             "pictures of 1 or 3 channels can be shown"
         )
     path = out or run_dir / SAMPLES / "grid.png"
-    save_grid(path, images, columns=columns)
+    save_grid(path, images, columns=grid_columns(network.num_classes))
     return path
 
 

@@ -14,6 +14,7 @@ from dtr_scale.evaluation.sampling import (
     SamplingSettings,
     class_labels,
     draw_samples,
+    grid_columns,
     save_grid,
 )
 from dtr_scale.models.dit import DiT
@@ -152,3 +153,8 @@ def test_the_manifest_holds_every_setting():
         "num_sampling_steps": 4, "cfg_scale": 2.0, "cfg_channels": None,
         "clip_denoised": True, "seed": 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_classes", "columns"), [(1, 8), (10, 10), (16, 16), (1000, 8)])
+def test_a_picture_has_a_column_per_class_where_they_are_few(num_classes, columns):
+    assert grid_columns(num_classes) == columns
