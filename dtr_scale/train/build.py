@@ -57,20 +57,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         boundaries=timestep_clusters(experiment.diffusion.num_timesteps, objective.num_clusters),
         global_batch_size=train.global_batch_size,
     )
-    loader = BatchLoader(
-        samples,
-        GlobalOrder(samples.shard_samples, train.seed),
-        seed=train.seed,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=micro_batch_size,
-        draw_timesteps=timesteps,
-        rank=world.rank,
-        world_size=world.world_size,
-        num_workers=experiment.data.num_workers,
-        conditional=experiment.model.conditioning == "class",
-        class_dropout_prob=experiment.model.class_dropout_prob,
-        horizontal_flip=experiment.data.horizontal_flip,
-    )
+    loader = _build_loader(experiment, world, samples, timesteps, micro_batch_size)
     engine = _build_engine(experiment, world, micro_batch_size, loader.grad_accum_steps)
     return Trainer(
         world=world,
@@ -168,6 +155,30 @@ def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
         world=world,
         keep_last=checkpoint.keep_last,
         keep_every=checkpoint.keep_every,
+    )
+
+
+def _build_loader(
+    experiment: Experiment,
+    world: World,
+    samples: Samples,
+    timesteps: TimestepSampler,
+    micro_batch_size: int,
+) -> BatchLoader:
+    train = experiment.train
+    return BatchLoader(
+        samples,
+        GlobalOrder(samples.shard_samples, train.seed),
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        draw_timesteps=timesteps,
+        rank=world.rank,
+        world_size=world.world_size,
+        num_workers=experiment.data.num_workers,
+        conditional=experiment.model.conditioning == "class",
+        class_dropout_prob=experiment.model.class_dropout_prob,
+        horizontal_flip=experiment.data.horizontal_flip,
     )
 
 
