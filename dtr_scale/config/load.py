@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -140,7 +140,7 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
 
 def _explain(problem: Any, raw: dict[str, Any]) -> str:  # noqa: ANN401
     """Turn one pydantic problem into: key, value, what is accepted."""
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in _written(problem["loc"]))
     kind = problem["type"]
     if kind == "combination":
         return problem["msg"]
@@ -148,8 +148,17 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:  # noqa: ANN401
         return f"unknown key {key}{_suggestion(key)}"
     if kind == "missing":
         return f"{key} is missing"
+    if kind.startswith("union_tag"):
+        tag = problem["ctx"].get("tag")
+        found = "is missing" if tag is None else f"= {json.dumps(tag)} is unknown"
+        return f"{key}.type {found}; accepted are {', '.join(_known_types(key))}"
     accepted = problem["msg"].removeprefix("Input ")
     return f"{key} = {json.dumps(problem['input'])}: {accepted}"
+
+
+def _written(location: Sequence[str | int]) -> list[str | int]:
+    """Return a location as the file has it: pydantic puts a network's type after "model"."""
+    return [part for i, part in enumerate(location) if not (i == 1 and location[0] == "model")]
 
 
 def _suggestion(key: str) -> str:
@@ -170,5 +179,12 @@ def _suggestion(key: str) -> str:
 def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + (field.alias or name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        for section in get_args(field.annotation) or [field.annotation]:
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from _known_keys(section, f"{prefix}{name}.")
+
+
+def _known_types(section: str) -> list[str]:
+    """Return the `type`s of a section that is one of several."""
+    options = get_args(Experiment.model_fields[section].annotation)
+    return [get_args(option.model_fields["type"].annotation)[0] for option in options]

@@ -5,8 +5,9 @@ with their key, value, what is accepted and the fix. Sections are flat: a key th
 `type` does not use is kept but has no effect, so `--data.type=synthetic` is one override.
 """
 
+import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -50,16 +51,46 @@ def _local_path(path: str | None) -> str | None:
 
 
 class RoutingConfig(Section):
-    type: Literal["dtr", "dtr_eq4", "none"] = "none"
-    """`dtr` is the official code's window, `dtr_eq4` equation 4's, `none` plain DiT."""
+    type: Literal["none", "dtr", "dtr_eq4", "cdtr", "ercddt", "random", "max_roaming"] = "none"
+    """`dtr` is the official code's window, `dtr_eq4` equation 4's, `random` R-TR, `none` no masks;
+    `cdtr`, `ercddt` and `max_roaming` are the alternatives of appendix F."""
     alpha: PositiveFloat = 4.0
     """How the window's shift is spread over timesteps; above 1, more of it at high noise."""
     beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Share of the channels that each timestep sees."""
+    num_clusters: PositiveInt = 8
+    """Clusters of timesteps that share a mask (cdtr, ercddt)."""
+    seed: Count = 0
+    """Of the masks of random and max_roaming."""
+    update_every_steps: PositiveInt = 500
+    """Training steps between two changes of max_roaming's masks."""
 
 
-class ModelConfig(Section):
-    type: Literal["dit"] = "dit"
+class NetworkConfig(Section):
+    """What all networks have."""
+
+    in_channels: PositiveInt = 4
+    num_classes: PositiveInt = 1000
+    learn_sigma: bool = True
+    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    num_experts: PositiveInt = 1
+    """Networks of equal intervals of the timesteps (multi-experts); 1: one for all."""
+    expert: Count | None = None
+    """Train this expert alone (0 to num_experts - 1); null: all of them together."""
+    routing: RoutingConfig = RoutingConfig()
+
+    @model_validator(mode="after")
+    def _expert_exists(self) -> Self:
+        if self.expert is not None and not self.expert < self.num_experts:
+            raise _refuse(
+                f"model.expert = {self.expert} is none of model.num_experts = {self.num_experts}; "
+                f"choose 0 to {self.num_experts - 1}, or null for all together"
+            )
+        return self
+
+
+class DitConfig(NetworkConfig):
+    type: Literal["dit"]
     variant: Annotated[str | None, AfterValidator(_variant_name)] = None
     """`DiT-S/2` to `DiT-XL/8`; or give hidden_size, depth, num_heads and patch_size instead."""
     hidden_size: PositiveInt | None = None
@@ -68,16 +99,20 @@ class ModelConfig(Section):
     patch_size: PositiveInt | None = None
     input_size: PositiveInt = 32
     """Height and width of a sample (latents of a 256x256 picture: 32)."""
-    in_channels: PositiveInt = 4
-    num_classes: PositiveInt = 1000
-    conditioning: Literal["class", "none"] = "class"
+    conditioning: Literal["class", "none", "text"] = "class"
     class_dropout_prob: Fraction = 0.1
-    learn_sigma: bool = True
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    routing: RoutingConfig = RoutingConfig()
+    """How often a label or text is dropped in training, for guidance."""
+    context_length: PositiveInt = 77
+    """Tokens of a text (CLIP: 77)."""
+    context_dim: PositiveInt = 768
+    """Width of a text token (CLIP ViT-L/14: 768)."""
+
+    @property
+    def title(self) -> str:
+        return self.variant or f"DiT {self.hidden_size}x{self.depth}"
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> "ModelConfig":
+    def _sizes_fit(self) -> Self:
         free = {k: getattr(self, k) for k in ("hidden_size", "depth", "num_heads", "patch_size")}
         given = [k for k, v in free.items() if v is not None]
         missing = [k for k, v in free.items() if v is None]
@@ -110,16 +145,57 @@ class ModelConfig(Section):
         return self
 
 
+class AdmConfig(NetworkConfig):
+    """guided-diffusion's U-Net; its argument names."""
+
+    type: Literal["adm"]
+    image_size: PositiveInt = 64
+    in_channels: PositiveInt = 3
+    model_channels: PositiveInt
+    """Channels of the first level; each level has channel_mult times as many."""
+    num_res_blocks: PositiveInt
+    attention_resolutions: list[PositiveInt]
+    """Downsampling rates at which there is attention."""
+    channel_mult: Annotated[list[PositiveInt | PositiveFloat], Field(min_length=1)]
+    num_heads: PositiveInt = 1
+    num_head_channels: PositiveInt | None = None
+    """Width of an attention head; null: num_heads heads of any width."""
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    conv_resample: bool = True
+    use_new_attention_order: bool = False
+    conditioning: Literal["class", "none"] = "class"
+    class_dropout_prob: Fraction = 0.0
+
+    @property
+    def input_size(self) -> int:
+        return self.image_size
+
+    @property
+    def title(self) -> str:
+        return f"ADM {self.image_size}x{self.image_size}, {self.model_channels} channels"
+
+
+ModelConfig = Annotated[DitConfig | AdmConfig, Field(discriminator="type")]
+
+
 class DiffusionConfig(Section):
     noise_schedule: Literal["linear", "cosine"] = "cosine"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
 
 
 class ObjectiveConfig(Section):
-    type: Literal["vanilla", "ant_uw"] = "vanilla"
+    type: Literal["vanilla", "min_snr", "p2", "ant_uw"] = "vanilla"
+    gamma: PositiveFloat | None = None
+    """Bound of min_snr's SNR (null: 5), or exponent of p2 (null: 1)."""
+    k: PositiveFloat = 1.0
+    """What p2 adds to the SNR."""
     num_clusters: PositiveInt = 8
-    """Timestep clusters: weighted by `ant_uw`, and the strata of the timesteps in any case."""
-    clusters: Literal["timestep"] = "timestep"
+    """Clusters that ant_uw weights; for the others, equal strata of the timesteps drawn."""
+    clusters: Literal["timestep", "log_snr", "gradient"] = "timestep"
+    """How ant_uw cuts the timesteps: evenly, by log SNR, or at `boundaries`."""
+    boundaries: list[int] | None = None
+    """First timestep of each gradient cluster, then num_timesteps; by `dtr-scale affinity`."""
     lr: PositiveFloat = 0.025
     """Learning rate of ant_uw's log-variances."""
 
@@ -194,12 +270,25 @@ class EvaluationConfig(Section):
     cfg_scale: Annotated[float, Field(ge=1.0)] = 1.5
     cfg_channels: PositiveInt | None = None
     """Guided channels: DTR's code guides all 4, DiT's only 3; null: all."""
-    sampler: Literal["ddpm", "ddim"] = "ddpm"
+    cfg_interval: tuple[Count, PositiveInt] | None = None
+    """[lo, hi]: timesteps lo <= t < hi alone are guided; null: all."""
+    sampler: Literal["ddpm", "ddim", "dpm_solver"] = "ddpm"
+    eta: Fraction = 0.0
+    """DDIM's noise: 0 none, 1 that of the posterior, as in DDPM."""
     num_sampling_steps: Annotated[int, Field(ge=2)] = 250
     clip_denoised: bool = False
     """Clip each predicted x_0 to [-1, 1]: right for pixels, wrong for latents."""
     batch_size: PositiveInt = 64
     """Samples per forward on one rank; the samples do not depend on it."""
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> Self:
+        if self.cfg_interval and not self.cfg_interval[0] < self.cfg_interval[1]:
+            raise _refuse(
+                f"evaluation.cfg_interval = {list(self.cfg_interval)} is empty; give [lo, hi] with "
+                "lo < hi, for example [200, 700], or null to guide at every timestep"
+            )
+        return self
 
 
 class Experiment(Section):
@@ -224,20 +313,16 @@ class Experiment(Section):
 
     @property
     def run_path(self) -> Path:
-        return Path(self.run_dir or f"runs/{self.name}")
+        expert = "" if self.model.expert is None else f"/expert_{self.model.expert}"
+        return Path(self.run_dir or f"runs/{self.name}{expert}")
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Experiment":
         if problem := self._batch_problem(world_size=1):
             raise _refuse(problem)
-        num_timesteps, clusters = self.diffusion.num_timesteps, self.objective.num_clusters
-        if num_timesteps % clusters:
-            divisors = [k for k in range(1, min(num_timesteps, 64) + 1) if num_timesteps % k == 0]
-            raise _refuse(
-                f"objective.num_clusters = {clusters} does not divide diffusion.num_timesteps = "
-                f"{num_timesteps}; choose one of {', '.join(map(str, divisors))}"
-            )
-        sampling = self.evaluation
+        if problem := self._clusters_problem():
+            raise _refuse(problem)
+        sampling, num_timesteps = self.evaluation, self.diffusion.num_timesteps
         if sampling.num_sampling_steps > num_timesteps:
             raise _refuse(
                 f"evaluation.num_sampling_steps = {sampling.num_sampling_steps} exceeds "
@@ -248,6 +333,12 @@ class Experiment(Section):
                 f"evaluation.cfg_channels = {sampling.cfg_channels} exceeds model.in_channels = "
                 f"{self.model.in_channels}; choose at most that, or null for all"
             )
+        if self.model.expert is not None and sampling.every_steps:
+            raise _refuse(
+                f"evaluation.every_steps = {sampling.every_steps} with model.expert = "
+                f"{self.model.expert}: an expert alone cannot sample; set evaluation.every_steps=0 "
+                "and sample when all are trained"
+            )
         guided = sampling.cfg_scale != 1.0
         unguidable = self.model.conditioning == "none" or not self.model.class_dropout_prob
         if guided and unguidable:
@@ -257,6 +348,33 @@ class Experiment(Section):
                 "model.class_dropout_prob > 0"
             )
         return self
+
+    def _clusters_problem(self) -> str | None:
+        """Say why the timesteps cannot be cut into the clusters asked for, None if they can."""
+        objective, num_timesteps = self.objective, self.diffusion.num_timesteps
+        if objective.num_clusters > num_timesteps:
+            return (
+                f"objective.num_clusters = {objective.num_clusters} exceeds "
+                f"diffusion.num_timesteps = {num_timesteps}; choose at most {num_timesteps}"
+            )
+        if objective.type != "ant_uw" or objective.clusters != "gradient":
+            return None
+        if self.model.expert is not None:
+            return (
+                "objective.clusters = 'gradient' cuts all timesteps, model.expert = "
+                f"{self.model.expert} trains an interval of them; choose 'timestep' or 'log_snr'"
+            )
+        given = objective.boundaries or []
+        ascending = len(given) == objective.num_clusters + 1 and given == sorted(set(given))
+        if ascending and (given[0], given[-1]) == (0, num_timesteps):
+            return None
+        return (
+            f"objective.boundaries = {json.dumps(objective.boundaries)} do not fit "
+            f"objective.clusters = 'gradient'; give objective.num_clusters + 1 = "
+            f"{objective.num_clusters + 1} ascending whole numbers from 0 to "
+            f"diffusion.num_timesteps = {num_timesteps}, as `dtr-scale affinity RUN_DIR` measures "
+            "them"
+        )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Return the samples per forward when `world_size` ranks share the global batch."""

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dtr_scale.data.cache import GIB, ShardCache
 from dtr_scale.data.order import GlobalOrder
-from dtr_scale.data.shards import Manifest, Sample, data_errors, one_line
+from dtr_scale.data.shards import Condition, Manifest, Sample, data_errors, one_line
 from dtr_scale.errors import DataError, DtrScaleError
 from dtr_scale.randomness import keyed_generator
 from dtr_scale.storage import Folder
@@ -37,7 +37,7 @@ class MicroBatch(NamedTuple):
     noise: torch.Tensor  # float32 [n, C, H, W]
     t: torch.Tensor  # int64 [n], timestep
     cluster: torch.Tensor  # int64 [n], cluster of the timestep
-    y: torch.Tensor  # int64 [n], class index; num_classes is the null label
+    y: torch.Tensor  # int64 [n], class index (num_classes: none); or tokens [n, L, D] (0: none)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return it on a device; pinned memory is copied without waiting."""
@@ -51,7 +51,7 @@ class Samples(Protocol):
     shard_samples: tuple[int, ...]
 
     def read(self, shard: int, index: int) -> Sample:
-        """Return the stored array and the class index of a sample."""
+        """Return the stored array and the condition of a sample."""
         ...
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
@@ -215,7 +215,7 @@ class _MicroBatches(Dataset["MicroBatch | DtrScaleError"]):
         micro_batch_size: int,
         first_place: int,
         draw_timesteps: TimestepDraw,
-        conditional: bool,
+        conditioning: str,
         class_dropout_prob: float,
         horizontal_flip: bool,
     ) -> None:
@@ -226,7 +226,7 @@ class _MicroBatches(Dataset["MicroBatch | DtrScaleError"]):
         self.micro_batch_size = micro_batch_size
         self.first_place = first_place
         self.draw_timesteps = draw_timesteps
-        self.conditional = conditional
+        self.conditioning = conditioning
         self.class_dropout_prob = class_dropout_prob
         self.horizontal_flip = horizontal_flip
         self._prefetched: tuple[int, ...] = ()
@@ -246,10 +246,11 @@ class _MicroBatches(Dataset["MicroBatch | DtrScaleError"]):
         shape = (self.micro_batch_size, *self.samples.manifest.shape)
         x_start = np.empty(shape, np.float32)
         noise = np.empty(shape, np.float32)
-        y = np.empty(self.micro_batch_size, np.int64)
+        y: list[Condition] = []
         located = self.order.samples(start, start + self.micro_batch_size)
         for i, (shard, index) in enumerate(located):
-            x_start[i], y[i] = self._sample(shard, index, start + i, key.salt)
+            x_start[i], condition = self._sample(shard, index, start + i, key.salt)
+            y.append(condition)
             generator = keyed_generator(self.seed, "noise", start + i, key.salt)
             generator.standard_normal(out=noise[i], dtype=np.float32)
         t, cluster = self.draw_timesteps.draw(key.step, places, key.salt)
@@ -258,21 +259,22 @@ class _MicroBatches(Dataset["MicroBatch | DtrScaleError"]):
             noise=torch.from_numpy(noise),
             t=torch.from_numpy(np.array(t, np.int64)),
             cluster=torch.from_numpy(np.array(cluster, np.int64)),
-            y=torch.from_numpy(y),
+            y=torch.from_numpy(np.stack(y)),
         )
 
     def _sample(self, shard: int, index: int, position: int, salt: int) -> Sample:
-        """Return (x_start, y) after the draws of flip, posterior and label drop."""
+        """Return (x_start, condition) after the draws of flip, posterior and label drop."""
         draw = functools.partial(keyed_generator, self.seed, position=position, salt=salt)
         manifest = self.samples.manifest
-        stored, label = self.samples.read(shard, index)
+        stored, condition = self.samples.read(shard, index)
         mirrored = self.horizontal_flip and draw("flip").random() < 0.5
         posterior = draw("posterior") if manifest.encoding == "posterior" else None
-        if not self.conditional:
-            label = 0
+        if self.conditioning == "none":
+            condition = 0
         elif self.class_dropout_prob and draw("label_drop").random() < self.class_dropout_prob:
-            label = manifest.num_classes
-        return manifest.decode(stored, mirrored=mirrored, generator=posterior), label
+            is_text = isinstance(condition, np.ndarray)
+            condition = np.zeros_like(condition) if is_text else manifest.num_classes
+        return manifest.decode(stored, mirrored=mirrored, generator=posterior), condition
 
     def _prefetch(self, position: int) -> None:
         shards = self.order.shards_ahead(position)
@@ -303,7 +305,7 @@ class BatchLoader:
     Rank r of W owns the places [r B/W, (r+1) B/W) of each global batch of B. `num_workers` 0
     reads in this process; otherwise spawned processes read ahead, `prefetch` micro-batches each.
     They leave signals to this process, which must call `close()` (or use the loader in `with`).
-    Without `conditional` every label is 0.
+    With `conditioning` "none" every label is 0.
     """
 
     def __init__(
@@ -318,7 +320,7 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        conditional: bool = True,
+        conditioning: str = "class",
         class_dropout_prob: float = 0.0,
         horizontal_flip: bool = False,
         prefetch: int = 4,
@@ -338,7 +340,7 @@ class BatchLoader:
             micro_batch_size=micro_batch_size,
             first_place=rank * rank_batch_size,
             draw_timesteps=draw_timesteps,
-            conditional=conditional,
+            conditioning=conditioning,
             class_dropout_prob=class_dropout_prob,
             horizontal_flip=horizontal_flip,
         )

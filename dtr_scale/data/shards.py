@@ -22,7 +22,11 @@ from dtr_scale.storage import Folder
 
 MANIFEST_NAME = "manifest.json"
 
-Sample = tuple[np.ndarray, int]  # stored array, class index
+Condition = int | np.ndarray
+"""A class index, or a text's tokens float [L, D]."""
+
+Sample = tuple[np.ndarray, Condition]
+"""Stored array and condition."""
 
 
 class _Record(BaseModel):
@@ -54,6 +58,8 @@ class Manifest(_Record):
     shift: float = 0.0
     num_classes: PositiveInt
     class_names: tuple[str, ...] = ()
+    context_shape: tuple[PositiveInt, PositiveInt] | None = None
+    """Tokens of a text and their width, where conditions are texts."""
     shards: tuple[Shard, ...]
 
     @property

@@ -79,23 +79,37 @@ def prepare_digits(folder: Folder) -> Manifest:
 class SyntheticSource:
     """Made-up samples for runs without data, read like the shards of a split.
 
-    Sample i is a standard normal array and a class index, both keyed by (seed, i).
+    Sample i is a standard normal array and a class index, or text tokens where a `context_shape`
+    is given, all keyed by (seed, i).
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], num_classes: int, num_samples: int, seed: int = 0
+        self,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        num_samples: int,
+        seed: int = 0,
+        context_shape: tuple[int, int] | None = None,
     ) -> None:
         self.manifest = Manifest(
-            encoding="pixels", shape=shape, dtype="float32", num_classes=num_classes, shards=()
+            encoding="pixels",
+            shape=shape,
+            dtype="float32",
+            num_classes=num_classes,
+            context_shape=context_shape,
+            shards=(),
         )
         self.shard_samples = (num_samples,)
         self._seed = seed
 
     def read(self, shard: int, index: int) -> Sample:
-        """Return (array float32 [C, H, W], class index) of a sample."""
+        """Return (array float32 [C, H, W], class index or tokens) of a sample."""
         generator = keyed_generator(self._seed, "synthetic", index)
         label = int(generator.integers(self.manifest.num_classes))
-        return generator.standard_normal(self.manifest.shape, dtype=np.float32), label
+        array = generator.standard_normal(self.manifest.shape, dtype=np.float32)
+        if self.manifest.context_shape is None:
+            return array, label
+        return array, generator.standard_normal(self.manifest.context_shape, dtype=np.float32)
 
     def prefetch(self, shards: tuple[int, ...]) -> None:
         """Nothing has to be fetched."""

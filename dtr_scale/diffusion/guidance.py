@@ -1,6 +1,5 @@
 """Classifier-free guidance (Ho & Salimans, 2022)."""
 
-from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -9,24 +8,34 @@ from torch import Tensor
 from dtr_scale.errors import ConfigError
 
 
-class LabelledModel(Protocol):
-    """A network of (x, t, y) that was trained with a null label."""
+class ConditionalFn(Protocol):
+    """f(x [N, C, H, W], t int [N], y, training step) -> [N, 2C or C, H, W]."""
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor: ...
+
+
+class LabelledModel(ConditionalFn, Protocol):
+    """A network of labels y int [N], or text tokens [N, L, D], that knows a null condition."""
 
     in_channels: int
-    null_label: int
     class_dropout_prob: float
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor: ...
+    def null_like(self, y: Tensor) -> Tensor: ...
 
 
 def cfg_model(
-    model: LabelledModel, cfg_scale: float = 1.5, cfg_channels: int | Literal["all"] | None = 4
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return f(x, t, y) -> [N, 2C or C, H, W], the guided network in one doubled forward.
+    model: LabelledModel,
+    cfg_scale: float = 1.5,
+    cfg_channels: int | Literal["all"] | None = 4,
+    cfg_interval: tuple[float, float] | None = None,
+) -> ConditionalFn:
+    """Return the guided network f(x, t, y) -> [N, 2C or C, H, W], one doubled forward.
 
     eps = eps(null) + cfg_scale (eps(y) - eps(null)) in the first `cfg_channels` channels of eps
     (None or "all": in all of them); the other channels are those of y. DiT guides 3 of 4 channels,
-    the released DTR code all 4. Raises ConfigError for a model without a null label.
+    the released DTR code all 4. With `cfg_interval` = (lo, hi), samples at original timesteps
+    lo <= t < hi alone are guided (Kynkäänniemi et al., 2024). Raises ConfigError for a model
+    without a null condition and for channels or an interval that cannot be.
     """
     if cfg_scale == 1.0:
         return model
@@ -35,19 +44,27 @@ def cfg_model(
             f"cfg_scale: {cfg_scale} needs a model trained with a null label; "
             "set model.class_dropout_prob above 0 and train, or use cfg_scale 1.0"
         )
-    guided = model.in_channels if cfg_channels in (None, "all") else cfg_channels
-    if not 1 <= guided <= model.in_channels:
+    channels = model.in_channels if cfg_channels in (None, "all") else cfg_channels
+    if not 1 <= channels <= model.in_channels:
         raise ConfigError(
-            f"cfg_channels: {guided} is not accepted; give 1 to {model.in_channels} or 'all'"
+            f"cfg_channels: {channels} is not accepted; give 1 to {model.in_channels} or 'all'"
+        )
+    first, stop = cfg_interval or (0, float("inf"))
+    if not 0 <= first < stop:
+        raise ConfigError(
+            f"cfg_interval: {list((first, stop))} is not accepted; give timesteps [lo, hi] with "
+            "0 <= lo < hi, for example [200, 700]"
         )
 
-    def guided_model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        labels = torch.cat([y, torch.full_like(y, model.null_label)])
+    def guided_model(x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        conditions = torch.cat([y, model.null_like(y)])
         # fp32: the difference of two near outputs loses most of bf16's digits.
-        both = model(torch.cat([x, x]), torch.cat([t, t]), labels).float()
+        both = model(torch.cat([x, x]), torch.cat([t, t]), conditions, step).float()
         conditional, null = both.chunk(2)
-        eps, rest = conditional[:, :guided], conditional[:, guided:]
-        eps_null = null[:, :guided]
-        return torch.cat([eps_null + cfg_scale * (eps - eps_null), rest], dim=1)
+        eps, rest = conditional[:, :channels], conditional[:, channels:]
+        eps_null = null[:, :channels]
+        guided = eps_null + cfg_scale * (eps - eps_null)
+        inside = ((t >= first) & (t < stop)).view(-1, 1, 1, 1)
+        return torch.cat([torch.where(inside, guided, eps), rest], dim=1)
 
     return guided_model

@@ -1,12 +1,13 @@
-"""Draw x_0 from noise: DDPM (ancestral) and DDIM."""
+"""Draw x_0 from noise: DDPM (ancestral), DDIM and DPM-Solver++."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_scale.diffusion.process import GaussianDiffusion
+from dtr_scale.diffusion.process import GaussianDiffusion, PosteriorEstimate
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 """(x [N, C, H, W], original timestep int [N]) -> [N, 2C or C, H, W]."""
@@ -19,6 +20,10 @@ class NoiseSource(Protocol):
 
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
+
+# The cosine schedule starts at -20, where a small error of eps is a large one of x_0; diffusers
+# advises to go no lower than -5.1 in half of it.
+_DIMMEST_LOG_SNR = -10.2
 
 
 @torch.no_grad()
@@ -37,9 +42,7 @@ def ddpm_sample(
     """
     x, last = x_T.float(), diffusion.num_timesteps - 1
     for i in _steps(diffusion, progress):
-        t = _timestep(x, last - i)
-        output = model_fn(x, _timestep(x, int(diffusion.timestep_map[last - i])))
-        p = diffusion.p_mean_variance(output, x, t, clip_denoised)
+        p = _estimate(model_fn, diffusion, x, last - i, clip_denoised)
         x = p.mean
         if i < last:
             x = x + torch.exp(0.5 * p.log_variance) * noise[i]
@@ -58,15 +61,15 @@ def ddim_sample(
 ) -> Tensor:
     """Return x_0 [N, C, H, W], fp32, by DDIM (Song et al., 2021, eq. 12 and 16).
 
-    `eta` = 0 is deterministic; `noise` is needed, and used as in `ddpm_sample`, for `eta` > 0.
+    `eta` = 0 is deterministic, 1 adds the posterior's variance; `noise` is needed, and used as in
+    `ddpm_sample`, for `eta` > 0.
     """
     if eta > 0 and noise is None:
         raise ValueError("ddim_sample with eta > 0 needs noise")
     x, last = x_T.float(), diffusion.num_timesteps - 1
     for i in _steps(diffusion, progress):
         t = _timestep(x, last - i)
-        output = model_fn(x, _timestep(x, int(diffusion.timestep_map[last - i])))
-        x_start = diffusion.p_mean_variance(output, x, t, clip_denoised).pred_xstart
+        x_start = _estimate(model_fn, diffusion, x, last - i, clip_denoised).pred_xstart
         eps = diffusion.at("sqrt_recip_alphas_cumprod", t) * x - x_start
         eps = eps / diffusion.at("sqrt_recipm1_alphas_cumprod", t)
         alpha_bar, alpha_bar_prev = (
@@ -75,9 +78,60 @@ def ddim_sample(
         sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
         sigma = eta * sigma
         x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
-        if noise is not None and i < last:
+        if eta > 0 and noise is not None and i < last:
             x = x + sigma * noise[i]
     return x
+
+
+@torch.no_grad()
+def dpm_solver_sample(
+    model_fn: ModelFn,
+    diffusion: GaussianDiffusion,
+    x_T: Tensor,
+    clip_denoised: bool = False,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Return x_0 [N, C, H, W], fp32, by DPM-Solver++(2M) (Lu et al., 2022, algorithm 2).
+
+    It solves the same equation as DDIM with eta 0, to second order at one call of the network per
+    step. Deterministic; the last step returns the network's estimate of x_0.
+    """
+    keep, pull, extrapolate = _solver_coefficients(diffusion.alphas_cumprod)
+    x, last = x_T.float(), diffusion.num_timesteps - 1
+    previous = torch.zeros_like(x)
+    for i in _steps(diffusion, progress):
+        x_start = _estimate(model_fn, diffusion, x, last - i, clip_denoised).pred_xstart
+        data = x_start + extrapolate[i] * (x_start - previous)
+        x = keep[i] * x + pull[i] * data
+        previous = x_start
+    return x
+
+
+def _solver_coefficients(alphas_cumprod: np.ndarray) -> tuple[list[float], ...]:
+    """Return keep, pull and extrapolate, each [steps], in the order of sampling.
+
+    A step from s to t is x_t = keep x_s + pull (x_start + extrapolate (x_start - previous)), with
+    lambda = log(alpha / sigma), h = lambda_t - lambda_s: keep = sigma_t / sigma_s,
+    pull = alpha_t (1 - exp(-h)), extrapolate = h / (2 h_previous). The last step ends at x_0.
+    """
+    alpha = np.append(np.sqrt(alphas_cumprod[::-1]), 1.0)
+    sigma = np.append(np.sqrt(1 - alphas_cumprod[::-1]), 0.0)
+    log_snr = 2 * np.log(alpha[:-1] / sigma[:-1])
+    h = np.diff(log_snr) / 2
+    keep = sigma[1:] / sigma[:-1]
+    pull = alpha[1:] - keep * alpha[:-1]
+    extrapolate = np.zeros(len(keep))
+    # First order at the start, where there is one estimate, and at the end: the step to timestep 0
+    # is several times as long as those before it, the last one infinitely long.
+    extrapolate[1:-2] = np.where(log_snr[:-3] > _DIMMEST_LOG_SNR, h[1:-1] / (2 * h[:-2]), 0.0)
+    return keep.tolist(), pull.tolist(), extrapolate.tolist()
+
+
+def _estimate(
+    model_fn: ModelFn, diffusion: GaussianDiffusion, x: Tensor, index: int, clip_denoised: bool
+) -> PosteriorEstimate:
+    output = model_fn(x, _timestep(x, int(diffusion.timestep_map[index])))
+    return diffusion.p_mean_variance(output, x, _timestep(x, index), clip_denoised)
 
 
 def _steps(diffusion: GaussianDiffusion, progress: Progress | None) -> Iterable[int]:

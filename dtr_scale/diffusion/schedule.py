@@ -14,6 +14,11 @@ def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
     "cosine" (Nichol & Dhariwal, 2021, eq. 17) follows cos^2 with s = 0.008 and beta <= 0.999.
     """
     if name == "linear":
+        if num_timesteps <= 20:
+            raise ConfigError(
+                f"diffusion.num_timesteps: {num_timesteps} is too few for the linear schedule, "
+                "whose last beta would reach 1; give 21 or more, or the cosine schedule"
+            )
         scale = 1000 / num_timesteps
         return np.linspace(scale * 1e-4, scale * 0.02, num_timesteps)
     if name == "cosine":
@@ -34,24 +39,32 @@ def space_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
         return np.arange(num_timesteps)
     try:
         if respacing.startswith("ddim"):
-            return _constant_stride(num_timesteps, int(respacing.removeprefix("ddim")))
-        counts = [int(count) for count in respacing.split(",")]
+            return _constant_stride(num_timesteps, _count(respacing.removeprefix("ddim")))
+        counts = [_count(count) for count in respacing.split(",")]
         sections = np.array_split(np.arange(num_timesteps), len(counts))
         return np.concatenate(
             [_spread(section, count) for section, count in zip(sections, counts, strict=True)]
         )
     except ValueError as error:
         raise ConfigError(
-            f"timestep_respacing: {respacing!r} does not fit {num_timesteps} timesteps ({error}); "
+            f"timestep_respacing: {respacing!r} does not fit {num_timesteps} timesteps: {error}; "
             "give e.g. '250', 'ddim50' or '10,20,30'"
         ) from None
 
 
+def _count(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ValueError(f"{text!r} is no number of steps")
+    return int(text)
+
+
 def _constant_stride(num_timesteps: int, count: int) -> np.ndarray:
-    for stride in range(1, num_timesteps):
-        if len(range(0, num_timesteps, stride)) == count:
-            return np.arange(0, num_timesteps, stride)
-    raise ValueError(f"no whole-number stride gives {count} steps")
+    # Of the strides that keep as many timesteps the smallest counts: it comes last.
+    strides = {-(-num_timesteps // stride): stride for stride in range(num_timesteps - 1, 0, -1)}
+    if count not in strides:
+        nearest = min(strides, key=lambda kept: abs(kept - count))
+        raise ValueError(f"no whole-number stride keeps {count}, the nearest is 'ddim{nearest}'")
+    return np.arange(0, num_timesteps, strides[count])
 
 
 def _spread(section: np.ndarray, count: int) -> np.ndarray:

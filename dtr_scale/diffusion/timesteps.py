@@ -7,12 +7,23 @@ import numpy as np
 from dtr_scale.randomness import keyed_generator
 
 
+def timestep_strata(timesteps: range, num_strata: int) -> np.ndarray:
+    """Return boundaries float64 [K + 1] that cut a range of timesteps into equal strata.
+
+    They are real numbers, so that K strata with as many samples each make every timestep equally
+    likely whatever K: a timestep that a boundary runs through belongs to both sides by its share.
+    """
+    return timesteps.start + np.arange(num_strata + 1) * len(timesteps) / num_strata
+
+
 @dataclass(frozen=True, eq=False)
 class TimestepSampler:
     """Stratified timesteps: the places of a global batch go round the clusters.
 
-    `boundaries` int64 [K + 1] come from `timestep_clusters`. Every answer depends on the step and
-    the place in the global batch alone, never on which rank asks.
+    `boundaries` [K + 1] are ascending: the integers of `dtr_scale.diffusion.clusters` where the
+    objective weights clusters, since each then needs samples of its own; else `timestep_strata`,
+    and "cluster k" is stratum k. Every answer depends on the step and the place in the global
+    batch alone, never on which rank asks.
     """
 
     seed: int
@@ -33,6 +44,13 @@ class TimestepSampler:
         """Return the number of samples of each cluster in the global batch, int64 [K]."""
         return np.bincount(self.clusters(step), minlength=self.num_clusters)
 
+    def at(self, cluster: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return the timesteps at the fractions u [n] in [0, 1) of clusters [n], int64 [n]."""
+        low, high = self.boundaries[cluster], self.boundaries[cluster + 1]
+        # The product may round up to `high` itself, the next cluster's.
+        last = np.ceil(high) - 1
+        return np.minimum(np.floor(low + u * (high - low)), last).astype(np.int64)
+
     def draw(self, step: int, places: range, salt: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Return the timesteps t and the clusters of `places`, int64 [n] each.
 
@@ -40,10 +58,8 @@ class TimestepSampler:
         """
         cluster = self.clusters(step)[places.start : places.stop : places.step]
         positions = (step * self.global_batch_size + place for place in places)
-        t = [
-            keyed_generator(self.seed, "timestep", position, salt).integers(
-                self.boundaries[k], self.boundaries[k + 1]
-            )
-            for position, k in zip(positions, cluster, strict=True)
+        u = [
+            keyed_generator(self.seed, "timestep", position, salt).random()
+            for position in positions
         ]
-        return np.array(t, dtype=np.int64), cluster
+        return self.at(cluster, np.array(u)), cluster

@@ -36,8 +36,8 @@ class Engine(ABC):
     network: nn.Module
 
     @abstractmethod
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the network's output, fp32 [N, C_out, H, W]."""
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
+        """Return the network's output at a training step, fp32 [N, C_out, H, W]."""
 
     def micro_step(self, *, last: bool) -> AbstractContextManager[None]:
         """Enclose one forward and backward; gradients may be exchanged in the `last` one alone."""

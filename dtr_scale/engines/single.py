@@ -35,9 +35,9 @@ class SingleEngine(Engine):
             for name, parameter in network.named_parameters()
         ]
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         with self._autocast:
-            return self.network(x_t, t, y).float()
+            return self.network(x_t, t, y, step).float()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

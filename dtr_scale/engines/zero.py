@@ -80,8 +80,8 @@ class DeepSpeedEngine(Engine):
         """The AdamW that makes the update: DeepSpeed's ZeRO optimizer wraps it."""
         return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self._engine(x_t, t, y).float()
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
+        return self._engine(x_t, t, y, step).float()
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:

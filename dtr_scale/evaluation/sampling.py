@@ -1,5 +1,6 @@
 """Samples of a trained network: sample i is a function of (seed, i), whoever draws it."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,15 @@ from torch import Tensor
 
 from dtr_scale.diffusion.guidance import cfg_model
 from dtr_scale.diffusion.process import GaussianDiffusion
-from dtr_scale.diffusion.samplers import Progress, ddim_sample, ddpm_sample
-from dtr_scale.models.dit import DiT
+from dtr_scale.diffusion.samplers import (
+    ModelFn,
+    Progress,
+    ddim_sample,
+    ddpm_sample,
+    dpm_solver_sample,
+)
+from dtr_scale.errors import ConfigError
+from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.randomness import keyed_generator
 
 _GRID_PIXELS = 48  # small pictures are enlarged to about this
@@ -19,7 +27,11 @@ _GRID_PIXELS = 48  # small pictures are enlarged to about this
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How samples are drawn: part of every published number."""
+    """How samples are drawn: part of every published number.
+
+    `sampler` is "ddpm", "ddim" (the one that `eta` is for) or "dpm_solver"; `cfg_channels` and
+    `cfg_interval` are those of `cfg_model`.
+    """
 
     noise_schedule: str
     num_timesteps: int
@@ -29,6 +41,8 @@ class SamplingSettings:
     cfg_channels: int | None
     clip_denoised: bool
     seed: int
+    eta: float = 0.0
+    cfg_interval: tuple[int, int] | None = None
 
     def manifest(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,41 +83,62 @@ def class_labels(indices: range, num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def draw_samples(
-    network: DiT,
+    network: Denoiser,
     settings: SamplingSettings,
     indices: range,
     *,
     batch_size: int,
+    conditions: Callable[[range], Tensor] | None = None,
+    step: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return samples `indices` as fp32 [n, C, H, W] on the CPU, the same for any batch_size."""
+    """Return samples `indices` as fp32 [n, C, H, W] on the CPU, the same for any batch_size.
+
+    `conditions` returns labels int [n] or text tokens [n, L, D] of given samples; without it the
+    classes go round. `step` is the training step, for masks that change with it. Raises ConfigError
+    for guidance that the network or its channels do not allow.
+    """
     diffusion = GaussianDiffusion(
         settings.noise_schedule,
         settings.num_timesteps,
         timestep_respacing=str(settings.num_sampling_steps),
         learn_sigma=network.learn_sigma,
     )
-    guided = cfg_model(network, settings.cfg_scale, settings.cfg_channels)
+    guided = cfg_model(network, settings.cfg_scale, settings.cfg_channels, settings.cfg_interval)
     shape = (network.in_channels, network.input_size, network.input_size)
     device = next(network.parameters()).device
     batches: list[Tensor] = [torch.empty(0, *shape)]
     for first in range(0, len(indices), batch_size):
         batch = indices[first : first + batch_size]
-        labels = class_labels(batch, network.num_classes).to(device)
+        asked = conditions(batch) if conditions else class_labels(batch, network.num_classes)
         noise = KeyedNoise(settings.seed, batch, shape, device)
 
-        def model_fn(x: Tensor, t: Tensor, y: Tensor = labels) -> Tensor:
-            return guided(x, t, y)
+        def model_fn(x: Tensor, t: Tensor, y: Tensor = asked.to(device)) -> Tensor:
+            return guided(x, t, y, step)
 
-        start, clip = noise.start, settings.clip_denoised
-        if settings.sampler == "ddim":
-            x = ddim_sample(model_fn, diffusion, start, clip_denoised=clip, progress=progress)
-        else:
-            x = ddpm_sample(
-                model_fn, diffusion, start, noise, clip_denoised=clip, progress=progress
-            )
-        batches.append(x.cpu())
+        batches.append(_sample(model_fn, diffusion, settings, noise, progress).cpu())
     return torch.cat(batches)
+
+
+def _sample(
+    model_fn: ModelFn,
+    diffusion: GaussianDiffusion,
+    settings: SamplingSettings,
+    noise: KeyedNoise,
+    progress: Progress | None,
+) -> Tensor:
+    start, clip = noise.start, settings.clip_denoised
+    match settings.sampler:
+        case "ddpm":
+            return ddpm_sample(model_fn, diffusion, start, noise, clip, progress)
+        case "ddim":
+            return ddim_sample(model_fn, diffusion, start, settings.eta, noise, clip, progress)
+        case "dpm_solver":
+            return dpm_solver_sample(model_fn, diffusion, start, clip, progress)
+        case other:
+            raise ConfigError(
+                f"evaluation.sampler: {other!r} is unknown; accepted: ddpm, ddim, dpm_solver"
+            )
 
 
 def grid_columns(num_classes: int) -> int:

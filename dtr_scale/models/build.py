@@ -1,6 +1,7 @@
 """Make a network from the `model` section of an experiment."""
 
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,63 +9,57 @@ import torch
 
 from dtr_scale.errors import ConfigError
 from dtr_scale.models.attention import resolve_backend
+from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.dit import VARIANTS, DiT, DiTSize
+from dtr_scale.models.experts import MultiExperts
+from dtr_scale.models.routing import Routing
+from dtr_scale.models.unet import ADM
 
-_DEFAULTS = {
-    "in_channels": 4,
-    "conditioning": "class",
-    "class_dropout_prob": 0.1,
-    "learn_sigma": True,
-    "attention": "auto",
-    "routing": {"type": "none"},
-}
-_KEYS = {"type", "variant", *DiTSize._fields, "input_size", "num_classes", *_DEFAULTS}
+NETWORKS: dict[str, type[DiT] | type[ADM]] = {"dit": DiT, "adm": ADM}
+
+_ALL_TYPES = {"type", "attention", "num_experts", "expert"}
+_GIVEN = {"self", "num_timesteps", "num_channels", "attention_backend"}
 
 
-def build_model(config: Mapping[str, Any], num_timesteps: int = 1000) -> DiT:
+def build_model(config: Mapping[str, Any], num_timesteps: int = 1000) -> Denoiser:
     """Return the network that `config` describes, with fresh weights on the default device.
 
-    Keys: type ("dit"), variant or its four sizes (hidden_size, depth, num_heads, patch_size),
-    input_size, num_classes, and those of `_DEFAULTS`. None counts as absent. Attention is resolved
-    for the CUDA device if there is one; a network on the meta device gets "sdpa". Raises
+    Keys: type ("dit" or "adm"), the keywords of the network's class, attention, num_experts and
+    expert; for a DiT, variant may stand for its four sizes. None counts as absent. Attention is
+    resolved for the CUDA device if there is one; a network on the meta device gets "sdpa". Raises
     ConfigError for an unknown, missing or impossible setting.
     """
-    _check_keys("model", config, _KEYS)
-    settings = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    if _required(settings, "type") != "dit":
-        raise ConfigError(f"model.type: {settings['type']!r} is not a network; accepted: dit")
-    size, input_size = _size(settings), _required(settings, "input_size")
-    _check_divisible("input_size", input_size, "patch_size", size.patch_size)
-    num_classes, class_dropout_prob = _conditioning(settings)
-    routing = settings["routing"]
-    _check_keys("model.routing", routing, {"type", "alpha", "beta"})
-    return DiT(
-        **size._asdict(),
-        input_size=input_size,
-        in_channels=settings["in_channels"],
-        num_classes=num_classes,
-        class_dropout_prob=class_dropout_prob,
-        learn_sigma=settings["learn_sigma"],
-        routing=_required(routing, "type", section="model.routing"),
-        alpha=routing.get("alpha", 4.0),
-        beta=routing.get("beta", 0.8),
-        num_timesteps=num_timesteps,
-        attention_backend=_attention_backend(settings["attention"]),
-    )
+    settings = {key: value for key, value in config.items() if value is not None}
+    network = NETWORKS.get(_required(settings, "type"))
+    if network is None:
+        accepted = ", ".join(NETWORKS)
+        raise ConfigError(f"model.type: {settings['type']!r} is no network; accepted: {accepted}")
+    accepted = _keywords(network)
+    _check_keys("model", config, accepted | _ALL_TYPES | ({"variant"} if network is DiT else set()))
+    routing = settings.get("routing", {"type": "none"})
+    _required(routing, "type", section="model.routing")
+    _check_keys("model.routing", routing, _keywords(Routing))
+    if settings.get("conditioning", "class") == "class":
+        _required(settings, "num_classes")
+    if network is DiT:
+        settings |= _size(settings)._asdict()
+    for key, parameter in inspect.signature(network.__init__).parameters.items():
+        if key in accepted and parameter.default is inspect.Parameter.empty:
+            _required(settings, key)
+    keywords = {key: value for key, value in settings.items() if key in accepted}
+    keywords["attention_backend"] = _attention_backend(settings.get("attention", "auto"))
+    num_experts = settings.get("num_experts", 1)
+    if num_experts == 1 or settings.get("expert") is not None:
+        return network(**keywords, num_timesteps=num_timesteps)
+    experts = [network(**keywords, num_timesteps=num_timesteps) for _ in range(num_experts)]
+    return MultiExperts(experts, num_timesteps)
 
 
 def _size(settings: Mapping[str, Any]) -> DiTSize:
     own = [key for key in DiTSize._fields if key in settings]
     variant = settings.get("variant")
     if variant is None:
-        size = DiTSize(*(_required(settings, key) for key in DiTSize._fields))
-        _check_divisible("hidden_size", size.hidden_size, "num_heads", size.num_heads)
-        if size.hidden_size % 4:
-            raise ConfigError(
-                f"model.hidden_size: {size.hidden_size} is not a multiple of 4, "
-                "which the sine and cosine positions need"
-            )
-        return size
+        return DiTSize(*(_required(settings, key) for key in DiTSize._fields))
     if own:
         raise ConfigError(
             f"model.variant: {variant!r} already sets {', '.join(own)}; remove one or the other"
@@ -77,18 +72,6 @@ def _size(settings: Mapping[str, Any]) -> DiTSize:
     return VARIANTS[variant]
 
 
-def _conditioning(settings: Mapping[str, Any]) -> tuple[int, float]:
-    """Return num_classes and class_dropout_prob."""
-    if settings["conditioning"] == "none":
-        return 1, 0.0
-    if settings["conditioning"] != "class":
-        raise ConfigError(
-            f"model.conditioning: {settings['conditioning']!r} is not accepted; "
-            "give 'class' or 'none'"
-        )
-    return _required(settings, "num_classes"), settings["class_dropout_prob"]
-
-
 def _attention_backend(name: str) -> str:
     device = torch.get_default_device()
     if device.type == "meta":
@@ -96,9 +79,8 @@ def _attention_backend(name: str) -> str:
     return resolve_backend(name, torch.device("cuda" if torch.cuda.is_available() else device))
 
 
-def _check_divisible(key: str, value: int, by_key: str, by: int) -> None:
-    if value % by:
-        raise ConfigError(f"model.{key}: {value} is not a multiple of model.{by_key} = {by}")
+def _keywords(made: type) -> set[str]:
+    return set(inspect.signature(made.__init__).parameters) - _GIVEN
 
 
 def _check_keys(section: str, settings: Mapping[str, Any], accepted: set[str]) -> None:

@@ -1,21 +1,26 @@
 """Diffusion transformer (Peebles & Xie, 2023) with Denoising Task Routing around its blocks.
 
-Parameters carry the names of the official DiT state dict.
+Parameters carry the names of the official DiT state dict. Text conditioning is that of the DTR
+paper (appendix C, figure 8).
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dtr_scale.errors import ConfigError
 from dtr_scale.models.attention import attention
+from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.embedders import (
     LabelEmbedder,
     PatchEmbed,
+    TextEmbedder,
     TimestepEmbedder,
     sincos_position_table,
 )
-from dtr_scale.models.routing import routing_windows, window_mask
+from dtr_scale.models.routing import Routing
 
 
 class DiTSize(NamedTuple):
@@ -49,41 +54,82 @@ class Attention(nn.Module):
         return self.proj(attention(q, k, v, backend).reshape(n, length, width))
 
 
-class Mlp(nn.Module):
-    """Pointwise feed-forward layer of a block."""
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens [N, L, D] to text tokens [N, M, context_dim]."""
 
-    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(context_dim, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor, backend: str) -> Tensor:
+        n, length, width = x.shape
+        heads = self.num_heads, width // self.num_heads
+        q = self.q(x).view(n, length, *heads)
+        k, v = self.kv(context).view(n, context.shape[1], 2, *heads).unbind(2)
+        return self.proj(attention(q, k, v, backend).reshape(n, length, width))
+
+
+class Mlp(nn.Module):
+    """Pointwise feed-forward layer of a block, four times as wide inside."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
         self.act = nn.GELU(approximate="tanh")
-        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning, routed by a mask of channels."""
+    """Transformer block with adaLN-Zero conditioning, routed by a mask of channels.
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    With a `context_dim` it attends to text tokens between self-attention and MLP.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.norm1 = _layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
+        self.cross_attn = None
+        if context_dim is not None:
+            self.norm_cross = _layer_norm(hidden_size)
+            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim)
         self.norm2 = _layer_norm(hidden_size)
-        self.mlp = Mlp(hidden_size, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.mlp = Mlp(hidden_size)
+        self.num_modulations = 6 if context_dim is None else 9
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(hidden_size, self.num_modulations * hidden_size)
+        )
 
-    def forward(self, z: Tensor, c: Tensor, mask: Tensor | None, backend: str) -> Tensor:
-        """Return [N, L, D] from tokens z [N, L, D], condition c [N, D] and mask bool [N, 1, D]."""
+    def forward(
+        self, z: Tensor, c: Tensor, context: Tensor | None, mask: Tensor | None, backend: str
+    ) -> Tensor:
+        """Return [N, L, D] from tokens z [N, L, D].
+
+        c [N, D] is the condition of adaLN, context [N, M, context_dim] the text's tokens, mask
+        bool [N, D] the channels that the block sees (None: all).
+        """
         if mask is None:
-            return self._block(z, c, backend)
-        return ~mask * z + self._block(mask * z, c, backend)  # eq. 8
+            return self._block(z, c, context, backend)
+        mask = mask[:, None]
+        return ~mask * z + self._block(mask * z, c, context, backend)  # eq. 8
 
-    def _block(self, z: Tensor, c: Tensor, backend: str) -> Tensor:
-        modulation = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
-        z = z + gate_msa * self.attn(_modulate(self.norm1(z), shift_msa, scale_msa), backend)
-        return z + gate_mlp * self.mlp(_modulate(self.norm2(z), shift_mlp, scale_mlp))
+    def _block(self, z: Tensor, c: Tensor, context: Tensor | None, backend: str) -> Tensor:
+        modulation = self.adaLN_modulation(c)[:, None].chunk(self.num_modulations, dim=-1)
+        shift, scale, gate = modulation[:3]
+        z = z + gate * self.attn(_modulate(self.norm1(z), shift, scale), backend)
+        if self.cross_attn is not None:
+            assert context is not None
+            shift, scale, gate = modulation[3:6]
+            normed = _modulate(self.norm_cross(z), shift, scale)
+            z = z + gate * self.cross_attn(normed, context, backend)
+        shift, scale, gate = modulation[-3:]
+        return z + gate * self.mlp(_modulate(self.norm2(z), shift, scale))
 
 
 class FinalLayer(nn.Module):
@@ -100,13 +146,14 @@ class FinalLayer(nn.Module):
         return self.linear(_modulate(self.norm_final(z), shift, scale))
 
 
-class DiT(nn.Module):
-    """Predict the noise in a latent and, with `learn_sigma`, where its variance lies.
+class DiT(Denoiser):
+    """A transformer over the patches of a latent.
 
-    `routing` is a kind of `routing_windows` over `num_timesteps` timesteps. An unconditional model
-    has num_classes=1 and class_dropout_prob=0. `attention_backend` (see `resolve_backend`) and
-    `activation_checkpointing` may be set at any time.
+    With conditioning "text", y are the tokens [N, context_length, context_dim] of a text encoder
+    (CLIP ViT-L/14's by default). `routing` holds the keywords of `Routing` over `num_timesteps`.
     """
+
+    conditionings = ("class", "none", "text")
 
     def __init__(
         self,
@@ -117,70 +164,68 @@ class DiT(nn.Module):
         patch_size: int,
         input_size: int,
         in_channels: int = 4,
-        mlp_ratio: float = 4.0,
         num_classes: int = 1000,
+        conditioning: str = "class",
         class_dropout_prob: float = 0.1,
+        context_length: int = 77,
+        context_dim: int = 768,
         learn_sigma: bool = True,
-        routing: str = "none",
-        alpha: float = 4.0,
-        beta: float = 0.8,
+        routing: Mapping[str, Any] | None = None,
         num_timesteps: int = 1000,
         attention_backend: str = "sdpa",
     ) -> None:
-        super().__init__()
+        _check_sizes(hidden_size, num_heads, patch_size, input_size)
+        super().__init__(
+            input_size=input_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            conditioning=conditioning,
+            class_dropout_prob=class_dropout_prob,
+            learn_sigma=learn_sigma,
+            attention_backend=attention_backend,
+        )
         self.hidden_size = hidden_size
         self.patch_size = patch_size
-        self.input_size = input_size
-        self.in_channels = in_channels
-        self.out_channels = 2 * in_channels if learn_sigma else in_channels
-        self.learn_sigma = learn_sigma
-        self.num_classes = num_classes
-        self.null_label = num_classes
-        self.class_dropout_prob = class_dropout_prob
-        self.routing = routing
-        self.attention_backend = attention_backend
-        self.activation_checkpointing = False
-
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        by_text = conditioning == "text"
+        if by_text:
+            self.y_embedder = TextEmbedder(context_length, context_dim, class_dropout_prob)
+        else:
+            self.y_embedder = LabelEmbedder(self.num_classes, hidden_size, self.class_dropout_prob)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)
+            DiTBlock(hidden_size, num_heads, context_dim if by_text else None) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-
-        self.pos_embed: Tensor
-        self.mask_start: Tensor
-        self.mask_stop: Tensor
-        positions = sincos_position_table(hidden_size, input_size // patch_size)
-        start, stop = routing_windows(
-            routing, num_timesteps=num_timesteps, num_channels=hidden_size, alpha=alpha, beta=beta
+        self.routing = Routing(
+            **(routing or {}), num_timesteps=num_timesteps, num_channels=[hidden_size] * depth
         )
+        self.pos_embed: Tensor
+        positions = sincos_position_table(hidden_size, input_size // patch_size)
         self.register_buffer("pos_embed", positions[None], persistent=False)
-        self.register_buffer("mask_start", start, persistent=False)
-        self.register_buffer("mask_stop", stop, persistent=False)
         self.initialize_weights()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
-        """Return [N, 2C or C, H, W] in the weights' dtype.
-
-        x [N, C, H, W] is a noised latent, t int [N] its original timestep, y int [N] its label
-        (`null_label` for none). `step` is the training step, for masks that change with it.
-        """
         x = x.to(self.x_embedder.proj.weight.dtype)
         z = self.x_embedder(x)
         z = z + self.pos_embed.to(z.dtype)
-        c = self.t_embedder(t) + self.y_embedder(y)
-        mask = self._routing_mask(t)
-        for block in self.blocks:
+        c, context = self.t_embedder(t), None
+        if self.conditioning == "text":
+            context = self.y_embedder(y.to(z.dtype))
+        else:
+            c = c + self.y_embedder(y)
+        for block, mask in zip(self.blocks, self.routing(t, step), strict=True):
             if self.activation_checkpointing:
                 z = checkpoint(
-                    block, z, c, mask, self.attention_backend,
+                    block, z, c, context, mask, self.attention_backend,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                z = block(z, c, mask, self.attention_backend)
+                z = block(z, c, context, mask, self.attention_backend)
         return self._unpatchify(self.final_layer(z, c))
+
+    def routed_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
 
     def initialize_weights(self) -> None:
         """Initialise as DiT does: every block starts as the identity, the output as zero."""
@@ -192,23 +237,33 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         if self.x_embedder.proj.bias is not None:
             nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for parameter in self.y_embedder.parameters():
+            nn.init.normal_(parameter, std=0.02)
         for name, parameter in self.named_parameters():
             if name.startswith("t_embedder.") and name.endswith("weight"):
                 nn.init.normal_(parameter, std=0.02)
             elif "adaLN_modulation" in name or name.startswith("final_layer.linear"):
                 nn.init.zeros_(parameter)
 
-    def _routing_mask(self, t: Tensor) -> Tensor | None:
-        if self.routing == "none":
-            return None
-        return window_mask(self.mask_start[t], self.mask_stop[t], self.hidden_size)[:, None]
-
     def _unpatchify(self, patches: Tensor) -> Tensor:
         p, grid = self.patch_size, self.input_size // self.patch_size
         patches = patches.view(-1, grid, grid, p, p, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.out_channels, self.input_size, self.input_size
+        )
+
+
+def _check_sizes(hidden_size: int, num_heads: int, patch_size: int, input_size: int) -> None:
+    for key, value, by_key, by in (
+        ("hidden_size", hidden_size, "num_heads", num_heads),
+        ("input_size", input_size, "patch_size", patch_size),
+    ):
+        if value % by:
+            raise ConfigError(f"model.{key}: {value} is not a multiple of model.{by_key} = {by}")
+    if hidden_size % 4:
+        raise ConfigError(
+            f"model.hidden_size: {hidden_size} is not a multiple of 4, "
+            "which the sine and cosine positions need"
         )
 
 

@@ -50,6 +50,25 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class TextEmbedder(nn.Module):
+    """Put the learned null text [L, D] in the place of tokens that are all zero.
+
+    The data pipeline drops a text by sending zeros, which no text encoder returns. Without label
+    dropout there is no null text and tokens [N, L, D] pass as they are.
+    """
+
+    def __init__(self, context_length: int, context_dim: int, class_dropout_prob: float) -> None:
+        super().__init__()
+        self.null_tokens = None
+        if class_dropout_prob > 0:
+            self.null_tokens = nn.Parameter(torch.empty(context_length, context_dim))
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.null_tokens is None:
+            return y
+        return torch.where(y.any(dim=(1, 2), keepdim=True), y, self.null_tokens)
+
+
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Return [cos(t w_i), sin(t w_i)], fp32 [N, dim], with w_i = max_period^(-2i/dim)."""
     half = dim // 2

@@ -4,6 +4,7 @@ l_k below is the mean of (mse + vb) over the samples of cluster k in the global 
 number. An objective's own parameters are replicated fp32 tensors outside the network's engine.
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,22 +12,21 @@ from torch import Tensor
 
 from dtr_scale.errors import ConfigError
 from dtr_scale.objectives.uncertainty import uncertainty_loss
+from dtr_scale.objectives.weighting import WEIGHTINGS, loss_weight
 
-OBJECTIVE_TYPES = ("vanilla", "ant_uw")
+OBJECTIVE_TYPES = (*WEIGHTINGS, "ant_uw")
 
 
 class Objective(Protocol):
-    """The scalar of a global batch, its share in a part of it, and parameters of its own."""
+    """The share of a part of the global batch in its scalar, and parameters of its own."""
 
-    def loss(self, mse: Tensor, vb: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
+    def loss(
+        self, mse: Tensor, vb: Tensor, *, snr: Tensor, cluster: Tensor, counts: Tensor
+    ) -> Tensor:
         """Return this part's share, a scalar to differentiate; the shares sum to the objective.
 
-        mse [n], vb [n], cluster int [n] of the part; counts n_k [K] of the global batch.
+        mse [n], vb [n], snr [n], cluster int [n] of the part; counts n_k [K] of the global batch.
         """
-        ...
-
-    def value(self, cluster_loss: Tensor, counts: Tensor) -> float:
-        """Return the objective of the whole batch from l_k [K] and n_k [K]."""
         ...
 
     def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
@@ -44,18 +44,23 @@ class Objective(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
 
-class VanillaObjective(Objective):
-    """The mean of mse + vb over the global batch."""
+class WeightedObjective(Objective):
+    """The mean of w(SNR) mse + vb over the global batch, w as in `loss_weight`."""
 
-    def __init__(self, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        global_batch_size: int,
+        kind: str = "vanilla",
+        gamma: float | None = None,
+        k: float = 1.0,
+    ) -> None:
         self.global_batch_size = global_batch_size
+        self._weight = partial(loss_weight, kind, gamma=gamma, k=k)
 
-    def loss(self, mse: Tensor, vb: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
-        return (mse + vb).sum() / self.global_batch_size
-
-    def value(self, cluster_loss: Tensor, counts: Tensor) -> float:
-        filled = counts > 0
-        return float((cluster_loss * counts)[filled].sum() / self.global_batch_size)
+    def loss(
+        self, mse: Tensor, vb: Tensor, *, snr: Tensor, cluster: Tensor, counts: Tensor
+    ) -> Tensor:
+        return (self._weight(snr) * mse + vb).sum() / self.global_batch_size
 
     def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
         pass
@@ -82,12 +87,10 @@ class AntUwObjective(Objective):
             "exp_avg_sq": torch.zeros_like(self.log_var),
         }
 
-    def loss(self, mse: Tensor, vb: Tensor, cluster: Tensor, counts: Tensor) -> Tensor:
+    def loss(
+        self, mse: Tensor, vb: Tensor, *, snr: Tensor, cluster: Tensor, counts: Tensor
+    ) -> Tensor:
         return uncertainty_loss(mse + vb, cluster, self.log_var, counts)
-
-    def value(self, cluster_loss: Tensor, counts: Tensor) -> float:
-        terms = torch.exp(-self.log_var) * cluster_loss / len(self.log_var) + self.log_var
-        return float(terms[counts > 0].sum() / 2)
 
     def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
         gradient = (1 - torch.exp(-self.log_var) * cluster_loss / len(self.log_var)) / 2
@@ -109,11 +112,21 @@ class AntUwObjective(Objective):
 
 
 def build_objective(
-    type: str, num_clusters: int, global_batch_size: int, lr: float, device: torch.device
+    type: str,
+    *,
+    num_clusters: int,
+    global_batch_size: int,
+    device: torch.device,
+    gamma: float | None = None,
+    k: float = 1.0,
+    lr: float = 0.025,
 ) -> Objective:
-    """Return the objective named `type`; `lr` is that of its own parameters."""
-    if type == "vanilla":
-        return VanillaObjective(global_batch_size)
+    """Return the objective named `type`: one of OBJECTIVE_TYPES, else ConfigError.
+
+    `gamma` and `k` are those of `loss_weight`, `lr` that of ant_uw's log-variances.
+    """
+    if type in WEIGHTINGS:
+        return WeightedObjective(global_batch_size, type, gamma=gamma, k=k)
     if type == "ant_uw":
         return AntUwObjective(num_clusters, lr, device)
     accepted = ", ".join(OBJECTIVE_TYPES)

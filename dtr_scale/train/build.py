@@ -5,11 +5,13 @@ The only place where the config's sections meet the components, which take keywo
 
 import logging
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dtr_scale
 from dtr_scale.checkpoint.manager import CheckpointManager
@@ -20,9 +22,9 @@ from dtr_scale.data.loader import BatchLoader, SampleReader, Samples
 from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.shards import read_manifest
 from dtr_scale.data.sources import SyntheticSource
-from dtr_scale.diffusion.clusters import timestep_clusters
+from dtr_scale.diffusion.clusters import log_snr_clusters, timestep_clusters
 from dtr_scale.diffusion.process import GaussianDiffusion
-from dtr_scale.diffusion.timesteps import TimestepSampler
+from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
@@ -30,7 +32,8 @@ from dtr_scale.errors import ConfigError
 from dtr_scale.evaluation.report import has_pixel_metrics
 from dtr_scale.evaluation.sampling import SamplingSettings
 from dtr_scale.models.build import build_model
-from dtr_scale.models.dit import DiT
+from dtr_scale.models.denoiser import Denoiser
+from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage import Folder
 from dtr_scale.tracking.base import NullTracker, Tracker
@@ -52,9 +55,14 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         samples = open_samples(experiment)
         if world.is_main and isinstance(samples, SampleReader):
             samples.check_sizes()
+    diffusion = GaussianDiffusion(
+        experiment.diffusion.noise_schedule,
+        experiment.diffusion.num_timesteps,
+        learn_sigma=experiment.model.learn_sigma,
+    )
     timesteps = TimestepSampler(
         seed=train.seed,
-        boundaries=timestep_clusters(experiment.diffusion.num_timesteps, objective.num_clusters),
+        boundaries=_cluster_boundaries(experiment, diffusion),
         global_batch_size=train.global_batch_size,
     )
     loader = _build_loader(experiment, world, samples, timesteps, micro_batch_size)
@@ -64,16 +72,14 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         engine=engine,
         objective=build_objective(
             objective.type,
-            objective.num_clusters,
-            train.global_batch_size,
-            objective.lr,
-            world.device,
+            num_clusters=objective.num_clusters,
+            global_batch_size=train.global_batch_size,
+            device=world.device,
+            gamma=objective.gamma,
+            k=objective.k,
+            lr=objective.lr,
         ),
-        diffusion=GaussianDiffusion(
-            experiment.diffusion.noise_schedule,
-            experiment.diffusion.num_timesteps,
-            learn_sigma=experiment.model.learn_sigma,
-        ),
+        diffusion=diffusion,
         timesteps=timesteps,
         loader=loader,
         ema=Ema(engine, decay=train.ema_decay),
@@ -94,7 +100,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
     )
 
 
-def build_network(experiment: Experiment) -> DiT:
+def build_network(experiment: Experiment) -> Denoiser:
     """Return the network of an experiment, initialised from its seed, the same on every rank."""
     torch.manual_seed(experiment.train.seed)
     return build_model(
@@ -113,6 +119,8 @@ def sampling_settings(experiment: Experiment) -> SamplingSettings:
         cfg_channels=evaluation.cfg_channels,
         clip_denoised=evaluation.clip_denoised,
         seed=experiment.train.seed,
+        eta=evaluation.eta,
+        cfg_interval=evaluation.cfg_interval,
     )
 
 
@@ -120,9 +128,16 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
     """Return the samples of a split; ConfigError if the network does not fit them."""
     model, data = experiment.model, experiment.data
     shape = (model.in_channels, model.input_size, model.input_size)
+    context_shape = None
+    if model.type == "dit" and model.conditioning == "text":
+        context_shape = model.context_length, model.context_dim
     if data.type == "synthetic":
         return SyntheticSource(
-            shape, model.num_classes, _SYNTHETIC_SAMPLES, seed=experiment.train.seed
+            shape,
+            model.num_classes,
+            _SYNTHETIC_SAMPLES,
+            seed=experiment.train.seed,
+            context_shape=context_shape,
         )
     assert data.shards is not None
     folder = Folder(data.shards, data.storage_options)
@@ -131,6 +146,12 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
         raise ConfigError(
             f"model.in_channels and model.input_size make samples {list(shape)}, the manifest in "
             f"{data.shards} has {list(manifest.shape)}; change the model or data.shards"
+        )
+    if context_shape != manifest.context_shape:
+        raise ConfigError(
+            f"model.conditioning = {model.conditioning!r} needs texts of shape {context_shape}, "
+            f"the manifest in {data.shards} has {manifest.context_shape}; change "
+            "model.conditioning, model.context_length and model.context_dim, or data.shards"
         )
     if model.conditioning == "class" and manifest.num_classes != model.num_classes:
         raise ConfigError(
@@ -146,6 +167,20 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
     )
 
 
+def sampling_conditions(experiment: Experiment) -> Callable[[range], Tensor] | None:
+    """Return what gives the texts of samples: the held-out split's, in order; None for classes."""
+    if experiment.model.conditioning != "text":
+        return None
+    samples = open_samples(experiment, "val")
+    places = [(shard, i) for shard, size in enumerate(samples.shard_samples) for i in range(size)]
+
+    def texts(indices: range) -> Tensor:
+        tokens = [samples.read(*places[index % len(places)])[1] for index in indices]
+        return torch.from_numpy(np.stack(tokens))
+
+    return texts
+
+
 def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
     """Return the manager of a run's checkpoints, local or s3://."""
     checkpoint = experiment.checkpoint
@@ -156,6 +191,23 @@ def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
         keep_last=checkpoint.keep_last,
         keep_every=checkpoint.keep_every,
     )
+
+
+def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) -> np.ndarray:
+    """Return what `TimestepSampler` draws in: ant_uw's clusters, equal strata for the others."""
+    model, objective = experiment.model, experiment.objective
+    num_timesteps, num_clusters = diffusion.num_timesteps, objective.num_clusters
+    timesteps = range(num_timesteps)
+    if model.expert is not None:
+        timesteps = expert_timesteps(model.expert, model.num_experts, num_timesteps)
+    if objective.type != "ant_uw":
+        return timestep_strata(timesteps, num_clusters)
+    if objective.clusters == "log_snr":
+        snr = diffusion.snr(torch.tensor(timesteps)).numpy()
+        return timesteps.start + log_snr_clusters(snr, num_clusters)
+    if objective.clusters == "gradient":
+        return np.array(objective.boundaries)
+    return timesteps.start + timestep_clusters(len(timesteps), num_clusters)
 
 
 def _build_loader(
@@ -176,7 +228,7 @@ def _build_loader(
         rank=world.rank,
         world_size=world.world_size,
         num_workers=experiment.data.num_workers,
-        conditional=experiment.model.conditioning == "class",
+        conditioning=experiment.model.conditioning,
         class_dropout_prob=experiment.model.class_dropout_prob,
         horizontal_flip=experiment.data.horizontal_flip,
     )
@@ -187,12 +239,17 @@ def _build_engine(
 ) -> Engine:
     config, train = experiment.engine, experiment.train
     network = build_network(experiment)
-    network.activation_checkpointing = config.activation_checkpointing
+    for module in network.modules():
+        if isinstance(module, Denoiser):
+            module.activation_checkpointing = config.activation_checkpointing
     _announce(experiment, network)
     if config.compile:
-        # Before wrapping: one graph per block shape, no breaks, and names stay as they are.
-        for block in network.blocks:
-            assert isinstance(block, nn.Module)
+        # Before wrapping: one graph per block shape, no breaks, and names stay as they are. The
+        # blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
+        blocks = network.routed_blocks()
+        dynamo: Any = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
+        for block in blocks:
             block.compile()
     settings: dict[str, Any] = {
         "lr": train.lr,
@@ -217,11 +274,10 @@ def _build_engine(
 def _announce(experiment: Experiment, network: nn.Module) -> None:
     model, engine = experiment.model, experiment.engine
     millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    name = model.variant or f"DiT {model.hidden_size}x{model.depth}"
     stage = f" ZeRO-{engine.zero_stage}" if engine.type == "deepspeed" else ""
     log.info(
         "%s, %.4gM parameters, routing %s, objective %s; engine %s%s %s",
-        name,
+        model.title,
         millions,
         model.routing.type,
         experiment.objective.type,
@@ -229,7 +285,7 @@ def _announce(experiment: Experiment, network: nn.Module) -> None:
         stage,
         engine.precision,
     )
-    if (model.variant or "").startswith("DiT-XL") and model.routing.type == "dtr":
+    if model.title.startswith("DiT-XL") and model.routing.type == "dtr":
         log.warning(
             "the authors' own later table has DiT-XL with DTR behind plain DiT-XL "
             "(FID 10.85 against 9.40 at 400K steps)"
@@ -279,6 +335,7 @@ def build_evaluation(
         settings=sampling_settings(experiment),
         num_samples=evaluation.num_samples,
         batch_size=evaluation.batch_size,
+        conditions=sampling_conditions(experiment) if evaluation.every_steps else None,
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
         tracker=tracker,

@@ -1,6 +1,7 @@
 """Sampling and measuring in the middle of training, with the averaged weights, on all ranks."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from dtr_scale.evaluation.sampling import (
     grid_columns,
     save_grid,
 )
-from dtr_scale.models.dit import DiT
+from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.tracking.base import Tracker
 from dtr_scale.train.ema import Ema
 
@@ -42,6 +43,7 @@ class PeriodicEvaluation:
         settings: SamplingSettings,
         num_samples: int,
         batch_size: int,
+        conditions: Callable[[range], torch.Tensor] | None,
         held_out: Samples | None,
         folder: Path | None,
         tracker: Tracker,
@@ -52,18 +54,26 @@ class PeriodicEvaluation:
         self._settings = settings
         self._num_samples = num_samples
         self._batch_size = batch_size
+        self._conditions = conditions
         self._held_out = held_out
         self._folder = folder
         self._tracker = tracker
 
     def __call__(self, step: int) -> None:
         network = self._engine.network
-        assert isinstance(network, DiT)
+        assert isinstance(network, Denoiser)
         share = np.array_split(np.arange(self._num_samples), self._world.world_size)
         mine = share[self._world.rank]
         indices = range(int(mine[0]), int(mine[-1]) + 1) if len(mine) else range(0)
         with self._ema.swapped_in():
-            part = draw_samples(network, self._settings, indices, batch_size=self._batch_size)
+            part = draw_samples(
+                network,
+                self._settings,
+                indices,
+                batch_size=self._batch_size,
+                conditions=self._conditions,
+                step=step,
+            )
         images = torch.cat(self._world.all_gather_object(part))
         if self._folder is not None:
             try:

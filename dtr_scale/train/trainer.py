@@ -185,30 +185,31 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         counts = torch.from_numpy(self.timesteps.counts(self.step)).to(self.world.device)
-        sums = torch.zeros(3 + len(counts), dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(4 + len(counts), dtype=torch.float64, device=self.world.device)
         for micro in range(self.loader.grad_accum_steps):
             batch = self._watch.next_of(batches).to(self.world.device)
             with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
                 x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
                 terms = self.diffusion.loss_terms(
-                    self.engine.forward(x_t, batch.t, batch.y),
+                    self.engine.forward(x_t, batch.t, batch.y, self.step),
                     x_start=batch.x_start,
                     x_t=x_t,
                     t=batch.t,
                     noise=batch.noise,
                 )
                 mse, vb = terms["mse"], terms["vb"]
-                self.engine.backward(self.objective.loss(mse, vb, batch.cluster, counts))
-            _add_losses(sums, mse.detach(), vb.detach(), batch.cluster)
+                snr = self.diffusion.snr(batch.t)
+                share = self.objective.loss(mse, vb, snr=snr, cluster=batch.cluster, counts=counts)
+                self.engine.backward(share)
+            _add_losses(sums, mse.detach(), vb.detach(), share.detach(), batch.cluster)
         sums[0] = float(leave.reason is not None)
         self.world.all_reduce_sum(sums)
         grad_norm = self.engine.step()
-        cluster_loss = sums[3:] / counts
-        objective = self.objective.value(cluster_loss, counts)
+        cluster_loss = sums[4:] / counts
         self.objective.update(cluster_loss, counts)
         self.ema.update()
         self._watch.count(self.global_batch_size)
-        leaving, mse_sum, vb_sum = sums[:3].tolist()
+        leaving, mse_sum, vb_sum, objective = sums[:4].tolist()
         result = StepResult(
             mse=mse_sum / self.global_batch_size,
             vb=vb_sum / self.global_batch_size,
@@ -268,9 +269,10 @@ class Trainer:
         return self.step % every == 0 or self.step == self.max_steps
 
 
-def _add_losses(sums: Tensor, mse: Tensor, vb: Tensor, cluster: Tensor) -> None:
-    """Add to sums [leave, mse, vb, loss of cluster 0, 1, ...] by cluster id, in fp64."""
+def _add_losses(sums: Tensor, mse: Tensor, vb: Tensor, share: Tensor, cluster: Tensor) -> None:
+    """Add to sums [leave, mse, vb, objective, loss of cluster 0, 1, ...] by cluster id, in fp64."""
     mse, vb = mse.double(), vb.double()
     sums[1] += mse.sum()
     sums[2] += vb.sum()
-    sums[3:].index_add_(0, cluster, mse + vb)
+    sums[3] += share
+    sums[4:].index_add_(0, cluster, mse + vb)

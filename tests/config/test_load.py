@@ -40,7 +40,12 @@ def test_overrides_reach_the_experiment():
         ("--model.depth=3", "model.variant = 'DiT-L/2' and model.depth = 3 exclude each other"),
         ("--model.input_size=33", "model.input_size = 33 is not divisible by the patch size 2"),
         ("--model.variant=null", "model.hidden_size is missing; set model.variant"),
-        ("--objective.num_clusters=7", "choose one of 1, 2, 4, 5, 8, 10"),
+        ("--objective.num_clusters=1001", "exceeds diffusion.num_timesteps = 1000; choose at most"),
+        ("--objective.num_clusters=0", "objective.num_clusters = 0: should be greater than or"),
+        ("--objective.type=p3", "objective.type = \"p3\": should be 'vanilla', 'min_snr', 'p2' or"),
+        ("--objective.gamma=0", "objective.gamma = 0: should be greater than 0"),
+        ("--objective.k=-1", "objective.k = -1: should be greater than 0"),
+        ("--objective.boundaries=[0, 0.5]", "objective.boundaries"),
         ("--train.micro_batch_size=48", "choose 32 or another divisor of 256"),
         ("--evaluation.cfg_channels=5", "exceeds model.in_channels = 4"),
         ("--evaluation.num_sampling_steps=2000", "choose at most 1000"),
@@ -61,12 +66,55 @@ def test_a_mistake_is_one_line_with_key_value_and_fix(override, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("num_clusters", [1, 7, 1000])
+def test_any_number_of_clusters_is_accepted(num_clusters):
+    overrides = [f"--objective.num_clusters={num_clusters}"]
+    assert load_experiment(FLAGSHIP, overrides).objective.num_clusters == num_clusters
+
+
+@pytest.mark.parametrize(
+    "boundaries",
+    [
+        "null",
+        "[]",
+        "[0, 400]",
+        "[1, 400, 1000]",
+        "[0, 400, 999]",
+        "[0, 0, 1000]",
+        "[0, 1001, 1000]",
+    ],
+)
+def test_gradient_clusters_need_boundaries_that_fit(boundaries):
+    overrides = ["--objective.clusters=gradient", f"--objective.boundaries={boundaries}"]
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(FLAGSHIP, [*overrides, "--objective.num_clusters=2"])
+    message = str(caught.value)
+    assert f"objective.boundaries = {boundaries} do not fit objective.clusters" in message
+    assert "give objective.num_clusters + 1 = 3 ascending whole numbers from 0 to " in message
+    assert "diffusion.num_timesteps = 1000, as `dtr-scale affinity RUN_DIR`" in message
+
+
+def test_an_expert_alone_has_no_gradient_clusters():
+    expert = ["--model.num_experts=4", "--model.expert=1", "--evaluation.every_steps=0"]
+    with pytest.raises(ConfigError, match="trains an interval of them; choose 'timestep'"):
+        load_experiment(FLAGSHIP, [*expert, "--objective.clusters=gradient"])
+    load_experiment(FLAGSHIP, [*expert, "--objective.clusters=log_snr"])
+
+
+def test_boundaries_matter_to_gradient_clusters_alone():
+    fitting = ["--objective.num_clusters=2", "--objective.boundaries=[0, 400, 1000]"]
+    gradient = load_experiment(FLAGSHIP, [*fitting, "--objective.clusters=gradient"])
+    assert gradient.objective.boundaries == [0, 400, 1000]
+    load_experiment(FLAGSHIP, ["--objective.boundaries=[5]"])
+    load_experiment(FLAGSHIP, ["--objective.type=p2", "--objective.clusters=gradient"])
+
+
 def test_free_sizes_must_fit():
     sizes = ["--model.variant=null", "--model.depth=2", "--model.patch_size=2"]
     with pytest.raises(ConfigError, match=r"hidden_size = 50 is not divisible by .*num_heads = 4"):
         load_experiment(FLAGSHIP, [*sizes, "--model.hidden_size=50", "--model.num_heads=4"])
     fitting = load_experiment(FLAGSHIP, [*sizes, "--model.hidden_size=48", "--model.num_heads=4"])
-    assert fitting.model.hidden_size == 48
+    assert fitting.model.model_dump()["hidden_size"] == 48
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,31 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dtr_dit_forward.npz")
 
 
 class ToyModel:
-    """eps = y and sigma = 10 y in every channel; the null label is 7."""
+    """eps = y and sigma = 10 y in every channel; the null label is 7, or a text's sum."""
 
     in_channels = 4
-    null_label = 7
     class_dropout_prob = 0.1
 
-    def __call__(self, x, t, y):
-        eps = y.view(-1, 1, 1, 1).float().expand_as(x)
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, x, t, y, step=None):
+        self.steps.append(step)
+        eps = y.flatten(1).sum(1) if y.dim() == 3 else y
+        eps = eps.view(-1, 1, 1, 1).float().expand_as(x)
         return torch.cat([eps, 10 * eps], dim=1)
+
+    def null_like(self, y):
+        return torch.full_like(y, 7 if y.dim() == 1 else 0)
 
 
 INPUT = torch.zeros(2, 4, 2, 2), torch.tensor([3, 4]), torch.tensor([1, 2])
 
 
 def test_guidance_equals_the_released_code():
-    model = DiT(**json.loads(str(GOLDEN["config"])), routing="dtr")
+    config = json.loads(str(GOLDEN["config"]))
+    window = {key: config.pop(key) for key in ("alpha", "beta")}
+    model = DiT(**config, routing={"type": "dtr", **window})
     weights = {k[2:]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith("w.")}
     weights.pop("pos_embed")
     model.load_state_dict(weights)
@@ -63,3 +72,35 @@ def test_a_network_without_null_label_cannot_be_guided():
 def test_more_channels_than_there_are_cannot_be_guided():
     with pytest.raises(ConfigError, match="cfg_channels: 5 is not accepted; give 1 to 4"):
         cfg_model(ToyModel(), cfg_channels=5)
+
+
+def test_text_is_guided_against_the_null_text():
+    x, t, _ = INPUT
+    tokens = torch.tensor([[[1.0, 2.0], [3.0, 0.0]], [[0.5, 0.0], [0.0, 0.0]]])
+    out = cfg_model(ToyModel(), cfg_scale=2.0)(x, t, tokens)[:, :, 0, 0]
+    assert out.tolist() == [[12.0] * 4 + [60.0] * 4, [1.0] * 4 + [5.0] * 4]
+
+
+def test_the_training_step_reaches_the_network():
+    model = ToyModel()
+    cfg_model(model)(*INPUT)
+    cfg_model(model)(*INPUT, 500)
+    assert model.steps == [None, 500]
+
+
+def test_inside_the_interval_alone_is_guided():
+    x, y = torch.zeros(5, 4, 2, 2), torch.tensor([1, 2, 3, 4, 5])
+    t = torch.tensor([0, 199, 200, 699, 700])
+    guided = cfg_model(ToyModel(), cfg_scale=3.0)(x, t, y)
+    out = cfg_model(ToyModel(), cfg_scale=3.0, cfg_interval=(200, 700))(x, t, y)
+    plain = ToyModel()(x, t, y)
+    assert torch.equal(out[2:4], guided[2:4])
+    assert torch.equal(out[[0, 1, 4]], plain[[0, 1, 4]])
+    everywhere = cfg_model(ToyModel(), cfg_scale=3.0, cfg_interval=(0, 1000))(x, t, y)
+    assert torch.equal(everywhere, guided)
+
+
+@pytest.mark.parametrize("interval", [(700, 200), (5, 5), (-1, 5), (0, float("nan"))])
+def test_an_empty_interval_is_refused(interval):
+    with pytest.raises(ConfigError, match=r"cfg_interval: \[.*\] is not accepted; give timesteps"):
+        cfg_model(ToyModel(), cfg_interval=interval)

@@ -34,10 +34,84 @@ def test_respacings():
     assert space_timesteps(1000, "ddim25").tolist() == list(range(0, 1000, 40))
 
 
-@pytest.mark.parametrize("respacing", ["11", "0", "ddim7", "ddim", "fast", "5,6"])
-def test_a_respacing_that_does_not_fit_is_refused(respacing):
-    with pytest.raises(ConfigError, match=f"timestep_respacing: '{respacing}'.*10 timesteps"):
+def spread(count, size):
+    """improved-diffusion's rule for a section: a running sum of one stride, rounded."""
+    stride = 1 if count <= 1 else (size - 1) / (count - 1)
+    place, kept = 0.0, []
+    for _ in range(count):
+        kept.append(round(place))
+        place += stride
+    return kept
+
+
+@pytest.mark.parametrize("num_timesteps", [2, 10, 97, 1000])
+def test_counts_keep_what_improved_diffusion_keeps(num_timesteps):
+    for count in range(1, num_timesteps + 1, 1 + num_timesteps // 100):
+        kept = space_timesteps(num_timesteps, str(count))
+        assert kept.tolist() == spread(count, num_timesteps)
+        assert len(set(kept.tolist())) == count
+
+
+@pytest.mark.parametrize("counts", [(10, 20, 30), (1, 1), (333, 1, 7), (250, 250, 250, 250)])
+def test_sections_keep_what_improved_diffusion_keeps(counts):
+    expected, first = [], 0
+    for i, count in enumerate(counts):  # the first sections are one longer where it does not fit
+        size = 1000 // len(counts) + (i < 1000 % len(counts))
+        expected += [first + place for place in spread(count, size)]
+        first += size
+    assert space_timesteps(1000, ",".join(map(str, counts))).tolist() == expected
+
+
+@pytest.mark.parametrize("num_timesteps", [10, 97, 1000])
+def test_a_stride_keeps_as_many_as_asked_or_is_refused(num_timesteps):
+    strides = {len(range(0, num_timesteps, s)): s for s in range(num_timesteps - 1, 0, -1)}
+    for count in range(1, num_timesteps + 1):
+        if count in strides:
+            kept = space_timesteps(num_timesteps, f"ddim{count}")
+            assert kept.tolist() == list(range(0, num_timesteps, strides[count]))
+        else:
+            with pytest.raises(ConfigError, match=f"no whole-number stride keeps {count}"):
+                space_timesteps(num_timesteps, f"ddim{count}")
+
+
+def test_odd_forms_of_a_good_respacing():
+    assert np.array_equal(space_timesteps(1000, " 250"), space_timesteps(1000, "250"))
+    assert np.array_equal(space_timesteps(1000, "10, 20"), space_timesteps(1000, "10,20"))
+    assert space_timesteps(1000, "ddim1000").tolist() == list(range(1000))
+    assert space_timesteps(1000, "ddim7").tolist() == list(range(0, 1000, 143))
+
+
+@pytest.mark.parametrize(
+    ("respacing", "reason"),
+    [
+        ("0", "0 steps of 10"),
+        ("11", "11 steps of 10"),
+        ("5,6", "6 steps of 5"),
+        ("-1", "'-1' is no number of steps"),
+        ("abc", "'abc' is no number of steps"),
+        ("5,", "'' is no number of steps"),
+        ("1.5", "'1.5' is no number of steps"),
+        (" ", "' ' is no number of steps"),
+        ("ddim", "'' is no number of steps"),
+        ("ddim-5", "'-5' is no number of steps"),
+        ("ddim0", "no whole-number stride keeps 0, the nearest is 'ddim2'"),
+        ("ddim6", "no whole-number stride keeps 6, the nearest is 'ddim5'"),
+        ("1,1,1,1,1,1,1,1,1,1,1", "1 steps of 0"),
+    ],
+)
+def test_a_respacing_that_does_not_fit_is_refused(respacing, reason):
+    with pytest.raises(ConfigError) as refusal:
         space_timesteps(10, respacing)
+    assert str(refusal.value) == (
+        f"timestep_respacing: {respacing!r} does not fit 10 timesteps: {reason}; "
+        "give e.g. '250', 'ddim50' or '10,20,30'"
+    )
+
+
+def test_a_linear_schedule_of_few_timesteps_is_refused():
+    assert beta_schedule("linear", 21).max() < 1
+    with pytest.raises(ConfigError, match="num_timesteps: 20 is too few for the linear schedule"):
+        beta_schedule("linear", 20)
 
 
 def test_an_unknown_schedule_is_refused():

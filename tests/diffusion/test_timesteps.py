@@ -1,12 +1,15 @@
+import itertools
 import pickle
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtr_scale.diffusion.clusters import timestep_clusters
-from dtr_scale.diffusion.timesteps import TimestepSampler
+from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
 
+ALMOST_ONE = np.nextafter(1.0, 0.0)
 batches = {
     "seed": st.integers(0, 2**31),
     "step": st.integers(0, 2_000_000),
@@ -50,6 +53,49 @@ def test_counts_are_those_of_the_global_batch_and_even(seed, step, batch, num_cl
     assert np.array_equal(counts, np.bincount(timesteps.clusters(step), minlength=num_clusters))
 
 
+@given(st.integers(0, 50), st.integers(1, 40), st.integers(1, 12))
+def test_strata_are_equal_and_cover_the_range_alone(first, num_timesteps, num_strata):
+    timesteps = range(first, first + num_timesteps)
+    boundaries = timestep_strata(timesteps, num_strata)
+    assert (boundaries[0], boundaries[-1]) == (timesteps.start, timesteps.stop)
+    np.testing.assert_allclose(np.diff(boundaries), num_timesteps / num_strata, atol=1e-12)
+    # A stratum's samples fall on t by the share of the stratum that lies in [t, t + 1).
+    t = np.array(timesteps)[:, None]
+    shares = np.minimum(boundaries[1:], t + 1) - np.maximum(boundaries[:-1], t)
+    probability = (shares.clip(min=0) / np.diff(boundaries)).mean(axis=1)
+    np.testing.assert_allclose(probability, 1 / num_timesteps, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "num_strata"), [(range(10), 3), (range(12), 4), (range(3, 10), 5), (range(2), 9)]
+)
+def test_timesteps_are_equally_likely_whatever_the_strata(timesteps, num_strata):
+    strata = TimestepSampler(0, timestep_strata(timesteps, num_strata), num_strata)
+    grid = (np.arange(7 * 9 * 100) + 0.5) / (7 * 9 * 100)
+    t = np.concatenate([strata.at(np.full_like(grid, k, int), grid) for k in range(num_strata)])
+    expected = len(t) / len(timesteps)
+    assert np.bincount(t)[: timesteps.start].sum() == 0
+    np.testing.assert_allclose(np.bincount(t)[timesteps.start :], expected, atol=num_strata)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2000), st.integers(1, 40))
+def test_rounding_never_reaches_the_next_cluster(num_timesteps, num_strata):
+    strata = TimestepSampler(0, timestep_strata(range(num_timesteps), num_strata), 1)
+    for k, (low, high) in enumerate(itertools.pairwise(strata.boundaries)):
+        first, last = strata.at(np.array([k, k]), np.array([0.0, ALMOST_ONE]))
+        assert np.floor(low) == first
+        assert first <= last < min(high, num_timesteps)
+
+
+def test_integer_clusters_keep_their_timesteps_apart():
+    boundaries = np.array([0, 1, 7, 10])
+    clusters = TimestepSampler(0, boundaries, 3)
+    u = np.append(np.linspace(0, 1, 400, endpoint=False), ALMOST_ONE)
+    for k, (start, end) in enumerate(itertools.pairwise(boundaries)):
+        assert set(clusters.at(np.full(len(u), k), u)) == set(range(start, end))
+
+
 def test_every_timestep_is_reached():
     timesteps = sampler(num_timesteps=10, num_clusters=3, batch=12)
     t = np.concatenate([timesteps.draw(step, range(12))[0] for step in range(20)])
@@ -57,11 +103,11 @@ def test_every_timestep_is_reached():
 
 
 def test_timesteps_are_uniform():
-    timesteps = sampler(num_timesteps=16, num_clusters=4, batch=32)
+    timesteps = TimestepSampler(0, timestep_strata(range(16), 5), 32)
     t = np.concatenate([timesteps.draw(step, range(32))[0] for step in range(100)])
-    # 200 draws of each of 16 values: chi-square with 12 degrees of freedom, 99.9% below 33.
+    # 200 draws of each of 16 values: chi-square with up to 15 degrees of freedom, 99.9% below 38.
     counts = np.bincount(t, minlength=16)
-    assert ((counts - 200) ** 2 / 200).sum() < 33
+    assert ((counts - 200) ** 2 / 200).sum() < 38
 
 
 def test_a_place_meets_every_cluster():

@@ -19,7 +19,7 @@ SIZES: Any = {"hidden_size": 128, "depth": 3, "num_heads": 2, "patch_size": 2, "
 
 def network():
     torch.manual_seed(0)
-    model = DiT(**SIZES, num_classes=10, routing="dtr")
+    model = DiT(**SIZES, num_classes=10, routing={"type": "dtr"})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model

@@ -1,8 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.models.build import build_model
+from dtr_scale.models.build import build_model as typed_build_model
+
+build_model: Any = typed_build_model  # tests look into networks
 
 TINY = {
     "type": "dit",
@@ -19,7 +23,7 @@ TINY = {
 def test_defaults_are_those_of_dit():
     model = build_model(TINY)
     assert (model.in_channels, model.out_channels, model.learn_sigma) == (4, 8, True)
-    assert (model.num_classes, model.class_dropout_prob, model.routing) == (10, 0.1, "none")
+    assert (model.num_classes, model.class_dropout_prob, model.routing.kind) == (10, 0.1, "none")
 
 
 def test_a_variant_sets_the_sizes():
@@ -45,9 +49,30 @@ def test_without_conditioning_there_is_one_class_and_no_null_label():
 
 def test_routing_spans_the_timesteps_and_channels():
     model = build_model(TINY | {"routing": {"type": "dtr", "beta": 0.5}}, num_timesteps=20)
-    assert model.mask_start.tolist()[0] == 0
-    assert model.mask_start.tolist()[-1] == 16
-    assert (model.mask_stop - model.mask_start).tolist() == [16] * 20
+    start, stop = model.routing.start_32, model.routing.stop_32
+    assert (start[0], start[-1]) == (0, 16)
+    assert (stop - start).tolist() == [16] * 20
+
+
+ADM = {
+    "type": "adm", "image_size": 8, "model_channels": 32, "num_res_blocks": 1,
+    "attention_resolutions": [2], "channel_mult": [1, 2], "num_classes": 10,
+}  # fmt: skip
+
+
+def test_an_adm_has_the_same_outside():
+    model = build_model(ADM | {"routing": {"type": "dtr"}})
+    assert (model.in_channels, model.input_size, model.class_dropout_prob) == (3, 8, 0.0)
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([0, 999]), torch.tensor([0, 9])
+    assert model(x, t, y).shape == (2, 6, 8, 8)
+
+
+def test_experts_make_one_network_or_one_of_them():
+    alone = build_model(TINY | {"num_experts": 4, "expert": 2})
+    together = build_model(TINY | {"num_experts": 4})
+    assert len(together.experts) == 4
+    size = sum(parameter.numel() for parameter in alone.parameters())
+    assert sum(parameter.numel() for parameter in together.parameters()) == 4 * size
 
 
 @pytest.mark.parametrize(
@@ -63,7 +88,10 @@ def test_routing_spans_the_timesteps_and_channels():
         ({"hidden_size": 30}, "model.hidden_size: 30 is not a multiple of 4"),
         ({"input_size": 5}, "model.input_size: 5 is not a multiple of model.patch_size = 2"),
         ({"variant": "DiT-B/2"}, "already sets hidden_size, depth, num_heads, patch_size"),
-        ({"conditioning": "text"}, "model.conditioning: 'text'"),
+        (
+            {"conditioning": "sound"},
+            "model.conditioning: 'sound' is not accepted; .*class, none, text",
+        ),
     ],
 )
 def test_a_bad_setting_is_named(change, message):

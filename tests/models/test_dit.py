@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from dtr_scale.errors import ConfigError
 from dtr_scale.models.dit import VARIANTS, DiT, DiTBlock
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dtr_dit_forward.npz")
 TINY: Any = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2, "input_size": 4}
+
+
+DTR = {"type": "dtr"}
+
+
+def released_config(routing):
+    config = json.loads(str(GOLDEN["config"]))
+    window = {key: config.pop(key) for key in ("alpha", "beta")}
+    return config | {"routing": {"type": routing, **window}}
 
 
 def golden(name):
@@ -21,7 +31,7 @@ def assert_close(actual, expected):
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def tiny_dit(**settings):
+def tiny_dit(**settings: Any) -> Any:
     torch.manual_seed(0)
     model = DiT(**TINY, num_classes=5, **settings)
     for parameter in model.parameters():
@@ -37,7 +47,7 @@ def tiny_batch():
 @pytest.fixture(scope="module")
 def released():
     """The released code's small network with its weights."""
-    model = DiT(**json.loads(str(GOLDEN["config"])), routing="dtr")
+    model = DiT(**released_config("dtr"))
     weights = {name[2:]: golden(name).float() for name in GOLDEN.files if name.startswith("w.")}
     weights.pop("pos_embed")
     model.load_state_dict(weights)  # strict: the names are the released ones
@@ -62,8 +72,7 @@ def test_gradients_equal_the_released_code(released):
 
 
 def test_equation_4_is_another_network(released):
-    config = json.loads(str(GOLDEN["config"]))
-    model = DiT(**config, routing="dtr_eq4")
+    model = DiT(**released_config("dtr_eq4"))
     model.load_state_dict(released.state_dict())
     with torch.no_grad():
         out = model(golden("x"), golden("t"), golden("y"))
@@ -80,18 +89,18 @@ def test_sizes_have_the_published_parameter_counts(letter, millions):
 
 def test_a_network_on_the_meta_device_has_shapes():
     with torch.device("meta"):
-        model = DiT(**TINY, routing="dtr")
+        model = DiT(**TINY, routing=DTR)
         x, t, y = torch.empty(3, 4, 4, 4), torch.zeros(3).long(), torch.zeros(3).long()
         assert model(x, t, y).shape == (3, 8, 4, 4)
 
 
 def test_at_initialisation_blocks_are_the_identity_and_the_output_is_zero():
     torch.manual_seed(0)
-    model = DiT(**TINY, num_classes=5, routing="dtr")
+    model = DiT(**TINY, num_classes=5, routing=DTR)
     assert not model(*tiny_batch()).any()
     z, c = torch.randn(3, 4, 32), torch.randn(3, 32)
-    mask = torch.rand(3, 1, 32) > 0.5
-    torch.testing.assert_close(model.blocks[0](z, c, mask, "sdpa"), z)
+    mask = torch.rand(3, 32) > 0.5
+    torch.testing.assert_close(model.blocks[0](z, c, None, mask, "sdpa"), z)
 
 
 def test_initial_weights_have_the_spread_of_dit():
@@ -112,19 +121,26 @@ def test_initial_weights_have_the_spread_of_dit():
             assert not parameter.any(), name
 
 
-def test_idle_channels_bypass_a_routed_block():
+@pytest.mark.parametrize("context_dim", [None, 12])
+def test_idle_channels_bypass_a_routed_block(context_dim):
     torch.manual_seed(0)
-    block = DiTBlock(hidden_size=16, num_heads=2, mlp_ratio=4.0)
-    z, c, mask = torch.randn(2, 5, 16), torch.randn(2, 16), torch.rand(2, 1, 16) > 0.4
-    nudge = ~mask * torch.randn(2, 5, 16)
-    out = block(z, c, mask, "sdpa")
-    torch.testing.assert_close(block(z + nudge, c, mask, "sdpa"), out + nudge)
-    every = torch.ones_like(mask)
-    torch.testing.assert_close(block(z, c, every, "sdpa"), block(z, c, None, "sdpa"))
+    block = DiTBlock(hidden_size=16, num_heads=2, context_dim=context_dim)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    z, c, mask = torch.randn(2, 5, 16), torch.randn(2, 16), torch.rand(2, 16) > 0.4
+    context = None if context_dim is None else torch.randn(2, 7, context_dim)
+    nudge = ~mask[:, None] * torch.randn(2, 5, 16)
+    out = block(z, c, context, mask, "sdpa")
+    torch.testing.assert_close(block(z + nudge, c, context, mask, "sdpa"), out + nudge)
+    every = block(z, c, context, torch.ones_like(mask), "sdpa")
+    torch.testing.assert_close(every, block(z, c, context, None, "sdpa"))
+    # eq. 8, from the block without a mask
+    masked = block(mask[:, None] * z, c, context, None, "sdpa")
+    torch.testing.assert_close(out, ~mask[:, None] * z + masked)
 
 
 def test_each_sample_is_routed_by_its_own_timestep():
-    model = tiny_dit(routing="dtr")
+    model = tiny_dit(routing=DTR)
     x, t, y = tiny_batch()
     together = model(x, t, y)
     for n in range(3):
@@ -145,19 +161,19 @@ def test_without_learned_sigma_the_output_has_the_input_channels():
 
 
 def test_in_bfloat16_the_weights_decide_and_tables_stay_whole():
-    model = tiny_dit(routing="dtr")
+    model = tiny_dit(routing=DTR)
     expected = model(*tiny_batch())
     model.bfloat16()
     out = model(*tiny_batch())
     assert out.dtype == torch.bfloat16
-    assert model.mask_start.dtype == model.mask_stop.dtype == torch.int64
+    assert {table.dtype for table in model.routing.buffers()} == {torch.int64}
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for recompute in (False, True):
-        model = tiny_dit(routing="dtr")
+        model = tiny_dit(routing=DTR)
         model.activation_checkpointing = recompute
         model(*tiny_batch()).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -168,14 +184,92 @@ def test_activation_checkpointing_changes_no_gradient():
 # torch.compile looks at .grad of the tokens and hides its warning; as an error it cannot.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_block_is_one_graph_for_the_compiler():
-    model = tiny_dit(routing="dtr")
+    model = tiny_dit(routing=DTR)
     expected = model(*tiny_batch())
     for block in model.blocks:
         block.compile(backend="eager", fullgraph=True)
     torch.testing.assert_close(model(*tiny_batch()), expected)
 
 
-def test_tables_are_not_part_of_the_state():
-    buffers = {name for name, _ in tiny_dit(routing="dtr").named_buffers()}
-    assert buffers == {"pos_embed", "mask_start", "mask_stop"}
-    assert not buffers & tiny_dit(routing="dtr").state_dict().keys()
+@pytest.mark.parametrize("kind", ["dtr", "cdtr", "ercddt", "max_roaming"])
+def test_tables_are_not_part_of_the_state(kind):
+    model = tiny_dit(routing={"type": kind})
+    assert len(list(model.buffers())) > 1
+    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+
+
+def test_the_masks_of_random_routing_are_part_of_the_state():
+    model = tiny_dit(routing={"type": "random"})
+    masks = {name for name in model.state_dict() if name.startswith("routing.")}
+    assert masks == {"routing.mask_0", "routing.mask_1"}
+    other = tiny_dit(routing={"type": "random", "seed": 1})
+    assert not torch.equal(other(*tiny_batch()), model(*tiny_batch()))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(*tiny_batch()), model(*tiny_batch()))
+
+
+def test_masks_that_roam_follow_the_step():
+    model = tiny_dit(routing={"type": "max_roaming", "update_every_steps": 10})
+    outputs = [model(*tiny_batch(), step=step) for step in (0, 9, 10, 10_000, 20_000)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
+    assert torch.equal(outputs[3], outputs[4])  # every channel was visited long ago
+    with pytest.raises(ConfigError, match=r"max_roaming.*step="):
+        model(*tiny_batch())
+
+
+TEXT: Any = {"conditioning": "text", "context_length": 7, "context_dim": 12}
+
+
+def text_batch():
+    x, t, _ = tiny_batch()
+    return x, t, torch.randn(3, 7, 12)
+
+
+def test_with_text_blocks_start_as_the_identity_and_the_timestep_alone_modulates():
+    torch.manual_seed(0)
+    model: Any = DiT(**TINY, **TEXT, routing=DTR)
+    assert not model(*text_batch()).any()
+    z, c, context = torch.randn(3, 4, 32), torch.randn(3, 32), torch.randn(3, 7, 12)
+    torch.testing.assert_close(model.blocks[0](z, c, context, None, "sdpa"), z)
+    assert {name for name, _ in model.y_embedder.named_parameters()} == {"null_tokens"}
+    assert model.blocks[0].adaLN_modulation[1].out_features == 9 * 32
+    assert model.blocks[0].cross_attn.kv.in_features == 12
+
+
+def test_text_reaches_the_output_by_cross_attention_alone():
+    model = tiny_dit(**TEXT)
+    x, t, y = text_batch()
+    out = model(x, t, y)
+    assert out.shape == (3, 8, 4, 4)
+    assert not torch.allclose(model(x, t, y + 1), out)
+    order = torch.randperm(7)
+    torch.testing.assert_close(model(x, t, y[:, order]), out)  # keys and values are a set
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.cross_attn.proj.weight)
+    torch.testing.assert_close(model(x, t, y + 1), model(x, t, y))
+
+
+def test_zero_tokens_are_the_learned_null_text():
+    model = tiny_dit(**TEXT)
+    x, t, y = text_batch()
+    null = model(x, t, model.null_like(y))
+    torch.testing.assert_close(null, model(x, t, model.y_embedder.null_tokens.expand_as(y)))
+    y[1] = 0
+    mixed = model(x, t, y)
+    torch.testing.assert_close(mixed[1], null[1])
+    assert not torch.allclose(mixed[0], null[0])
+    mixed.square().mean().backward()
+    assert model.y_embedder.null_tokens.grad.any()
+
+
+def test_without_label_dropout_there_is_no_null_text():
+    model = tiny_dit(**TEXT, class_dropout_prob=0.0)
+    assert not list(model.y_embedder.parameters())
+    assert model(*text_batch()).shape == (3, 8, 4, 4)
+
+
+def test_conditioning_none_has_one_class():
+    model = tiny_dit(conditioning="none")
+    assert (model.num_classes, model.class_dropout_prob) == (1, 0.0)
+    assert model.y_embedder.embedding_table.num_embeddings == 1

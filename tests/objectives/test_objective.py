@@ -4,16 +4,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.objectives.objective import AntUwObjective, VanillaObjective, build_objective
+from dtr_scale.objectives.objective import (
+    OBJECTIVE_TYPES,
+    AntUwObjective,
+    WeightedObjective,
+    build_objective,
+)
 from dtr_scale.objectives.uncertainty import uncertainty_loss
+from dtr_scale.objectives.weighting import loss_weight
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "losses.npz")
 CPU = torch.device("cpu")
 K, B = 4, 10
 COUNTS = torch.tensor([3, 0, 5, 2])
 CLUSTER = torch.repeat_interleave(torch.arange(K), COUNTS)
+SNR = torch.logspace(3, -3, B)
+WHOLE = {"snr": SNR, "cluster": CLUSTER, "counts": COUNTS}
+LOG_VAR = torch.tensor([0.3, -0.2, -1.0, 0.7])
 
 
 def batch(seed=0):
@@ -28,31 +39,54 @@ def cluster_means(losses):
 
 def ant_uw():
     objective = AntUwObjective(K, lr=0.025, device=CPU)
-    objective.log_var.copy_(torch.tensor([0.3, -0.2, -1.0, 0.7]))
+    objective.log_var.copy_(LOG_VAR)
     return objective
 
 
-@pytest.mark.parametrize("objective", [VanillaObjective(B), ant_uw()], ids=["vanilla", "ant_uw"])
-def test_shares_and_their_gradients_sum_to_the_objective(objective):
+@pytest.mark.parametrize("type", OBJECTIVE_TYPES)
+@settings(deadline=None, max_examples=30)
+@given(st.permutations(range(B)), st.lists(st.integers(0, B), max_size=4))
+def test_shares_and_their_gradients_sum_to_the_objective_however_split(type, order, cuts):
+    objective = ant_uw() if type == "ant_uw" else WeightedObjective(B, type)
     mse, vb = (term.requires_grad_() for term in batch())
-    value = objective.value(cluster_means((mse + vb).detach()), COUNTS)
-    gradients = []
-    for cuts in ([0, B], [0, 3, 4, B]):
-        shares = [
-            objective.loss(mse[a:b], vb[a:b], CLUSTER[a:b], COUNTS)
-            for a, b in itertools.pairwise(cuts)
-        ]
-        total = torch.stack(shares).sum()
-        assert total.item() == pytest.approx(value, rel=1e-6)
-        gradients.append(torch.autograd.grad(total, [mse, vb]))
-    torch.testing.assert_close(gradients[0], gradients[1])
+    whole = objective.loss(mse, vb, **WHOLE)
+    expected = torch.autograd.grad(whole, [mse, vb])
+    shares = 0.0
+    for a, b in itertools.pairwise([0, *sorted(cuts), B]):
+        part = order[a:b]
+        share = objective.loss(
+            mse[part], vb[part], snr=SNR[part], cluster=CLUSTER[part], counts=COUNTS
+        )
+        share.backward()
+        shares += share.item()
+    assert shares == pytest.approx(whole.item(), rel=1e-5)
+    torch.testing.assert_close((mse.grad, vb.grad), expected)
 
 
-def test_vanilla_is_the_mean_and_has_nothing_to_learn():
+def test_vanilla_is_the_mean():
     mse, vb = batch()
-    objective = VanillaObjective(B)
-    loss = objective.loss(mse, vb, CLUSTER, COUNTS)
+    loss = WeightedObjective(B).loss(mse, vb, **WHOLE)
     torch.testing.assert_close(loss, (mse + vb).mean())
+
+
+@pytest.mark.parametrize(("type", "gamma", "k"), [("min_snr", 3.0, 1.0), ("p2", 0.5, 2.0)])
+def test_min_snr_and_p2_weight_the_mse_alone(type, gamma, k):
+    mse, vb = batch()
+    loss = WeightedObjective(B, type, gamma=gamma, k=k).loss(mse, vb, **WHOLE)
+    weight = loss_weight(type, SNR, gamma=gamma, k=k)
+    assert weight.min() < 0.1
+    torch.testing.assert_close(loss, (weight * mse + vb).mean())
+
+
+def test_ant_uw_is_the_sum_over_the_clusters_that_have_samples():
+    mse, vb = batch()
+    terms = torch.exp(-LOG_VAR) * cluster_means(mse + vb) / K + LOG_VAR
+    torch.testing.assert_close(ant_uw().loss(mse, vb, **WHOLE), terms[COUNTS > 0].sum() / 2)
+
+
+def test_a_weighting_has_nothing_to_learn():
+    mse, vb = batch()
+    objective = WeightedObjective(B)
     objective.update(cluster_means(mse + vb), COUNTS)
     objective.load_state_dict(objective.state_dict())
     assert (objective.state_dict(), objective.metrics()) == ({}, {})
@@ -61,12 +95,12 @@ def test_vanilla_is_the_mean_and_has_nothing_to_learn():
 def test_the_gradient_equals_the_released_code():
     cluster = torch.tensor(GOLDEN["t"]) * 8 // 1000
     counts = torch.bincount(cluster, minlength=8)
-    losses = torch.tensor(GOLDEN["cosine.constant.loss"])
-    means = torch.zeros(8).index_add(0, cluster, losses) / counts
+    mse, vb = (torch.tensor(GOLDEN[f"cosine.constant.{name}"]) for name in ("mse", "vb"))
+    means = torch.zeros(8).index_add(0, cluster, mse + vb) / counts
     objective = AntUwObjective(8, lr=0.025, device=CPU)
     objective.log_var.copy_(torch.tensor(GOLDEN["cosine.uw.loss_scale"]))
-    value = objective.value(means, counts)
-    assert value == pytest.approx(float(GOLDEN["cosine.uw.loss"]), rel=1e-5)
+    loss = objective.loss(mse, vb, snr=torch.ones(16), cluster=cluster, counts=counts)
+    assert loss.item() == pytest.approx(float(GOLDEN["cosine.uw.loss"]), rel=1e-5)
     objective.update(means, counts)
     assert objective.log_var.grad is not None
     np.testing.assert_allclose(objective.log_var.grad, GOLDEN["cosine.uw.grad"], rtol=1e-5)
@@ -98,7 +132,7 @@ def test_log_variances_settle_at_the_logarithm_of_the_loss():
 def test_the_network_loss_leaves_the_log_variances_alone():
     objective = ant_uw()
     mse, vb = (term.requires_grad_() for term in batch())
-    objective.loss(mse, vb, CLUSTER, COUNTS).backward()
+    objective.loss(mse, vb, **WHOLE).backward()
     assert objective.log_var.grad is None
 
 
@@ -120,8 +154,17 @@ def test_a_restored_objective_continues_bit_for_bit():
 
 
 def test_objectives_are_built_by_name():
-    arguments = {"num_clusters": K, "global_batch_size": B, "lr": 0.025, "device": CPU}
-    assert isinstance(build_objective("vanilla", **arguments), VanillaObjective)
-    assert isinstance(build_objective("ant_uw", **arguments), AntUwObjective)
-    with pytest.raises(ConfigError, match="'antuw' is unknown; accepted: vanilla, ant_uw"):
+    arguments = {"num_clusters": K, "global_batch_size": B, "device": CPU}
+    mse, vb = batch()
+    losses = {
+        type: build_objective(type, **arguments, gamma=2.0, k=3.0).loss(mse, vb, **WHOLE)
+        for type in OBJECTIVE_TYPES
+    }
+    expected = {
+        type: (loss_weight(type, SNR, gamma=2.0, k=3.0) * mse + vb).mean()
+        for type in ("vanilla", "min_snr", "p2")
+    }
+    expected["ant_uw"] = uncertainty_loss(mse + vb, CLUSTER, torch.zeros(K))
+    torch.testing.assert_close(losses, expected)
+    with pytest.raises(ConfigError, match="'antuw' is unknown; accepted: vanilla, min_snr, p2, a"):
         build_objective("antuw", **arguments)

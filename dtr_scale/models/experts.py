@@ -1,0 +1,59 @@
+"""Multi-experts: networks of one kind, each for an interval of the timesteps (paper, appendix D).
+
+As in eDiff-I (Balaji et al., 2022) the experts share no weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dtr_scale.models.denoiser import Denoiser
+
+
+def expert_timesteps(expert: int, num_experts: int, num_timesteps: int) -> range:
+    """Return the timesteps of an expert: intervals equal up to one timestep, 0 the lowest noise."""
+    return range(expert * num_timesteps // num_experts, (expert + 1) * num_timesteps // num_experts)
+
+
+class MultiExperts(Denoiser):
+    """Experts called as one network: each sample goes to the expert of its timestep.
+
+    Trained together, an expert's gradient is that of its own training on its part of the batch,
+    times that part's share.
+    """
+
+    conditionings = ("class", "none", "text")
+
+    def __init__(self, experts: Sequence[Denoiser], num_timesteps: int) -> None:
+        first = experts[0]
+        super().__init__(
+            input_size=first.input_size,
+            in_channels=first.in_channels,
+            num_classes=first.num_classes,
+            conditioning=first.conditioning,
+            class_dropout_prob=first.class_dropout_prob,
+            learn_sigma=first.learn_sigma,
+            attention_backend=first.attention_backend,
+        )
+        self.experts = nn.ModuleList(experts)
+        self.timesteps = [
+            expert_timesteps(k, len(experts), num_timesteps) for k in range(len(experts))
+        ]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        outputs: list[Tensor] = []
+        places: list[Tensor] = []
+        for expert, timesteps in zip(self.experts, self.timesteps, strict=True):
+            mine = ((t >= timesteps.start) & (t < timesteps.stop)).nonzero().flatten()
+            if not len(mine) and not torch.is_grad_enabled():
+                continue
+            # In training every expert is called, on nothing if need be: ranks that shard its
+            # weights gather them together, and each parameter has a gradient.
+            outputs.append(expert(x[mine], t[mine], y[mine], step))
+            places.append(mine)
+        return torch.cat(outputs)[torch.cat(places).argsort()]
+
+    def routed_blocks(self) -> list[nn.Module]:
+        experts = [expert for expert in self.experts if isinstance(expert, Denoiser)]
+        return [block for expert in experts for block in expert.routed_blocks()]

@@ -1,0 +1,377 @@
+"""U-Net of guided-diffusion (Dhariwal & Nichol, 2021) with Denoising Task Routing in its blocks.
+
+Parameters carry the names of guided-diffusion's state dict.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dtr_scale.errors import ConfigError
+from dtr_scale.models.attention import attention
+from dtr_scale.models.denoiser import Denoiser
+from dtr_scale.models.embedders import timestep_embedding
+from dtr_scale.models.routing import Routing
+
+_NUM_GROUPS = 32
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm over 32 groups, computed in fp32 and returned in the dtype of its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(_NUM_GROUPS, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(input.float(), _NUM_GROUPS, weight, bias, self.eps).to(input.dtype)
+
+
+class Downsample(nn.Module):
+    """Halve the height and width of [N, C, H, W] by a strided convolution or by averaging."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.op = _conv3x3(channels, channels, stride=2) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the height and width of [N, C, H, W] by repetition, then maybe by a convolution."""
+
+    def __init__(self, channels: int, use_conv: bool) -> None:
+        super().__init__()
+        self.conv = _conv3x3(channels, channels) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside a skip connection, conditioned on an embedding (pseudo code 2).
+
+    `channels` is the width of the input and so of the routing mask. `resample`, a layer without
+    weights, halves or doubles height and width on both ways.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        emb_channels: int,
+        use_scale_shift_norm: bool = False,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), _conv3x3(channels, out_channels)
+        )
+        self.resample = resample or nn.Identity()
+        modulation = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, modulation))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Identity(),  # the place of guided-diffusion's dropout: the convolution is number 3
+            _zeroed(_conv3x3(out_channels, out_channels)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None) -> Tensor:
+        """Return [N, C', H', W'] from x [N, C, H, W], emb [N, E] and mask bool [N, C]."""
+        norm, act, conv = self.in_layers
+        h = act(norm(x))
+        if mask is not None:
+            h = mask[:, :, None, None] * h  # after the norm, whose statistics are of all channels
+        h = conv(self.resample(h))
+        modulation = self.emb_layers(emb)[:, :, None, None]
+        norm, act, _, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + modulation)
+        return self.skip_connection(self.resample(x)) + conv(act(h))
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over the positions of [N, C, H, W], beside a skip connection.
+
+    The rows of `qkv` are ordered (qkv, head, channel) with `use_new_attention_order`, else
+    (head, qkv, channel).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int = 1,
+        num_head_channels: int | None = None,
+        use_new_attention_order: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_heads = _num_heads(channels, num_heads, num_head_channels)
+        self.use_new_attention_order = use_new_attention_order
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+        """Return [N, C, H, W] from x of that shape and mask bool [N, C]."""
+        h = self.norm(x).flatten(2)
+        if mask is not None:
+            h = mask[:, :, None] * h
+        # Fused kernels need the channels of a head side by side in memory.
+        qkv = self.qkv(h).transpose(1, 2).contiguous()
+        if self.use_new_attention_order:
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+        else:
+            q, k, v = qkv.unflatten(2, (self.num_heads, 3, -1)).unbind(3)
+        h = attention(q, k, v, backend).flatten(2)
+        return x + self.proj_out(h.transpose(1, 2)).reshape(x.shape)
+
+
+class ADM(Denoiser):
+    """A U-Net over the pixels of an image.
+
+    The keywords are those of guided-diffusion's `UNetModel`, with its defaults:
+
+    attention_resolutions   the rates of downsampling that have attention; the middle always has
+    conv_resample           learn to resample between levels, if not `resblock_updown`, which
+                            resamples inside of residual blocks
+    num_head_channels       width of an attention head; None or -1: use `num_heads`
+
+    Without conditioning there is no label embedding and y has no effect. `routing` holds the
+    keywords of `Routing` over `num_timesteps`. Raises ConfigError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        in_channels: int = 3,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        num_classes: int = 1000,
+        conditioning: str = "class",
+        class_dropout_prob: float = 0.0,
+        learn_sigma: bool = True,
+        num_heads: int = 1,
+        num_head_channels: int | None = None,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        routing: Mapping[str, Any] | None = None,
+        num_timesteps: int = 1000,
+        attention_backend: str = "sdpa",
+    ) -> None:
+        widths = _level_widths(model_channels, channel_mult)
+        _check_resolutions(image_size, attention_resolutions, num_levels=len(widths))
+        super().__init__(
+            input_size=image_size,
+            in_channels=in_channels,
+            num_classes=num_classes,
+            conditioning=conditioning,
+            class_dropout_prob=class_dropout_prob,
+            learn_sigma=learn_sigma,
+            attention_backend=attention_backend,
+        )
+        self.model_channels = model_channels
+        emb_channels = 4 * model_channels
+        parts = _Parts(
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            resblock_updown=resblock_updown,
+            conv_resample=conv_resample,
+            res_block=partial(
+                ResBlock, emb_channels=emb_channels, use_scale_shift_norm=use_scale_shift_norm
+            ),
+            attention_block=partial(
+                AttentionBlock,
+                num_heads=num_heads,
+                num_head_channels=num_head_channels,
+                use_new_attention_order=use_new_attention_order,
+            ),
+        )
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
+        )
+        if conditioning == "class":
+            self.label_emb = nn.Embedding(num_classes + (class_dropout_prob > 0), emb_channels)
+        self.input_blocks, skip_widths = parts.input_blocks(in_channels, widths)
+        self.middle_block = parts.middle_block(skip_widths[-1])
+        self.output_blocks = parts.output_blocks(skip_widths, widths)
+        self.out = nn.Sequential(
+            GroupNorm(widths[0]), nn.SiLU(), _zeroed(_conv3x3(widths[0], self.out_channels))
+        )
+        self.routing = Routing(
+            **(routing or {}),
+            num_timesteps=num_timesteps,
+            num_channels=[block.channels for block in self.blocks],
+        )
+
+    @property
+    def blocks(self) -> list[ResBlock | AttentionBlock]:
+        """The residual and attention blocks in forward order."""
+        return [m for m in self.modules() if isinstance(m, ResBlock | AttentionBlock)]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        h = x.to(next(self.parameters()).dtype)
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(h.dtype))
+        if self.conditioning == "class":
+            emb = emb + self.label_emb(y)
+        masks = iter(self.routing(t, step))
+        skips = []
+        for layers in self.input_blocks:
+            h = self._run(layers, h, emb, masks)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb, masks)
+        for layers in self.output_blocks:
+            h = self._run(layers, torch.cat([h, skips.pop()], dim=1), emb, masks)
+        return self.out(h)
+
+    def routed_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def _run(
+        self, layers: nn.Module, h: Tensor, emb: Tensor, masks: Iterator[Tensor | None]
+    ) -> Tensor:
+        for layer in layers.children():
+            if isinstance(layer, ResBlock):
+                h = self._run_block(layer, h, emb, next(masks))
+            elif isinstance(layer, AttentionBlock):
+                h = self._run_block(layer, h, next(masks), self.attention_backend)
+            else:
+                h = layer(h)
+        return h
+
+    def _run_block(self, block: nn.Module, *inputs: Tensor | str | None) -> Any:  # noqa: ANN401
+        if self.activation_checkpointing:
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
+
+
+class _Parts(NamedTuple):
+    """What the parts of one network share: it makes them, numbered as in guided-diffusion."""
+
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    resblock_updown: bool
+    conv_resample: bool
+    res_block: Callable[..., ResBlock]
+    attention_block: Callable[[int], AttentionBlock]
+
+    def input_blocks(self, in_channels: int, widths: list[int]) -> tuple[nn.ModuleList, list[int]]:
+        """Return the way down, and the width of what each of its steps leaves to the way up."""
+        steps = [nn.ModuleList([_conv3x3(in_channels, widths[0])])]
+        skip_widths = [widths[0]]
+        for level, width in enumerate(widths):
+            for _ in range(self.num_res_blocks):
+                steps.append(nn.ModuleList(self._stage(skip_widths[-1], width, level)))
+                skip_widths.append(width)
+            if level < len(widths) - 1:
+                steps.append(nn.ModuleList([self._resample(Downsample, width)]))
+                skip_widths.append(width)
+        return nn.ModuleList(steps), skip_widths
+
+    def middle_block(self, width: int) -> nn.ModuleList:
+        first, between = self.res_block(width, width), self.attention_block(width)
+        return nn.ModuleList([first, between, self.res_block(width, width)])
+
+    def output_blocks(self, skip_widths: list[int], widths: list[int]) -> nn.ModuleList:
+        """Return the way up, whose steps take what the way down left, the last first."""
+        steps, channels, skips = [], skip_widths[-1], reversed(skip_widths)
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.num_res_blocks + 1):
+                layers = self._stage(channels + next(skips), width, level)
+                if level > 0 and i == self.num_res_blocks:
+                    layers.append(self._resample(Upsample, width))
+                steps.append(nn.ModuleList(layers))
+                channels = width
+        return nn.ModuleList(steps)
+
+    def _stage(self, channels: int, width: int, level: int) -> list[nn.Module]:
+        layers: list[nn.Module] = [self.res_block(channels, width)]
+        if 2**level in self.attention_resolutions:
+            layers.append(self.attention_block(width))
+        return layers
+
+    def _resample(self, kind: type[Downsample | Upsample], width: int) -> nn.Module:
+        if self.resblock_updown:
+            return self.res_block(width, width, resample=kind(width, use_conv=False))
+        return kind(width, use_conv=self.conv_resample)
+
+
+def _num_heads(channels: int, num_heads: int, num_head_channels: int | None) -> int:
+    by_width = num_head_channels not in (None, -1)
+    key, divisor = (
+        ("num_head_channels", num_head_channels) if by_width else ("num_heads", num_heads)
+    )
+    if divisor < 1 or channels % divisor:
+        raise ConfigError(
+            f"model.{key}: {divisor} does not divide the {channels} channels of a level with "
+            f"attention; give a divisor of {channels}, or change model.channel_mult"
+        )
+    return channels // divisor if by_width else divisor
+
+
+def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
+    if model_channels % 2:
+        raise ConfigError(
+            f"model.model_channels: {model_channels} is odd; the sine and cosine pairs of the "
+            "timestep need an even number"
+        )
+    widths = [int(mult * model_channels) for mult in channel_mult]
+    for mult, width in zip(channel_mult, widths, strict=True):
+        if width < 1 or width % _NUM_GROUPS:
+            raise ConfigError(
+                f"model.model_channels: {model_channels} times {mult} of model.channel_mult is "
+                f"{width} channels; group norm needs a multiple of {_NUM_GROUPS}; change either"
+            )
+    return widths
+
+
+def _check_resolutions(
+    image_size: int, attention_resolutions: Sequence[int], *, num_levels: int
+) -> None:
+    lowest = 2 ** (num_levels - 1)
+    if image_size % lowest:
+        raise ConfigError(
+            f"model.image_size: {image_size} cannot be halved {num_levels - 1} times, as "
+            f"{num_levels} levels of model.channel_mult do; give a multiple of {lowest}"
+        )
+    rates = [2**level for level in range(num_levels)]
+    for rate in attention_resolutions:
+        if rate not in rates:
+            raise ConfigError(
+                f"model.attention_resolutions: {rate} is not the downsampling rate of a level; "
+                f"accepted: {', '.join(map(str, rates))} (model.image_size over the level's)"
+            )
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+
+
+def _zeroed(conv: nn.Module) -> nn.Module:
+    """Make a convolution start as zero, and so a residual block as its skip connection."""
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv

@@ -1,0 +1,56 @@
+"""Weights of the mean squared error by noise level, as functions of the SNR."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dtr_scale.errors import ConfigError
+
+WEIGHTINGS = ("vanilla", "min_snr", "p2")
+PREDICTIONS = ("epsilon", "x0", "v")
+
+
+def loss_weight(
+    kind: str,
+    snr: Tensor,
+    *,
+    gamma: float | None = None,
+    k: float = 1.0,
+    prediction: str = "epsilon",
+) -> Tensor:
+    """Return the weight of each sample's squared error, [N] in the type of `snr` [N] >= 0.
+
+    "vanilla": 1. "min_snr": Min-SNR-gamma (Hang et al., 2023), `gamma` 5 unless given, for the
+    error of what the network predicts: "epsilon", "x0" or "v". "p2" (Choi et al., 2022, eq. 8):
+    1 / (k + SNR)^gamma for the error of epsilon, `gamma` 1 unless given. An SNR of 0 or infinity
+    has its limit. ConfigError names an unknown kind or prediction and a gamma or k not above 0.
+    """
+    _require_known("objective.type", kind, WEIGHTINGS)
+    _require_known("objective.prediction", prediction, PREDICTIONS)
+    if kind == "vanilla":
+        return torch.ones_like(snr)
+    if kind == "min_snr":
+        gamma = _require_positive("objective.gamma", 5.0 if gamma is None else gamma)
+        return _min_snr(snr, gamma, prediction)
+    _require_known("objective.prediction", prediction, ("epsilon",))
+    gamma = _require_positive("objective.gamma", 1.0 if gamma is None else gamma)
+    return (_require_positive("objective.k", k) + snr) ** -gamma
+
+
+def _min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:
+    if prediction == "epsilon":
+        return gamma / snr.clamp(min=gamma)  # min(SNR, gamma) / SNR, without its 0 / 0
+    weight = snr.clamp(max=gamma)
+    return weight if prediction == "x0" else weight / (snr + 1)
+
+
+def _require_known(key: str, name: str, accepted: tuple[str, ...]) -> None:
+    if name not in accepted:
+        raise ConfigError(f"{key}: {name!r} is unknown; accepted: {', '.join(accepted)}")
+
+
+def _require_positive(key: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{key} = {value} is not accepted; give a finite number above 0")
+    return value
