@@ -1,10 +1,11 @@
-"""The command line: `dtr-scale train | sample | evaluate | prepare | config`.
+"""The command line: `dtr-scale COMMAND`, where a command is a pair `_add_*` and `_*` below.
 
 Nothing heavy is imported before a command is known, so that `--help` answers at once.
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not error.reported and (rank == 0 or not error.on_every_rank):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
@@ -60,7 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(takes_overrides=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_train, _add_sample, _add_evaluate, _add_prepare, _add_config):
+    for add in (
+        _add_train,
+        _add_sample,
+        _add_evaluate,
+        _add_cka,
+        _add_affinity,
+        _add_prepare,
+        _add_convert,
+        _add_plan,
+        _add_config,
+    ):
         add(commands)
     return parser
 
@@ -121,6 +135,42 @@ def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.set_defaults(run=_evaluate)
 
 
+def _add_cka(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "cka",
+        "show how alike a run's representations are at different timesteps, block by block",
+        "dtr-scale cka runs/demo_digits --num-timesteps 30",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    _add_measured(parser)
+    parser.add_argument(
+        "--out", type=Path, help="PNG, and .npz beside it (default RUN_DIR/samples/cka.png)"
+    )
+    parser.set_defaults(run=_cka)
+
+
+def _add_affinity(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "affinity",
+        "cut a run's timesteps into clusters of alike gradients, for ant_uw; holds 4 bytes per "
+        "parameter and timestep in memory",
+        "dtr-scale affinity runs/demo_digits --num-clusters 8",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    _add_measured(parser)
+    parser.add_argument("--num-clusters", type=positive_integer, default=8, help="default 8")
+    parser.set_defaults(run=_affinity)
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-samples", type=positive_integer, default=64, help="default 64")
+    parser.add_argument(
+        "--num-timesteps", type=positive_integer, default=20, help="evenly spread (default 20)"
+    )
+
+
 def _add_prepare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
@@ -133,6 +183,57 @@ def _add_prepare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     parser.add_argument("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
     parser.set_defaults(run=_prepare)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "plan",
+        f"tell what an experiment will cost; {_OVERRIDES}",
+        "dtr-scale plan --config configs/dit_l_dtr_antuw.json --flops --model.variant=DiT-XL/2",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment's JSON")
+    parser.add_argument(
+        "--flops",
+        action="store_true",
+        required=True,
+        help="parameters, GMACs per forward, and training FLOPs",
+    )
+    parser.add_argument("--per-layer", action="store_true", help="every module of the network")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.set_defaults(run=_plan, takes_overrides=True)
+
+
+def _add_convert(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "bring weights of official DiT, DTR and ADM checkpoints, or a run's averaged ones, into "
+        "another form",
+        "dtr-scale convert DiT-XL-2-256x256.pt --from dit --to diffusers --out dit-xl-2",
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help=".pt or .safetensors file, or a run's directory"
+    )
+    parser.add_argument(
+        "--from",
+        dest="kind",
+        required=True,
+        choices=["dit", "dtr", "adm", "run"],
+        help="facebookresearch/DiT, byeongjun-park/DTR, openai/guided-diffusion, or a run of ours",
+    )
+    parser.add_argument(
+        "--to",
+        dest="target",
+        required=True,
+        choices=["safetensors", "diffusers"],
+        help="a file with the official names, or a folder for DiTTransformer2DModel",
+    )
+    parser.add_argument("--out", required=True, type=Path, help="the file or folder to write")
+    parser.add_argument(
+        "--num-heads", type=positive_integer, help="needed for a file of no DiT-S, B, L or XL"
+    )
+    parser.set_defaults(run=_convert)
 
 
 def _add_config(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -184,6 +285,33 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cka(arguments: argparse.Namespace) -> int:
+    from dtr_scale.train.analyses import cka_run
+
+    paths = cka_run(
+        arguments.run_dir,
+        num_samples=arguments.num_samples,
+        num_timesteps=arguments.num_timesteps,
+        out=arguments.out,
+    )
+    print(*paths, sep="\n")
+    return 0
+
+
+def _affinity(arguments: argparse.Namespace) -> int:
+    from dtr_scale.train.analyses import affinity_run
+
+    objective, paths = affinity_run(
+        arguments.run_dir,
+        num_samples=arguments.num_samples,
+        num_timesteps=arguments.num_timesteps,
+        num_clusters=arguments.num_clusters,
+    )
+    print(json.dumps({"objective": objective}))
+    print(*paths, sep="\n", file=sys.stderr)
+    return 0
+
+
 def _prepare(arguments: argparse.Namespace) -> int:
     from dtr_scale.data.sources import prepare_digits
     from dtr_scale.storage import Folder
@@ -198,6 +326,41 @@ def _prepare(arguments: argparse.Namespace) -> int:
         shards, samples = manifest.split(split), manifest.num_samples(split)
         print(f"{split}: {samples} samples in {len(shards)} shards")
     print(f"manifest: {arguments.out.rstrip('/')}/manifest.json")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.planning import plan_compute
+
+    plan = plan_compute(experiment)
+    if arguments.json:
+        print(json.dumps(plan.figures(per_layer=arguments.per_layer), indent=2))
+    else:
+        print(plan.table(per_layer=arguments.per_layer))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from dtr_scale.checkpoint.convert import convert_file, convert_network
+
+    source, target, out = arguments.source, arguments.target, arguments.out
+    if arguments.kind == "run":
+        from dtr_scale.train.from_run import load_run
+
+        run = load_run(source)
+        convert_network(
+            run.network.state_dict(),
+            run.experiment.model.model_dump(exclude_none=True),
+            target,
+            out,
+            run.experiment.diffusion.num_timesteps,
+        )
+    else:
+        convert_file(source, arguments.kind, target, out, arguments.num_heads)
+    print(out)
     return 0
 
 

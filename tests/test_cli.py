@@ -14,7 +14,18 @@ from dtr_scale.storage import Folder
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "configs" / "demo_digits.json")
-COMMANDS = ["train", "sample", "evaluate", "prepare", "config"]
+COMMANDS = [
+    "train",
+    "sample",
+    "evaluate",
+    "cka",
+    "affinity",
+    "prepare",
+    "convert",
+    "plan",
+    "config",
+]
+OF_A_RUN = ["sample", "evaluate", "cka", "affinity"]
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +97,7 @@ def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
         ["sample", "run", "--num", "0"],
         ["sample", "run", "--num", "-1"],
         ["evaluate", "run", "--num-samples", "many"],
+        ["plan", "--config", DEMO],
     ],
 )
 def test_a_command_that_cannot_be_understood_exits_2(arguments, capsys):
@@ -144,13 +156,13 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
     assert "unknown kind of folder" in refused(capsys, "prepare", "digits", "--out", "gs://a/b")
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize("command", OF_A_RUN)
 def test_what_is_no_run_directory_is_refused(command, tmp_path, capsys):
     assert "is no run directory" in refused(capsys, command, str(tmp_path))
     assert "is no run directory" in refused(capsys, command, str(tmp_path / "missing"))
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize("command", OF_A_RUN)
 def test_a_run_without_a_checkpoint_is_refused(command, tmp_path, digits, capsys):
     overrides = [f"--run_dir={tmp_path}", f"--data.shards={digits}"]
     assert main(["config", "show", DEMO, *overrides]) == 0

@@ -19,6 +19,7 @@ OWNERS = {
     "fsspec": {"storage.py"},
     "s3fs": {"storage.py"},
     "xformers": {"models/attention.py"},
+    "matplotlib": {"evaluation/heatmaps.py"},
 }
 EVERYWHERE = {"errors", "logs", "storage", "randomness"}
 PURE = {"torch", "numpy"}
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "engines": {"engines"},
     "tracking": {"tracking"},
-    "checkpoint": {"checkpoint", "engines"},
+    "checkpoint": {"checkpoint", "engines", "models"},
     "config": {"config"},
     "evaluation": {"evaluation", "models", "diffusion", "data", "engines"},
 }

@@ -52,7 +52,7 @@ def cfg_model(
     first, stop = cfg_interval or (0, float("inf"))
     if not 0 <= first < stop:
         raise ConfigError(
-            f"cfg_interval: {list((first, stop))} is not accepted; give timesteps [lo, hi] with "
+            f"cfg_interval: {[first, stop]} is not accepted; give timesteps [lo, hi] with "
             "0 <= lo < hi, for example [200, 700]"
         )
 

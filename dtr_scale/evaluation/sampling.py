@@ -113,7 +113,9 @@ def draw_samples(
         asked = conditions(batch) if conditions else class_labels(batch, network.num_classes)
         noise = KeyedNoise(settings.seed, batch, shape, device)
 
-        def model_fn(x: Tensor, t: Tensor, y: Tensor = asked.to(device)) -> Tensor:
+        asked = asked.to(device)
+
+        def model_fn(x: Tensor, t: Tensor, y: Tensor = asked) -> Tensor:
             return guided(x, t, y, step)
 
         batches.append(_sample(model_fn, diffusion, settings, noise, progress).cpu())

@@ -18,20 +18,22 @@ def gradient_affinity(
     timesteps: Sequence[int],
     *,
     seed: int = 0,
+    step: int | None = None,
 ) -> np.ndarray:
     """Return the cosine between the gradients of every two of the T timesteps, float64 [T, T].
 
     `batches` yields x_start [N, C, H, W] and y [N, ...], labels or texts, on the network's device.
     The gradient of a timestep is that of mse + vb summed over all samples of all batches, as in
     ANT's code; ANT also averages the matrices of several checkpoints, which is left to the caller.
-    The noise is a function of (seed, sample, timestep).
+    The noise is a function of (seed, sample, timestep). `step` is the training step, for masks that
+    change with it.
 
     The S `timesteps` are measured, which holds S x P x 4 bytes of gradients on the CPU for P
     parameters. Between two of them the gradient's direction is interpolated linearly in t, beyond
     the outermost it is constant. EvaluationError if a gradient is zero or not finite.
     """
     measured = np.unique(timesteps)
-    gradients = _gradients(network, diffusion, batches, measured, seed)
+    gradients = _gradients(network, diffusion, batches, measured, seed, step)
     norms = gradients.norm(dim=1)
     for t, norm in zip(measured.tolist(), norms.tolist(), strict=True):
         if not 0 < norm < float("inf"):
@@ -50,6 +52,7 @@ def _gradients(
     batches: Iterable[tuple[Tensor, Tensor]],
     timesteps: np.ndarray,
     seed: int,
+    step: int | None,
 ) -> Tensor:
     """Return the summed gradient of every timestep, fp32 [S, P] on the CPU."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -63,7 +66,7 @@ def _gradients(
             noise = _noise(samples, time, x_start, seed)
             x_t = diffusion.q_sample(x_start, t, noise)
             terms = diffusion.loss_terms(
-                network(x_t, t, y), x_start=x_start, x_t=x_t, t=t, noise=noise
+                network(x_t, t, y, step), x_start=x_start, x_t=x_t, t=t, noise=noise
             )
             loss = (terms["mse"] + terms["vb"]).sum()
             parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

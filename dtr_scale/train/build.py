@@ -55,11 +55,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         samples = open_samples(experiment)
         if world.is_main and isinstance(samples, SampleReader):
             samples.check_sizes()
-    diffusion = GaussianDiffusion(
-        experiment.diffusion.noise_schedule,
-        experiment.diffusion.num_timesteps,
-        learn_sigma=experiment.model.learn_sigma,
-    )
+    diffusion = build_diffusion(experiment)
     timesteps = TimestepSampler(
         seed=train.seed,
         boundaries=_cluster_boundaries(experiment, diffusion),
@@ -97,6 +93,14 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         log_every=train.log_every,
         save_every=experiment.checkpoint.every_steps,
         evaluate_every=experiment.evaluation.every_steps,
+    )
+
+
+def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
+    return GaussianDiffusion(
+        experiment.diffusion.noise_schedule,
+        experiment.diffusion.num_timesteps,
+        learn_sigma=experiment.model.learn_sigma,
     )
 
 

@@ -19,6 +19,7 @@ from dtr_scale.evaluation.sampling import (
     grid_columns,
     save_grid,
 )
+from dtr_scale.models.build import build_model
 from dtr_scale.models.dit import DiT
 
 SETTINGS = SamplingSettings(
@@ -136,6 +137,29 @@ def test_texts_are_conditions_too(cfg_scale):
         model, settings, range(6), batch_size=6, conditions=lambda i: texts(i).flip(0)
     )
     assert (other - samples).flatten(1).abs().amax(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "type": "adm", "image_size": 8, "model_channels": 32, "num_res_blocks": 1,
+            "attention_resolutions": [2], "channel_mult": [1, 2], "class_dropout_prob": 0.1,
+        },
+        {
+            "type": "dit", "hidden_size": 32, "depth": 1, "num_heads": 2, "patch_size": 2,
+            "input_size": 8, "in_channels": 3, "learn_sigma": False, "num_experts": 2,
+        },
+    ],
+    ids=["adm", "experts"],
+)  # fmt: skip
+def test_any_network_can_be_sampled(config):
+    torch.manual_seed(0)
+    model = build_model(config | {"num_classes": 3}).eval()
+    for settings in (SETTINGS, replace(SETTINGS, sampler="dpm_solver", cfg_interval=(100, 800))):
+        samples = draw_samples(model, settings, range(4), batch_size=3)
+        assert samples.shape == (4, 3, 8, 8)
+        assert samples.isfinite().all()
 
 
 def test_masks_that_change_with_training_are_those_of_the_step():

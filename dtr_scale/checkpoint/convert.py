@@ -1,0 +1,399 @@
+"""Weights of other projects to ours and back: official DiT and DTR, guided-diffusion, diffusers."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dtr_scale.checkpoint.weights import read_weights, write_safetensors, written_whole
+from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.models.build import build_model
+from dtr_scale.models.dit import VARIANTS
+from dtr_scale.models.embedders import sincos_position_table
+from dtr_scale.models.routing import Routing, routing_mask
+
+Kind = Literal["dit", "dtr", "adm"]
+Target = Literal["safetensors", "diffusers"]
+
+_WRAPPERS = {"module", "_orig_mod"}  # DistributedDataParallel, torch.compile
+_MASK = "blocks.{}.routing._unit_mapping"
+_ADM_PARTS = {"time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"}
+_SIZED_BY = {
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "final_layer.linear.weight": 2,
+    "pos_embed": 3,
+}
+# DTR's code averages this constant too: decay d lets rounding move it by up to 2^-24 / (1 - d).
+_POSITION_TOLERANCE = 2e-3
+
+
+def convert_file(
+    source: Path, kind: Kind, target: Target, out: Path, num_heads: int | None = None
+) -> None:
+    """Convert a file of official weights, the averaged ones if it has any.
+
+    "safetensors" writes the file `out` with the official names and masks, in fp32, "diffusers" the
+    folder `out`. Errors: those of `read_weights`, `from_official` and `export_diffusers`.
+    """
+    official = read_weights(source)
+    weights = from_official(official, kind)
+    if target == "safetensors":
+        write_safetensors(_unwrapped(official), out)
+    elif kind == "adm":
+        _check_layout({"type": "adm"}, "diffusers")
+    else:
+        export_diffusers(weights, official_config(official, kind, num_heads), out)
+
+
+def convert_network(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    target: Target,
+    out: Path,
+    num_timesteps: int = 1000,
+) -> None:
+    """Convert weights of ours; those that have no official layout keep our names."""
+    if target == "diffusers":
+        export_diffusers(state_dict, config, out)
+    elif _layout_obstacle(config):
+        write_safetensors(state_dict, out)
+    else:
+        export_dit(state_dict, config, out, num_timesteps)
+
+
+def load_official(
+    path: Path, kind: Kind, weights: Literal["ema", "model"] = "ema"
+) -> dict[str, Tensor]:
+    """Return the weights of `read_weights` as `from_official` does."""
+    return from_official(read_weights(path, weights), kind)
+
+
+def from_official(state_dict: Mapping[str, Tensor], kind: Kind = "dit") -> dict[str, Tensor]:
+    """Return official weights for our network's `load_state_dict` (strict), floats as fp32.
+
+    "dit" is facebookresearch/DiT, "dtr" byeongjun-park/DTR, "adm" openai/guided-diffusion. Dropped
+    are wrappers' prefixes, DiT's fixed positions and DTR's masks where `official_config` names the
+    alpha and beta that make them; other masks go to a network with routing "random". Raises
+    ConfigError for a wrong kind, CheckpointError for missing, unexpected or misshapen weights (for
+    "adm": unexpected alone) and for other positions.
+    """
+    weights = _unwrapped(state_dict)
+    _check_kind(weights, kind)
+    if kind == "adm":
+        return weights
+    config = official_config(weights, kind, num_heads=1)  # heads do not show in shapes
+    masks = _pop_masks(weights, config["depth"])
+    weights.pop("pos_embed")
+    with torch.device("meta"):
+        expected = build_model(config | {"routing": {"type": "none"}}).state_dict()
+    _check_weights(weights, expected)
+    if config["routing"]["type"] == "random":
+        weights |= {f"routing.mask_{block}": mask for block, mask in enumerate(masks)}
+    return weights
+
+
+def official_config(
+    state_dict: Mapping[str, Tensor], kind: Kind = "dit", num_heads: int | None = None
+) -> dict[str, Any]:
+    """Return the `model` section of an official DiT or DTR, as `build_model` takes it.
+
+    Everything is read from shapes and masks but the number of heads, which a DiT variant's hidden
+    size tells; else give `num_heads`. The routing is "dtr" with the alpha and beta that make
+    exactly the masks of all blocks, or "random". Raises CheckpointError where the shapes are those
+    of no DiT, ConfigError for another kind or number of heads.
+    """
+    weights = _unwrapped(state_dict)
+    _check_kind(weights, kind)
+    for name, num_axes in _SIZED_BY.items():
+        if name not in weights or weights[name].ndim != num_axes:
+            found = list(weights[name].shape) if name in weights else "missing"
+            raise CheckpointError(f"{name} is {found}, a DiT's has {num_axes} axes; wrong kind?")
+    hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    out_channels = len(weights["final_layer.linear.weight"]) // patch_size**2
+    num_rows = len(weights["y_embedder.embedding_table.weight"])
+    conditions = {"num_classes": num_rows - 1} if num_rows > 1 else {"conditioning": "none"}
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    return {
+        "type": "dit",
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": _num_heads(hidden_size, num_heads),
+        "patch_size": patch_size,
+        "input_size": patch_size * _grid_size(weights["pos_embed"]),
+        "in_channels": in_channels,
+        "learn_sigma": out_channels == 2 * in_channels,
+        **conditions,
+        "routing": _described(_pop_masks(weights, depth)),
+    }
+
+
+def export_dit(
+    state_dict: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    path: Path,
+    num_timesteps: int = 1000,
+) -> None:
+    """Write our weights as safetensors in the layout of DiT, or of DTR for a routed network.
+
+    `config` is the network's `model` section. Positions and masks are written too, as the official
+    state dicts have them. Raises ConfigError for a network without such a layout, CheckpointError
+    if `path` cannot be written; the file appears whole or not at all.
+    """
+    _check_layout(config, "the official layout")
+    weights = {name: v for name, v in state_dict.items() if not name.startswith("routing.")}
+    hidden_size, _, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    positions = sincos_position_table(hidden_size, config["input_size"] // patch_size)
+    weights["pos_embed"] = positions[None]
+    section: dict[str, Any] = config.get("routing") or {"type": "none"}
+    routing = Routing(**section, num_timesteps=num_timesteps, num_channels=[hidden_size] * depth)
+    own = routing.state_dict()
+    routing.load_state_dict({name: state_dict[f"routing.{name}"] for name in own})
+    for block, mask in enumerate(routing(torch.arange(num_timesteps))):
+        if mask is not None:
+            weights[_MASK.format(block)] = mask.float()
+    write_safetensors(weights, path)
+
+
+def export_diffusers(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
+) -> None:
+    """Write our weights as a folder for diffusers' `DiTTransformer2DModel.from_pretrained`.
+
+    `config` is the network's `model` section. The README.md written with them says how to mend
+    diffusers' timestep frequencies, which are not DiT's. Raises ConfigError for what that class
+    cannot hold: routing, text, experts, U-Nets, networks without a null label; CheckpointError if
+    the folder cannot be written. config.json comes last: without it the folder does not load.
+    """
+    _check_layout(config, "diffusers' DiT")
+    settings = {"in_channels": 4, "learn_sigma": True, "class_dropout_prob": 0.1, **config}
+    if variant := config.get("variant"):
+        settings |= VARIANTS[variant]._asdict()
+    routing = (config.get("routing") or {"type": "none"})["type"]
+    if routing != "none":
+        raise ConfigError(
+            f"model.routing.type: {routing!r} cannot be converted, diffusers' DiT has no masks; "
+            "convert to safetensors"
+        )
+    if config.get("conditioning") == "none" or not settings["class_dropout_prob"] > 0:
+        raise ConfigError(
+            "model.class_dropout_prob: 0 cannot be converted, diffusers' DiT has a null label; "
+            "convert to safetensors"
+        )
+    described = {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": settings["num_heads"],
+        "attention_head_dim": settings["hidden_size"] // settings["num_heads"],
+        "in_channels": settings["in_channels"],
+        "out_channels": settings["in_channels"] * (2 if settings["learn_sigma"] else 1),
+        "num_layers": settings["depth"],
+        "sample_size": settings["input_size"],
+        "patch_size": settings["patch_size"],
+        "num_embeds_ada_norm": len(state_dict["y_embedder.embedding_table.weight"]) - 1,
+        "norm_eps": 1e-6,
+    }
+    weights = dict(_diffusers_weights(state_dict, settings["depth"]))
+    write_safetensors(weights, folder / "diffusion_pytorch_model.safetensors")
+    for name, text in ("README.md", _DIFFUSERS_README), ("config.json", json.dumps(described)):
+        with written_whole(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights without the names of wrappers, floats as fp32."""
+    return {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): (
+            value.detach().float() if value.is_floating_point() else value
+        )
+        for name, value in state_dict.items()
+    }
+
+
+def _check_kind(weights: Mapping[str, Tensor], kind: Kind) -> None:
+    found = None
+    if "input_blocks.0.0.weight" in weights:
+        found = "adm"
+    elif "x_embedder.proj.weight" in weights:
+        found = "dtr" if _MASK.format(0) in weights else "dit"
+    if kind not in ("dit", "dtr", "adm") or found not in (None, kind):
+        raise ConfigError(
+            f"kind {kind!r} does not fit these weights, which are {found or 'unknown'}; "
+            f"accepted: dit, dtr (its blocks have masks), adm"
+        )
+    odd = [name for name in weights if name.split(".")[0] not in _ADM_PARTS]
+    if found is None or (kind == "adm" and odd):
+        raise CheckpointError(
+            f"unexpected {_some(odd or weights)}: not the names of {kind!r}; wrong kind or file?"
+        )
+
+
+def _check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "misshapen": [
+            f"{name} {list(value.shape)} (expected {list(expected[name].shape)})"
+            for name, value in weights.items()
+            if name in expected and value.shape != expected[name].shape
+        ],
+    }
+    found = [f"{what} {_some(names)}" for what, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"not the weights of a DiT: {'; '.join(found)}; wrong kind or file?")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _num_heads(hidden_size: int, num_heads: int | None) -> int:
+    known = {size.hidden_size: size.num_heads for size in VARIANTS.values()}
+    num_heads = num_heads or known.get(hidden_size)
+    if num_heads is None or hidden_size % num_heads:
+        found = "is not in the weights" if num_heads is None else f"= {num_heads} is no divisor"
+        raise ConfigError(
+            f"the number of heads {found} (hidden size {hidden_size}); give it by --num-heads"
+        )
+    return num_heads
+
+
+def _grid_size(pos_embed: Tensor) -> int:
+    """Return the height and width of the grid that has these positions [1, L, D]."""
+    _, length, hidden_size = pos_embed.shape
+    grid_size = math.isqrt(length)
+    if grid_size**2 != length or hidden_size % 4:
+        raise CheckpointError(f"pos_embed {list(pos_embed.shape)} belongs to no square grid")
+    difference = (pos_embed[0] - sincos_position_table(hidden_size, grid_size)).abs().max().item()
+    if not difference <= _POSITION_TOLERANCE:
+        raise CheckpointError(
+            f"pos_embed {list(pos_embed.shape)} is not DiT's fixed table of a {grid_size}x"
+            f"{grid_size} grid (it differs by {difference:.2g}); other positions are not supported"
+        )
+    return grid_size
+
+
+def _pop_masks(weights: dict[str, Tensor], depth: int) -> list[Tensor]:
+    """Take the masks of all blocks out of the weights, bool [T, C] each; [] without routing."""
+    if _MASK.format(0) not in weights:
+        return []
+    num_channels = len(weights["x_embedder.proj.weight"])
+    shape, masks = (*weights[_MASK.format(0)].shape[:1], num_channels), []
+    for name in map(_MASK.format, range(depth)):
+        mask = weights.pop(name, None)
+        if mask is None or mask.shape != shape or not ((mask == 0) | (mask == 1)).all():
+            raise CheckpointError(f"{name} is no mask of zeros and ones {list(shape)}")
+        masks.append(mask.bool())
+    return masks
+
+
+def _described(masks: list[Tensor]) -> dict[str, Any]:
+    """Return the routing that has these masks: none, dtr by its formula, random for any other."""
+    if not masks:
+        return {"type": "none"}
+    num_timesteps, num_channels = masks[0].shape
+    width = int(masks[0][0].sum())
+    num_idle = num_channels - width
+    if not width or any(not torch.equal(mask, masks[0]) for mask in masks):
+        return {"type": "random"}
+    beta = _shortest(width / num_channels, lambda beta: int(beta * num_channels) == width)
+    # start = round(num_idle time^alpha), so alpha >= log((start + 1/2) / num_idle) / log(time).
+    alpha, starts = 4.0, masks[0].int().argmax(dim=1).double()
+    if num_idle and num_timesteps > 2:
+        time = torch.linspace(0, 1, num_timesteps, dtype=torch.float64)
+        bounds = ((starts + 0.5) / num_idle).log() / time.log()
+        alpha = float(bounds[1:-1].max())
+
+    def makes_these(alpha: float) -> bool:
+        made = routing_mask("dtr", num_timesteps, num_channels, alpha, beta or 1.0)
+        return torch.equal(made, masks[0])
+
+    alpha = _shortest(alpha, makes_these)
+    return {"type": "dtr", "alpha": alpha, "beta": beta} if alpha and beta else {"type": "random"}
+
+
+def _shortest(bound: float, accepted: Callable[[float], bool]) -> float | None:
+    """Return the number of fewest digits at or just above `bound` that is accepted."""
+    for scale in (10**digits for digits in range(9)):
+        first = max(math.ceil(bound * scale), 1)
+        for value in (first / scale, (first + 1) / scale):
+            if accepted(value):
+                return value
+    return None
+
+
+def _layout_obstacle(config: Mapping[str, Any]) -> str | None:
+    """Return why a network has no official DiT layout, None if it has one."""
+    if config["type"] != "dit":
+        return f"model.type: {config['type']!r} is no DiT"
+    if config.get("conditioning") == "text":
+        return "model.conditioning: 'text' adds cross-attention"
+    if config.get("num_experts", 1) > 1:
+        return f"model.num_experts: {config['num_experts']} networks are not one"
+    if (config.get("routing") or {"type": "none"})["type"] == "max_roaming":
+        return "model.routing.type: 'max_roaming' has other masks at every training step"
+    return None
+
+
+def _check_layout(config: Mapping[str, Any], target: str) -> None:
+    if obstacle := _layout_obstacle(config):
+        raise ConfigError(
+            f"{obstacle}, which {target} cannot hold; accepted: class-conditional DiTs"
+        )
+
+
+def _diffusers_weights(
+    state_dict: Mapping[str, Tensor], depth: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights under the names of diffusers; each block has the embedders for itself."""
+    renamed = {
+        "x_embedder.proj": "pos_embed.proj",
+        "final_layer.adaLN_modulation.1": "proj_out_1",
+        "final_layer.linear": "proj_out_2",
+    }
+    for i in range(depth):
+        theirs = f"transformer_blocks.{i}"
+        renamed |= {
+            f"blocks.{i}.adaLN_modulation.1": f"{theirs}.norm1.linear",
+            f"blocks.{i}.attn.proj": f"{theirs}.attn1.to_out.0",
+            f"blocks.{i}.mlp.fc1": f"{theirs}.ff.net.0.proj",
+            f"blocks.{i}.mlp.fc2": f"{theirs}.ff.net.2",
+        }
+    for ours, theirs in renamed.items():
+        for kind in ("weight", "bias"):
+            yield f"{theirs}.{kind}", state_dict[f"{ours}.{kind}"]
+    for i in range(depth):
+        embedders = f"transformer_blocks.{i}.norm1.emb"
+        # Clones: safetensors holds no tensor twice.
+        table = state_dict["y_embedder.embedding_table.weight"].clone()
+        yield f"{embedders}.class_embedder.embedding_table.weight", table
+        for kind in ("weight", "bias"):
+            for ours, theirs in (("mlp.0", "linear_1"), ("mlp.2", "linear_2")):
+                value = state_dict[f"t_embedder.{ours}.{kind}"]
+                yield f"{embedders}.timestep_embedder.{theirs}.{kind}", value.clone()
+            thirds = state_dict[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
+            for theirs, third in zip(("to_q", "to_k", "to_v"), thirds, strict=True):
+                yield f"transformer_blocks.{i}.attn1.{theirs}.{kind}", third
+
+
+_DIFFUSERS_README = """\
+# DiT for diffusers
+
+Written by dtr-scale. The frequencies of diffusers' timestep embedding are 10000^(-i/127), DiT was
+trained with 10000^(-i/128). Set them right after loading:
+
+```python
+from diffusers import DiTTransformer2DModel
+
+model = DiTTransformer2DModel.from_pretrained("THIS FOLDER")
+for block in model.transformer_blocks:
+    block.norm1.emb.time_proj.downscale_freq_shift = 0
+```
+
+Without the loop the network sees timesteps that it was not trained on and its samples are worse.
+"""
