@@ -112,27 +112,31 @@ def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "sample",
-        "draw samples from a run's newest checkpoint (averaged weights) into a picture",
-        "dtr-scale sample runs/demo_digits --num 100",
+        "draw samples from a run's newest checkpoint (averaged weights) into a picture; "
+        "evaluation.* can be overridden",
+        "dtr-scale sample runs/demo_digits --num 100 --evaluation.cfg_scale=2",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--num", type=positive_integer, default=64, help="samples (default 64)")
-    parser.add_argument("--out", type=Path, help="PNG (default RUN_DIR/samples/grid.png)")
-    parser.set_defaults(run=_sample)
+    parser.add_argument(
+        "--out", type=Path, help="PNG, .npz of latents (default RUN_DIR/samples/grid.png)"
+    )
+    parser.set_defaults(run=_sample, takes_overrides=True)
 
 
 def _add_evaluate(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "evaluate",
-        "measure samples of a run's newest checkpoint against the held-out split",
-        "dtr-scale evaluate runs/demo_digits --num-samples 500",
+        "measure samples of a run's newest checkpoint against the held-out split; "
+        "evaluation.* can be overridden",
+        "dtr-scale evaluate runs/demo_digits --num-samples 500 --evaluation.sampler=dpm_solver",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument(
         "--num-samples", type=positive_integer, help="default: evaluation.num_samples"
     )
-    parser.set_defaults(run=_evaluate)
+    parser.set_defaults(run=_evaluate, takes_overrides=True)
 
 
 def _add_cka(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -146,6 +150,9 @@ def _add_cka(commands: "argparse._SubParsersAction[_Parser]") -> None:
     _add_measured(parser)
     parser.add_argument(
         "--out", type=Path, help="PNG, and .npz beside it (default RUN_DIR/samples/cka.png)"
+    )
+    parser.add_argument(
+        "--biased", action="store_true", help="the plain estimator, near 1 for few samples"
     )
     parser.set_defaults(run=_cka)
 
@@ -252,10 +259,10 @@ def _add_config(commands: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def positive_integer(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not accepted; give 1 or more")
-    return number
+    """Return a whole number from 1, as argparse's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give a whole number from 1")
+    return int(text)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -267,18 +274,20 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return train_experiment(experiment)
 
 
-def _sample(arguments: argparse.Namespace) -> int:
+def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from dtr_scale.train.from_run import sample_run
 
-    path = sample_run(arguments.run_dir, num=arguments.num, out=arguments.out)
+    path = sample_run(arguments.run_dir, num=arguments.num, out=arguments.out, overrides=overrides)
     print(path)
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from dtr_scale.train.from_run import evaluate_run
 
-    metrics, path = evaluate_run(arguments.run_dir, num_samples=arguments.num_samples)
+    metrics, path = evaluate_run(
+        arguments.run_dir, num_samples=arguments.num_samples, overrides=overrides
+    )
     for name, value in metrics.items():
         print(f"{name}: {value:.1%}" if name == "legibility" else f"{name}: {value:.3f}")
     print(f"report: {path}")
@@ -293,6 +302,7 @@ def _cka(arguments: argparse.Namespace) -> int:
         num_samples=arguments.num_samples,
         num_timesteps=arguments.num_timesteps,
         out=arguments.out,
+        debiased=not arguments.biased,
     )
     print(*paths, sep="\n")
     return 0
@@ -361,6 +371,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     else:
         convert_file(source, arguments.kind, target, out, arguments.num_heads)
     print(out)
+    if target == "diffusers":
+        print(f"before use, set the timestep frequencies as {out / 'README.md'} says")
     return 0
 
 

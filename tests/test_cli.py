@@ -71,11 +71,19 @@ def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkey
         assert "No such file" in line or "no run directory" in line
 
 
+def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):
+    line = refused(capsys, "sample", "run", "--colums", "3")
+    assert line.startswith("error: unknown argument --colums; of a trained run evaluation.* alone")
+    line = refused(capsys, "evaluate", "run", "--train.lr=3")
+    assert line.startswith("error: unknown argument --train.lr;")
+    assert "unexpected argument 'extra'" in refused(capsys, "evaluate", "run", "extra")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["sample", "run", "--colums", "3"],
-        ["evaluate", "run", "extra"],
+        ["cka", "run", "--colums", "3"],
+        ["affinity", "run", "extra"],
         ["prepare", "digits", "--out", "there", "--fast"],
         ["config", "schema", "--indent=2"],
     ],

@@ -220,10 +220,12 @@ def _check_kind(weights: Mapping[str, Tensor], kind: Kind) -> None:
         found = "adm"
     elif "x_embedder.proj.weight" in weights:
         found = "dtr" if _MASK.format(0) in weights else "dit"
-    if kind not in ("dit", "dtr", "adm") or found not in (None, kind):
+    # DTR's window follows from alpha and beta: its weights may come without masks.
+    fitting = (None, kind, "dit") if kind == "dtr" else (None, kind)
+    if kind not in ("dit", "dtr", "adm") or found not in fitting:
         raise ConfigError(
             f"kind {kind!r} does not fit these weights, which are {found or 'unknown'}; "
-            f"accepted: dit, dtr (its blocks have masks), adm"
+            f"accepted: dit, dtr (whose blocks have masks), adm"
         )
     odd = [name for name in weights if name.split(".")[0] not in _ADM_PARTS]
     if found is None or (kind == "adm" and odd):

@@ -4,6 +4,7 @@ A pickle is read by PyTorch's restricted unpickler alone, which makes tensors, p
 the stand-ins below: nothing that a file names is imported or called.
 """
 
+import os
 import re
 import tempfile
 import warnings
@@ -28,6 +29,9 @@ class _Inert:
         return super().__new__(cls)
 
     def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
         pass
 
 
@@ -70,7 +74,11 @@ def read_weights(path: Path, weights: Literal["ema", "model"] = "ema") -> dict[s
 
 def write_safetensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights by name, whole or not at all; CheckpointError if `path` cannot be written."""
-    own = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    # Clones: safetensors refuses tensors that share memory, as the masks of a file may do.
+    own = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in weights.items()
+    }
     with written_whole(path) as temporary:
         save_file(own, temporary, metadata={"format": "pt"})
 
@@ -111,6 +119,8 @@ def _read_pickle(path: Path) -> Any:  # noqa: ANN401
             warnings.simplefilter("ignore")  # about the pickle's protocol
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
+        if path.is_file() and os.access(path, os.R_OK):  # mapping a file that was cut fails so
+            raise CheckpointError(f"{path} is damaged or cut off; fetch it again") from None
         raise _unreadable(path, error) from None
     except Exception as error:  # whatever a damaged pickle leads to
         # PyTorch's own message advises to load the file unsafely.

@@ -163,7 +163,7 @@ def _written(location: Sequence[str | int]) -> list[str | int]:
 
 def _suggestion(key: str) -> str:
     """Name the nearest known key: by its full path, else by its last part alone."""
-    known = list(_known_keys(Experiment))
+    known = list(dict.fromkeys(_known_keys(Experiment)))
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if not near:
         by_name = {k.rpartition(".")[2]: k for k in known}

@@ -158,8 +158,8 @@ class AdmConfig(NetworkConfig):
     """Downsampling rates at which there is attention."""
     channel_mult: Annotated[list[PositiveInt | PositiveFloat], Field(min_length=1)]
     num_heads: PositiveInt = 1
-    num_head_channels: PositiveInt | None = None
-    """Width of an attention head; null: num_heads heads of any width."""
+    num_head_channels: PositiveInt | Literal[-1] | None = None
+    """Width of an attention head; null or -1: num_heads heads of any width."""
     use_scale_shift_norm: bool = False
     resblock_updown: bool = False
     conv_resample: bool = True
@@ -275,7 +275,10 @@ class EvaluationConfig(Section):
     sampler: Literal["ddpm", "ddim", "dpm_solver"] = "ddpm"
     eta: Fraction = 0.0
     """DDIM's noise: 0 none, 1 that of the posterior, as in DDPM."""
-    num_sampling_steps: Annotated[int, Field(ge=2)] = 250
+    num_sampling_steps: (
+        Annotated[int, Field(ge=2)] | Annotated[str, Field(pattern=r"^ddim\d+$")]
+    ) = 250
+    """Timesteps that are kept, evenly spread; "ddim50": at one whole-number stride."""
     clip_denoised: bool = False
     """Clip each predicted x_0 to [-1, 1]: right for pixels, wrong for latents."""
     batch_size: PositiveInt = 64
@@ -297,7 +300,7 @@ class Experiment(Section):
     schema_: str | None = Field(default=None, alias="$schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     run_dir: Annotated[str | None, AfterValidator(_local_path)] = None
-    """Where the run writes; default: runs/<name>."""
+    """Where the run writes, an expert in expert_<k> below; default: runs/<name>."""
     description: str = ""
     expected: dict[str, float] = {}
     """Published figures of this setting, to compare with."""
@@ -313,8 +316,12 @@ class Experiment(Section):
 
     @property
     def run_path(self) -> Path:
-        expert = "" if self.model.expert is None else f"/expert_{self.model.expert}"
-        return Path(self.run_dir or f"runs/{self.name}{expert}")
+        """Where the run writes; an expert in a folder of its own, beside its fellows."""
+        path = Path(self.run_dir or f"runs/{self.name}")
+        expert = f"expert_{self.model.expert}"
+        if self.model.expert is None or path.name == expert:
+            return path
+        return path / expert
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "Experiment":
@@ -323,7 +330,9 @@ class Experiment(Section):
         if problem := self._clusters_problem():
             raise _refuse(problem)
         sampling, num_timesteps = self.evaluation, self.diffusion.num_timesteps
-        if sampling.num_sampling_steps > num_timesteps:
+        if isinstance(sampling.num_sampling_steps, int) and (
+            sampling.num_sampling_steps > num_timesteps
+        ):
             raise _refuse(
                 f"evaluation.num_sampling_steps = {sampling.num_sampling_steps} exceeds "
                 f"diffusion.num_timesteps = {num_timesteps}; choose at most {num_timesteps}"
@@ -346,6 +355,15 @@ class Experiment(Section):
                 f"evaluation.cfg_scale = {sampling.cfg_scale} needs a network that knows the null "
                 "label; set evaluation.cfg_scale=1, or train with model.conditioning=class and "
                 "model.class_dropout_prob > 0"
+            )
+        if (
+            self.model.num_experts > num_timesteps
+            or self.model.routing.num_clusters > num_timesteps
+        ):
+            raise _refuse(
+                f"model.num_experts = {self.model.num_experts} and model.routing.num_clusters = "
+                f"{self.model.routing.num_clusters} share diffusion.num_timesteps = "
+                f"{num_timesteps}; choose at most that"
             )
         return self
 

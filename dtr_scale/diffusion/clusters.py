@@ -35,6 +35,10 @@ def interval_clusters(distance: np.ndarray, num_clusters: int) -> np.ndarray:
     """
     num_timesteps = len(distance)
     _require_timesteps(num_timesteps, num_clusters)
+    if np.shape(distance) != (num_timesteps, num_timesteps) or not np.isfinite(distance).all():
+        raise ConfigError(
+            f"distances of timesteps {list(np.shape(distance))} are not a square of finite numbers"
+        )
     cost = _interval_costs(distance)
     # least[e]: of all cuts of the first e timesteps into as many intervals as the loop has seen.
     least, starts = cost[:, 0], []

@@ -20,13 +20,15 @@ class LabelledModel(ConditionalFn, Protocol):
     in_channels: int
     class_dropout_prob: float
 
-    def null_like(self, y: Tensor) -> Tensor: ...
+    def null_like(self, y: Tensor) -> Tensor:
+        """Return conditions like y, [N] or [N, L, D], that say nothing."""
+        ...
 
 
 def cfg_model(
     model: LabelledModel,
     cfg_scale: float = 1.5,
-    cfg_channels: int | Literal["all"] | None = 4,
+    cfg_channels: int | Literal["all"] | None = None,
     cfg_interval: tuple[float, float] | None = None,
 ) -> ConditionalFn:
     """Return the guided network f(x, t, y) -> [N, 2C or C, H, W], one doubled forward.

@@ -1,6 +1,7 @@
 """Gaussian diffusion (Ho et al., 2020) with learned variances (Nichol & Dhariwal, 2021)."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +24,17 @@ class PosteriorEstimate(NamedTuple):
 class GaussianDiffusion:
     """The forward process q, its posterior, and the loss of a network that predicts the noise.
 
-    Its timesteps t are those kept by `timestep_respacing`; `timestep_map[t]` is the original one,
-    which the network is given. Tables are float64; what leaves a method is fp32.
+    `noise_schedule` is one of `beta_schedule` over `num_timesteps`. The timesteps t are those that
+    `timestep_respacing` keeps (see `space_timesteps`); `timestep_map[t]` is the original one, which
+    the network is given. Without `learn_sigma` the network's output is eps alone. Tables are
+    float64; what leaves a method is fp32. Raises ConfigError for settings that do not fit.
     """
 
     def __init__(
         self,
         noise_schedule: str = "cosine",
         num_timesteps: int = 1000,
-        timestep_respacing: str = "",
+        timestep_respacing: str | int | Sequence[int] | None = "",
         learn_sigma: bool = True,
     ) -> None:
         self.timestep_map = space_timesteps(num_timesteps, timestep_respacing)

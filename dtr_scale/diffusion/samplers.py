@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dtr_scale.diffusion.process import GaussianDiffusion, PosteriorEstimate
+from dtr_scale.errors import ConfigError
 
 ModelFn = Callable[[Tensor, Tensor], Tensor]
 """(x [N, C, H, W], original timestep int [N]) -> [N, 2C or C, H, W]."""
@@ -62,10 +63,10 @@ def ddim_sample(
     """Return x_0 [N, C, H, W], fp32, by DDIM (Song et al., 2021, eq. 12 and 16).
 
     `eta` = 0 is deterministic, 1 adds the posterior's variance; `noise` is needed, and used as in
-    `ddpm_sample`, for `eta` > 0.
+    `ddpm_sample`, for `eta` > 0: ConfigError without it.
     """
     if eta > 0 and noise is None:
-        raise ValueError("ddim_sample with eta > 0 needs noise")
+        raise ConfigError(f"evaluation.eta: {eta} needs a source of noise; give noise, or eta 0")
     x, last = x_T.float(), diffusion.num_timesteps - 1
     for i in _steps(diffusion, progress):
         t = _timestep(x, last - i)

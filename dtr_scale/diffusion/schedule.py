@@ -1,5 +1,7 @@
 """Noise schedules and the timesteps that shortened sampling keeps."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from dtr_scale.errors import ConfigError
@@ -12,6 +14,7 @@ def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
 
     "linear" (Ho et al., 2020) goes from 1e-4 to 0.02 at T = 1000 and scales with 1000/T.
     "cosine" (Nichol & Dhariwal, 2021, eq. 17) follows cos^2 with s = 0.008 and beta <= 0.999.
+    Raises ConfigError for another name.
     """
     if name == "linear":
         if num_timesteps <= 20:
@@ -29,12 +32,16 @@ def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
     raise ConfigError(f"diffusion.noise_schedule: {name!r} is unknown; accepted: {accepted}")
 
 
-def space_timesteps(num_timesteps: int, respacing: str) -> np.ndarray:
+def space_timesteps(num_timesteps: int, respacing: str | int | Sequence[int] | None) -> np.ndarray:
     """Return the kept timesteps, ascending int64, as in improved-diffusion.
 
-    "250" spreads 250 steps from the first timestep to the last; "10,20,30" does so in three equal
-    sections; "ddim25" takes 25 steps at one whole-number stride; "" keeps all.
+    "250" (or 250) spreads 250 steps from the first timestep to the last; "10,20,30" (or a list)
+    does so in three equal sections; "ddim25" takes 25 steps at one whole-number stride; "" or None
+    keeps all. Raises ConfigError for what does not fit.
     """
+    if isinstance(respacing, Sequence) and not isinstance(respacing, str):
+        respacing = ",".join(map(str, respacing))
+    respacing = "" if respacing is None else str(respacing)
     if respacing == "":
         return np.arange(num_timesteps)
     try:

@@ -46,8 +46,9 @@ def timestep_cka(
     *,
     seed: int,
     step: int | None = None,
+    debiased: bool = True,
 ) -> Tensor:
-    """Return fp32 [depth, S, S]: debiased CKA of each block's outputs at each two of S timesteps.
+    """Return fp32 [depth, S, S]: CKA of each block's outputs at each two of S timesteps.
 
     x_start [n, C, H, W] are the samples and y [n, ...] what the network is told of them. Sample i
     gets the same noise at every timestep, drawn from (seed, i). The blocks are the network's
@@ -68,7 +69,7 @@ def timestep_cka(
         original = torch.full_like(t, int(diffusion.timestep_map[timestep]))
         grams.append(_block_grams(network, x_t, original, y, step))
     by_block = torch.stack(grams, dim=1)
-    return torch.stack([_alignment(of_all, debiased=True) for of_all in by_block]).float()
+    return torch.stack([_alignment(of_all, debiased) for of_all in by_block]).float()
 
 
 def _block_grams(network: Denoiser, x: Tensor, t: Tensor, y: Tensor, step: int | None) -> Tensor:

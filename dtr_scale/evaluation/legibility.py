@@ -19,5 +19,7 @@ def legibility(
         raise EvaluationError(
             "legibility needs scikit-learn; install it with pip install 'dtr-scale[eval]'"
         ) from None
+    if len(np.unique(real_labels)) < 2:
+        raise EvaluationError("legibility needs pictures of two classes or more")
     judge = SVC().fit(real_images.reshape(len(real_images), -1), real_labels)
     return float((judge.predict(images.reshape(len(images), -1)) == asked).mean())

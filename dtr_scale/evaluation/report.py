@@ -46,16 +46,20 @@ def pixel_report(
 ) -> dict[str, float]:
     """Return the metrics of samples of a data set of small pictures, and of its own training set.
 
-    `frechet_distance` is to the held-out pictures; `frechet_distance_real`, that of the training
-    pictures to the same, is what a perfect generator would reach.
+    `legibility` is told of classes, not of one kind of picture. `frechet_distance` is to the
+    held-out pictures; `frechet_distance_real`, that of the training pictures to the same, is what a
+    perfect generator would reach.
     """
     real_images, real_labels = read_all(train)
     reference, _ = read_all(held_out)
-    return {
+    metrics = {
         "frechet_distance": pixel_frechet_distance(images, reference),
         "frechet_distance_real": pixel_frechet_distance(real_images, reference),
-        "legibility": legibility(_clipped(images), asked.numpy(), real_images, real_labels),
     }
+    if train.manifest.num_classes > 1:
+        shown = _clipped(images)
+        metrics["legibility"] = legibility(shown, asked.numpy(), real_images, real_labels)
+    return metrics
 
 
 def _clipped(images: Tensor | np.ndarray) -> np.ndarray:

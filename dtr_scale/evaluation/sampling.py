@@ -36,7 +36,7 @@ class SamplingSettings:
     noise_schedule: str
     num_timesteps: int
     sampler: str
-    num_sampling_steps: int
+    num_sampling_steps: int | str
     cfg_scale: float
     cfg_channels: int | None
     clip_denoised: bool
@@ -77,7 +77,7 @@ class KeyedNoise:
 
 
 def class_labels(indices: range, num_classes: int) -> Tensor:
-    """Return the class asked for of each sample: they go round, so all are equally frequent."""
+    """Return the class asked for of each sample, int64 [n]: they go round, all equally frequent."""
     return torch.tensor([index % num_classes for index in indices])
 
 

@@ -18,6 +18,10 @@ from dtr_scale.models.unet import ADM
 NETWORKS: dict[str, type[DiT] | type[ADM]] = {"dit": DiT, "adm": ADM}
 
 _ALL_TYPES = {"type", "attention", "num_experts", "expert"}
+_COUNTS = {
+    *DiTSize._fields, "input_size", "image_size", "in_channels", "num_classes", "num_experts",
+    "model_channels", "num_res_blocks", "context_length", "context_dim",
+}  # fmt: skip
 _GIVEN = {"self", "num_timesteps", "num_channels", "attention_backend"}
 
 
@@ -37,8 +41,12 @@ def build_model(config: Mapping[str, Any], num_timesteps: int = 1000) -> Denoise
     accepted = _keywords(network)
     _check_keys("model", config, accepted | _ALL_TYPES | ({"variant"} if network is DiT else set()))
     routing = settings.get("routing", {"type": "none"})
+    if not isinstance(routing, Mapping):
+        raise ConfigError(f'model.routing: {routing!r} is no section; give {{"type": ...}}')
     _required(routing, "type", section="model.routing")
     _check_keys("model.routing", routing, _keywords(Routing))
+    if network is ADM and "num_classes" not in settings:
+        settings.setdefault("conditioning", "none")  # as guided-diffusion means it
     if settings.get("conditioning", "class") == "class":
         _required(settings, "num_classes")
     if network is DiT:
@@ -46,6 +54,7 @@ def build_model(config: Mapping[str, Any], num_timesteps: int = 1000) -> Denoise
     for key, parameter in inspect.signature(network.__init__).parameters.items():
         if key in accepted and parameter.default is inspect.Parameter.empty:
             _required(settings, key)
+    _check_ranges(settings)
     keywords = {key: value for key, value in settings.items() if key in accepted}
     keywords["attention_backend"] = _attention_backend(settings.get("attention", "auto"))
     num_experts = settings.get("num_experts", 1)
@@ -53,6 +62,22 @@ def build_model(config: Mapping[str, Any], num_timesteps: int = 1000) -> Denoise
         return network(**keywords, num_timesteps=num_timesteps)
     experts = [network(**keywords, num_timesteps=num_timesteps) for _ in range(num_experts)]
     return MultiExperts(experts, num_timesteps)
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    """Refuse numbers that no network has; what fits together, the networks check themselves."""
+    for key, value in settings.items():
+        if key in _COUNTS and not (isinstance(value, int) and value >= 1):
+            raise ConfigError(f"model.{key}: {value!r} is not accepted; give a whole number from 1")
+    dropout = settings.get("class_dropout_prob", 0.0)
+    if not 0 <= dropout <= 1:
+        raise ConfigError(f"model.class_dropout_prob: {dropout} is not accepted; give 0 to 1")
+    expert, num_experts = settings.get("expert"), settings.get("num_experts", 1)
+    if expert is not None and expert not in range(num_experts):
+        raise ConfigError(
+            f"model.expert: {expert} is none of model.num_experts = {num_experts}; "
+            f"give 0 to {num_experts - 1}"
+        )
 
 
 def _size(settings: Mapping[str, Any]) -> DiTSize:
@@ -95,5 +120,5 @@ def _required(settings: Mapping[str, Any], key: str, section: str = "model") -> 
 
 
 def _suggestion(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(words), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word, sorted(words), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""

@@ -24,6 +24,8 @@ from dtr_scale.models.routing import Routing
 
 
 class DiTSize(NamedTuple):
+    """What tells one DiT from another; `hidden_size` is the width of a token, `depth` in blocks."""
+
     hidden_size: int
     depth: int
     num_heads: int
@@ -142,6 +144,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """Return patches [N, L, p * p * C_out] from tokens z [N, L, D] and condition c [N, D]."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(_modulate(self.norm_final(z), shift, scale))
 
@@ -206,14 +209,14 @@ class DiT(Denoiser):
         self.initialize_weights()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
-        x = x.to(self.x_embedder.proj.weight.dtype)
+        x, t = x.to(self.x_embedder.proj.weight.dtype), t.long()
         z = self.x_embedder(x)
         z = z + self.pos_embed.to(z.dtype)
         c, context = self.t_embedder(t), None
         if self.conditioning == "text":
             context = self.y_embedder(y.to(z.dtype))
         else:
-            c = c + self.y_embedder(y)
+            c = c + self.y_embedder(y.long())
         for block, mask in zip(self.blocks, self.routing(t, step), strict=True):
             if self.activation_checkpointing:
                 z = checkpoint(

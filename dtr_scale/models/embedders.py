@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dtr_scale.errors import ConfigError
+
 
 class PatchEmbed(nn.Module):
     """Cut [N, C, H, W] into patches and project each: [N, L, D], row by row."""
@@ -66,6 +68,11 @@ class TextEmbedder(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         if self.null_tokens is None:
             return y
+        if y.shape[1:] != self.null_tokens.shape:
+            raise ConfigError(
+                f"texts of shape {list(y.shape[1:])} do not fit model.context_length and "
+                f"model.context_dim = {list(self.null_tokens.shape)}"
+            )
         return torch.where(y.any(dim=(1, 2), keepdim=True), y, self.null_tokens)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dtr_scale.errors import ConfigError
 from dtr_scale.models.denoiser import Denoiser
 
 
@@ -18,6 +19,8 @@ def expert_timesteps(expert: int, num_experts: int, num_timesteps: int) -> range
 
 class MultiExperts(Denoiser):
     """Experts called as one network: each sample goes to the expert of its timestep.
+
+    `experts` are networks of one kind, the first of them for the lowest of `num_timesteps`.
 
     Trained together, an expert's gradient is that of its own training on its part of the batch,
     times that part's share.
@@ -46,13 +49,19 @@ class MultiExperts(Denoiser):
         places: list[Tensor] = []
         for expert, timesteps in zip(self.experts, self.timesteps, strict=True):
             mine = ((t >= timesteps.start) & (t < timesteps.stop)).nonzero().flatten()
-            if not len(mine) and not torch.is_grad_enabled():
+            if not len(mine) and len(t) and not torch.is_grad_enabled():
                 continue
             # In training every expert is called, on nothing if need be: ranks that shard its
             # weights gather them together, and each parameter has a gradient.
             outputs.append(expert(x[mine], t[mine], y[mine], step))
             places.append(mine)
-        return torch.cat(outputs)[torch.cat(places).argsort()]
+        order = torch.cat(places)
+        if len(order) != len(t):
+            raise ConfigError(
+                f"{len(t) - len(order)} of {len(t)} timesteps belong to no expert; they go from 0 "
+                f"to {self.timesteps[-1].stop - 1}"
+            )
+        return torch.cat(outputs)[order.argsort()]
 
     def routed_blocks(self) -> list[nn.Module]:
         experts = [expert for expert in self.experts if isinstance(expert, Denoiser)]

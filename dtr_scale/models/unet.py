@@ -153,7 +153,8 @@ class ADM(Denoiser):
                             resamples inside of residual blocks
     num_head_channels       width of an attention head; None or -1: use `num_heads`
 
-    Without conditioning there is no label embedding and y has no effect. `routing` holds the
+    There is no dropout: its draws would depend on how a batch is split. Without conditioning there
+    is no label embedding and y has no effect. `routing` holds the
     keywords of `Routing` over `num_timesteps`. Raises ConfigError for sizes that do not fit.
     """
 
@@ -233,10 +234,10 @@ class ADM(Denoiser):
         return [m for m in self.modules() if isinstance(m, ResBlock | AttentionBlock)]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
-        h = x.to(next(self.parameters()).dtype)
+        h, t = x.to(next(self.parameters()).dtype), t.long()
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(h.dtype))
         if self.conditioning == "class":
-            emb = emb + self.label_emb(y)
+            emb = emb + self.label_emb(y.long())
         masks = iter(self.routing(t, step))
         skips = []
         for layers in self.input_blocks:

@@ -14,7 +14,7 @@ def uncertainty_loss(
     sum_k 1/2 [exp(-s_k) l_k + s_k] over the clusters that have samples, with l_k = 1/K times the
     mean loss of cluster k. By default these samples are the whole batch.
     """
-    num_clusters = len(log_var)
+    num_clusters, cluster = len(log_var), cluster.long()
     if cluster_counts is None:
         cluster_counts = torch.bincount(cluster, minlength=num_clusters)
     s = log_var[cluster]

@@ -13,27 +13,32 @@ PREDICTIONS = ("epsilon", "x0", "v")
 
 def loss_weight(
     kind: str,
-    snr: Tensor,
+    snr: Tensor | float,
     *,
     gamma: float | None = None,
     k: float = 1.0,
     prediction: str = "epsilon",
 ) -> Tensor:
-    """Return the weight of each sample's squared error, [N] in the type of `snr` [N] >= 0.
+    """Return the weight of each sample's squared error, [N] in the float type of `snr` [N] >= 0.
 
     "vanilla": 1. "min_snr": Min-SNR-gamma (Hang et al., 2023), `gamma` 5 unless given, for the
-    error of what the network predicts: "epsilon", "x0" or "v". "p2" (Choi et al., 2022, eq. 8):
-    1 / (k + SNR)^gamma for the error of epsilon, `gamma` 1 unless given. An SNR of 0 or infinity
-    has its limit. ConfigError names an unknown kind or prediction and a gamma or k not above 0.
+    error of what the network predicts: "epsilon", "x0" or "v"; at an SNR of 0 it is 1 for all
+    three, as in the released code, so that a network learns its last timestep whatever it predicts.
+    "p2" (Choi et al., 2022, eq. 8): 1 / (k + SNR)^gamma for the error of epsilon, `gamma` 1 unless
+    given. ConfigError names an unknown kind or prediction, and a gamma or k out of range.
     """
     _require_known("objective.type", kind, WEIGHTINGS)
-    _require_known("objective.prediction", prediction, PREDICTIONS)
+    _require_known("prediction", prediction, PREDICTIONS)
+    snr = torch.as_tensor(snr)
+    snr = snr if snr.is_floating_point() else snr.float()
     if kind == "vanilla":
         return torch.ones_like(snr)
     if kind == "min_snr":
         gamma = _require_positive("objective.gamma", 5.0 if gamma is None else gamma)
         return _min_snr(snr, gamma, prediction)
-    _require_known("objective.prediction", prediction, ("epsilon",))
+    _require_known("prediction", prediction, ("epsilon",))
+    if gamma == 0:  # P2 switched off, as in the released code
+        return torch.ones_like(snr)
     gamma = _require_positive("objective.gamma", 1.0 if gamma is None else gamma)
     return (_require_positive("objective.k", k) + snr) ** -gamma
 
@@ -42,7 +47,8 @@ def _min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     if prediction == "epsilon":
         return gamma / snr.clamp(min=gamma)  # min(SNR, gamma) / SNR, without its 0 / 0
     weight = snr.clamp(max=gamma)
-    return weight if prediction == "x0" else weight / (snr + 1)
+    weight = weight if prediction == "x0" else weight / (snr + 1)
+    return torch.where(snr == 0, 1.0, weight)
 
 
 def _require_known(key: str, name: str, accepted: tuple[str, ...]) -> None:

@@ -18,12 +18,17 @@ from dtr_scale.evaluation.cka import timestep_cka
 from dtr_scale.evaluation.heatmaps import save_heatmaps
 from dtr_scale.objectives.affinity import gradient_affinity
 from dtr_scale.train.build import build_diffusion, open_samples
-from dtr_scale.train.from_run import TrainedRun, load_run
+from dtr_scale.train.from_run import TrainedRun, check_output, load_run
 from dtr_scale.train.run_dir import SAMPLES
 
 
 def cka_run(
-    run_dir: Path, *, num_samples: int, num_timesteps: int, out: Path | None = None
+    run_dir: Path,
+    *,
+    num_samples: int,
+    num_timesteps: int,
+    out: Path | None = None,
+    debiased: bool = True,
 ) -> tuple[Path, Path]:
     """Compare a run's representations between evenly spread timesteps, block by block.
 
@@ -31,6 +36,8 @@ def cka_run(
     a picture and, beside it, of the numbers: an .npz with cka [depth, S, S], timesteps [S] and a
     manifest in JSON.
     """
+    picture = out or run_dir / SAMPLES / "cka.png"
+    check_output(picture, ".png")
     run = load_run(run_dir)
     timesteps = _spread(num_timesteps, run.experiment.diffusion.num_timesteps)
     samples, split = _open_held_out(run.experiment)
@@ -42,12 +49,13 @@ def cka_run(
         y,
         tqdm(timesteps.tolist(), desc="timesteps", leave=False, disable=None),
         seed=run.experiment.train.seed,
-        step=run.step,
+        step=run.mask_step,
+        debiased=debiased,
     ).numpy()
-    picture = out or run_dir / SAMPLES / "cka.png"
     titles = [f"block {block}" for block in range(len(cka))]
-    save_heatmaps(picture, cka, timesteps.tolist(), titles=titles, label="linear CKA, debiased")
-    manifest = _manifest(run, samples, split, len(x_start))
+    label = "linear CKA, debiased" if debiased else "linear CKA"
+    save_heatmaps(picture, cka, timesteps.tolist(), titles=titles, label=label)
+    manifest = _manifest(run, samples, split, len(x_start)) | {"debiased": debiased}
     return picture, _save(picture, manifest, cka=cka, timesteps=timesteps)
 
 
@@ -72,7 +80,7 @@ def affinity_run(
         tqdm(batches, desc="batches", leave=False, disable=None),
         timesteps.tolist(),
         seed=run.experiment.train.seed,
-        step=run.step,
+        step=run.mask_step,
     )
     boundaries = affinity_clusters(affinity, num_clusters)
     picture = run_dir / SAMPLES / "affinity.png"
@@ -135,6 +143,7 @@ def _manifest(run: TrainedRun, samples: Samples, split: str, num_samples: int) -
         "split": split,
         "manifest_hash": samples.manifest.hash(split),
         "num_samples": num_samples,
+        "seed": run.experiment.train.seed,
     }
 
 

@@ -97,6 +97,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
 
 
 def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
+    """Return the diffusion that an experiment trains on, with all its timesteps."""
     return GaussianDiffusion(
         experiment.diffusion.noise_schedule,
         experiment.diffusion.num_timesteps,
@@ -113,6 +114,7 @@ def build_network(experiment: Experiment) -> Denoiser:
 
 
 def sampling_settings(experiment: Experiment) -> SamplingSettings:
+    """Return how an experiment's evaluation draws samples."""
     evaluation = experiment.evaluation
     return SamplingSettings(
         noise_schedule=experiment.diffusion.noise_schedule,
@@ -297,6 +299,7 @@ def _announce(experiment: Experiment, network: nn.Module) -> None:
 
 
 def build_tracker(experiment: Experiment, world: World, run_dir: RunDirectory) -> Tracker:
+    """Return what mirrors rank 0's journal, as the experiment asks."""
     tracking = experiment.tracking
     if tracking.type == "none":
         return NullTracker()
@@ -331,6 +334,7 @@ def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:
 def build_evaluation(
     experiment: Experiment, trainer: Trainer, run_dir: RunDirectory | None, tracker: Tracker
 ) -> PeriodicEvaluation:
+    """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to."""
     evaluation = experiment.evaluation
     return PeriodicEvaluation(
         world=trainer.world,

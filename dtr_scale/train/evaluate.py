@@ -72,7 +72,7 @@ class PeriodicEvaluation:
                 indices,
                 batch_size=self._batch_size,
                 conditions=self._conditions,
-                step=step,
+                step=step - 1,  # the masks that were trained last, if they roam
             )
         images = torch.cat(self._world.all_gather_object(part))
         if self._folder is not None:

@@ -1,13 +1,15 @@
 """What a trained run is good for: samples and metrics, from its newest complete checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dtr_scale.config.load import load_experiment
+from dtr_scale.config.load import load_experiment, parse_overrides
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError, EvaluationError
@@ -34,25 +36,55 @@ class TrainedRun(NamedTuple):
     checkpoints: tuple[str, ...]
     """Where they were read: one, or one per expert."""
 
+    @property
+    def mask_step(self) -> int:
+        """The step of the masks that were trained last, if they roam."""
+        return max(self.step - 1, 0)
 
-def sample_run(run_dir: Path, *, num: int, out: Path | None = None) -> Path:
-    """Draw samples 0 to `num` of a run into one picture; return its path."""
-    run = load_run(run_dir)
+
+def sample_run(
+    run_dir: Path, *, num: int, out: Path | None = None, overrides: Sequence[str] = ()
+) -> Path:
+    """Draw samples 0 to `num` of a run into one picture; return its path.
+
+    Latents, which need a decoder to be seen, go into an .npz. `overrides` are those of evaluation.
+    """
+    run = load_run(run_dir, overrides)
+    is_picture = run.network.in_channels in (1, 3)
+    path = out or run_dir / SAMPLES / ("grid.png" if is_picture else "latents.npz")
+    check_output(path, ".png" if is_picture else ".npz")
     images = _draw(run, num)
-    if images.shape[1] not in (1, 3):
-        raise EvaluationError(
-            f"samples of {run_dir} have {images.shape[1]} channels and need a decoder to be seen; "
-            "pictures of 1 or 3 channels can be shown"
-        )
-    path = out or run_dir / SAMPLES / "grid.png"
-    save_grid(path, images, columns=grid_columns(run.network.num_classes))
+    if is_picture:
+        save_grid(path, images, columns=grid_columns(run.network.num_classes))
+    else:
+        np.savez(path, latents=images.numpy())
     return path
 
 
-def evaluate_run(run_dir: Path, *, num_samples: int | None = None) -> tuple[dict[str, float], Path]:
-    """Measure samples of a run against its held-out split; return the metrics and the report."""
-    run = load_run(run_dir)
+def check_output(path: Path, suffix: str) -> None:
+    """Raise ConfigError before a long computation whose result could not be written."""
+    if path.suffix != suffix or path.is_dir():
+        raise ConfigError(f"--out={path} is not accepted; give a file that ends in {suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(
+            f"--out={path} cannot be written: {error.strerror}; choose another place"
+        ) from None
+
+
+def evaluate_run(
+    run_dir: Path, *, num_samples: int | None = None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, float], Path]:
+    """Measure samples of a run against its held-out split; return the metrics and the report.
+
+    `overrides` are those of evaluation.
+    """
+    run = load_run(run_dir, overrides)
     experiment = run.experiment
+    if experiment.data.type == "synthetic":
+        raise EvaluationError(f"{run_dir} was trained on made-up data; there is nothing to measure")
     train, held_out = open_samples(experiment), open_samples(experiment, "val")
     if not has_pixel_metrics(held_out):
         raise EvaluationError(
@@ -77,17 +109,27 @@ def evaluate_run(run_dir: Path, *, num_samples: int | None = None) -> tuple[dict
     return metrics, write_report(run_dir, metrics, manifest)
 
 
-def load_run(run_dir: Path) -> TrainedRun:
-    """Return what a run has trained; experts in `expert_*` below `run_dir` come as one network."""
+def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
+    """Return what a run has trained; experts in `expert_*` below `run_dir` come as one network.
+
+    `overrides` may change the keys of evaluation. Raises ConfigError for others, and where there is
+    no run; CheckpointError where there is no checkpoint.
+    """
+    for key, _ in parse_overrides(overrides):
+        if not key.startswith("evaluation."):
+            raise ConfigError(
+                f"unknown argument --{key}; of a trained run evaluation.* alone can be overridden, "
+                "for example --evaluation.cfg_scale=2"
+            )
     if (run_dir / CONFIG).exists():
-        run = _load_one(run_dir)
+        run = _load_one(run_dir, overrides)
         if run.experiment.model.expert is None:
             return run
         raise ConfigError(
             f"{str(run_dir)!r} holds expert {run.experiment.model.expert} of "
             f"{run.experiment.model.num_experts}, which cannot sample alone; give {run_dir.parent}"
         )
-    experts = [_load_one(path.parent) for path in run_dir.glob(f"expert_*/{CONFIG}")]
+    experts = [_load_one(path.parent, overrides) for path in run_dir.glob(f"expert_*/{CONFIG}")]
     if not experts:
         raise ConfigError(
             f"{str(run_dir)!r} is no run directory: it has no {CONFIG}; give the directory that "
@@ -114,9 +156,10 @@ def _assembled(run_dir: Path, experts: list[TrainedRun]) -> TrainedRun:
     )
 
 
-def _load_one(run_dir: Path) -> TrainedRun:
+def _load_one(run_dir: Path, overrides: Sequence[str]) -> TrainedRun:
     # The directory may have been moved since the run wrote its own path down.
-    experiment = load_experiment(run_dir / CONFIG).model_copy(update={"run_dir": str(run_dir)})
+    experiment = load_experiment(run_dir / CONFIG, overrides)
+    experiment = experiment.model_copy(update={"run_dir": str(run_dir)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = open_checkpoints(experiment, World(0, 0, 1, device)).newest()
     network = build_network(experiment)
@@ -132,6 +175,6 @@ def _draw(run: TrainedRun, num: int) -> Tensor:
         range(num),
         batch_size=run.experiment.evaluation.batch_size,
         conditions=sampling_conditions(run.experiment),
-        step=run.step,
+        step=run.mask_step,
         progress=lambda steps: tqdm(steps, desc="sampling", leave=False, disable=None),
     )

