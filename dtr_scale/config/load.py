@@ -22,9 +22,16 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     Overrides are `--section.key=value` or `--section.key value`; a value is read as JSON, and as
     a string where it is not JSON. Raises ConfigError, in one line.
     """
-    raw = _read_json(Path(path))
+    raw = _read_json(Path(path), "the experiment file", example="configs/demo_digits.json")
     for key, value in parse_overrides(overrides):
         _set(raw, key, value)
+    engine = raw.get("engine")
+    if isinstance(engine, dict) and isinstance(engine.get("deepspeed_config"), str):
+        # Here, so that the config which a run keeps is complete.
+        place = "engine.deepspeed_config"
+        engine["deepspeed_config"] = _read_json(
+            Path(engine["deepspeed_config"]), place, example="deepspeed.json"
+        )
     return validate(raw, source=str(path))
 
 
@@ -106,18 +113,20 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, what: str, example: str) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
-            f"cannot read the experiment file {str(path)!r}: {error.strerror}; "
-            "give a JSON file, for example configs/demo_digits.json"
+            f"cannot read {what} {str(path)!r}: {error.strerror}; "
+            f"give a JSON file, for example {example}"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}; an experiment is a JSON object")
+        raise ConfigError(
+            f"{path} holds a {type(raw).__name__}; {what} is a JSON object, as in {example}"
+        )
     return raw
 
 

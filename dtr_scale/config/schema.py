@@ -237,12 +237,34 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    type: Literal["single", "deepspeed"] = "deepspeed"
-    zero_stage: Annotated[int, Field(ge=0, le=2)] = 1
+    type: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed's: 0 shards nothing, 1 Adam's state, 2 gradients too, 3 weights too."""
+    deepspeed_config: dict[str, Any] | str | None = None
+    """DeepSpeed's own settings, or the JSON file that holds them, laid over this trainer's."""
+    shard: PositiveInt | None = None
+    """fsdp2: ranks that share one copy of the weights; null: all that `replicate` leaves."""
+    replicate: PositiveInt | None = None
+    """fsdp2: copies of the weights (HSDP), for example one per node; null: what `shard` leaves."""
+    reshard_after_forward: bool = True
+    """fsdp2: drop gathered weights between forward and backward: less memory, more traffic."""
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
-    """Compile each block with torch.compile."""
+    """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up)."""
     activation_checkpointing: bool = False
+
+    def mesh(self, world_size: int) -> tuple[int, int]:
+        """Return (replicate, shard) for `world_size` ranks; ConfigError if they do not fit."""
+        shard = self.shard or world_size // (self.replicate or 1)
+        replicate = self.replicate or world_size // max(shard, 1)
+        if replicate * shard == world_size:
+            return replicate, shard
+        given = {"replicate": self.replicate, "shard": self.shard}
+        told = " and ".join(f"engine.{k} = {v}" for k, v in given.items() if v is not None)
+        raise ConfigError(
+            f"{told} do not fit {world_size} ranks: replicate x shard must be {world_size}; set "
+            "one of them to null, which takes what the other leaves, or start other ranks"
+        )
 
 
 class CheckpointConfig(Section):

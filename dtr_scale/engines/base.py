@@ -34,6 +34,10 @@ class Engine(ABC):
     """A network with its optimizer. Losses are each rank's share of a sum over the global batch."""
 
     network: nn.Module
+    """Called as it is to sample, under no_grad: by all ranks the same number of times."""
+
+    _adam: torch.optim.AdamW
+    """What makes the update; every fragment's moments are in its state."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
@@ -56,13 +60,14 @@ class Engine(ABC):
         """Return this rank's parts of all parameters, the same objects' views at every call."""
 
     @property
-    @abstractmethod
     def optimizer_step(self) -> int:
         """Updates that Adam has made, for its bias correction."""
+        return int(next(iter(self._adam.state.values()))["step"])
 
     @optimizer_step.setter
-    @abstractmethod
-    def optimizer_step(self, step: int) -> None: ...
+    def optimizer_step(self, step: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(step)
 
     @abstractmethod
     def push_masters(self) -> None:

@@ -27,11 +27,11 @@ class SingleEngine(Engine):
     ) -> None:
         self.network = network.to(device)
         self._parameters = list(network.parameters())
-        self._optimizer = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
+        self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
         self._max_norm = grad_clip or float("inf")
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         self._fragments = [
-            whole_fragment(name, parameter, adam_state(self._optimizer, parameter))
+            whole_fragment(name, parameter, adam_state(self._adam, parameter))
             for name, parameter in network.named_parameters()
         ]
 
@@ -44,21 +44,12 @@ class SingleEngine(Engine):
 
     def step(self) -> float:
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
         return norm.item()
 
     def fragments(self) -> list[Fragment]:
         return self._fragments
-
-    @property
-    def optimizer_step(self) -> int:
-        return int(self._optimizer.state[self._parameters[0]]["step"])
-
-    @optimizer_step.setter
-    def optimizer_step(self, step: int) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(step)
 
     def push_masters(self) -> None:
         """Nothing to do: the masters are the weights."""

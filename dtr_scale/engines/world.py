@@ -91,7 +91,7 @@ def launched_world_size() -> int:
 def join_world(*, needs_process_group: bool) -> World:
     """Return this process's place among the ranks that `deepspeed` or `torchrun` started.
 
-    A plain `python` process is a world of one; DeepSpeed wants a process group even then
+    A plain `python` process is a world of one; DeepSpeed and FSDP want a process group even then
     (`needs_process_group`), so the variables that a launcher sets get their defaults here.
     """
     world_size = launched_world_size()

@@ -1,8 +1,8 @@
-"""DeepSpeed with ZeRO stages 0 to 2. The only module that imports deepspeed.
+"""DeepSpeed with ZeRO stages 0 to 3. The only module that imports deepspeed.
 
 DeepSpeed offers no complete public view of its fp32 state (`safe_get_*` misses parameter groups),
-so `_fragments_*` read the optimizers' own fields; they are checked against the live weights at the
-start, and pyproject.toml bounds DeepSpeed's version.
+so `_whole`, `_pieces` and `_partitions` read the optimizers' own fields; they are checked against
+the live weights at the start, and pyproject.toml bounds DeepSpeed's version.
 """
 
 import logging
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dtr_scale.engines.base import (
@@ -22,17 +23,15 @@ from dtr_scale.engines.base import (
     build_optimizer,
     whole_fragment,
 )
+from dtr_scale.engines.deepspeed_config import SECTION
 from dtr_scale.engines.world import World
-from dtr_scale.errors import EngineError
+from dtr_scale.errors import ConfigError, EngineError
 
 # Set before the import: DeepSpeed's loggers read it once; its progress lines are not ours.
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
-
-_REDUCE_BUCKET_SIZE = 50_000_000
-"""Gradients exchanged at once; DeepSpeed's default of 5e8 stages all of a DiT-L in one copy."""
 
 
 class DeepSpeedEngine(Engine):
@@ -43,42 +42,35 @@ class DeepSpeedEngine(Engine):
         network: nn.Module,
         *,
         world: World,
-        micro_batch_size: int,
-        grad_accum_steps: int,
+        config: dict[str, Any],
         lr: float,
         weight_decay: float = 0.0,
-        grad_clip: float | None = None,
-        precision: str = "bf16",
-        zero_stage: int = 1,
     ) -> None:
+        """Take over `network`, to be trained as `config` (by `build_deepspeed_config`) says."""
         self.network = network
-        self._world_size = world.world_size
-        self._stage = zero_stage
-        config = _deepspeed_config(
-            micro_batch_size=micro_batch_size,
-            grad_accum_steps=grad_accum_steps,
-            grad_clip=grad_clip,
-            precision=precision,
-            zero_stage=zero_stage,
-        )
+        self._world = world
+        self._stage: int = config["zero_optimization"]["stage"]
+        # DeepSpeed casts the network before it copies the masters: they get their fp32 back.
+        initial: dict[str, Tensor] = {}
+        if config["bf16"]["enabled"]:
+            initial = {name: p.detach().clone() for name, p in network.named_parameters()}
         _prepare_process(world)
         optimizer = build_optimizer(list(network.parameters()), lr=lr, weight_decay=weight_decay)
-        initial = {name: p.detach().clone() for name, p in network.named_parameters()}
-        self._engine: Any = deepspeed.initialize(
-            model=network.to(world.device), optimizer=optimizer, config=config
-        )[0]
-        self._fragments = list(self._whole_fragments() if zero_stage == 0 else self._zero_parts())
-        self._adam_states = list(self._basic_optimizer.state.values())
-        self._check_masters()
-        # DeepSpeed casts the network before it copies the masters: give them their fp32 back.
-        for part in self._fragments:
-            whole = initial[part.name].view(-1)
-            part.master.copy_(whole[part.offset : part.offset + part.master.numel()])
-
-    @property
-    def _basic_optimizer(self) -> torch.optim.AdamW:
-        """The AdamW that makes the update: DeepSpeed's ZeRO optimizer wraps it."""
-        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        try:
+            engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise ConfigError(
+                f"DeepSpeed {deepspeed.__version__} does not accept {key} in {SECTION}: "
+                f"{problem['msg']}; see https://www.deepspeed.ai/docs/config-json/"
+            ) from None
+        self._engine = engine
+        # DeepSpeed's ZeRO optimizer wraps the one that makes the update.
+        self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._fragments = self._find_masters()
+        for part in self._fragments if initial else ():
+            part.master.copy_(_cut(initial[part.name].view(-1), part.offset, part.master.numel()))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         return self._engine(x_t, t, y, step).float()
@@ -90,7 +82,7 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # The gradient is averaged over ranks on its way; ours is a sum.
-        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
     def step(self) -> float:
         # Stage 0 offers no norm in fp32; its gradients are already exchanged and whole.
@@ -103,61 +95,96 @@ class DeepSpeedEngine(Engine):
     def fragments(self) -> list[Fragment]:
         return self._fragments
 
-    @property
-    def optimizer_step(self) -> int:
-        return int(self._adam_states[0]["step"])
-
-    @optimizer_step.setter
-    def optimizer_step(self, step: int) -> None:
-        for state in self._adam_states:
-            state["step"].fill_(step)
-
     def push_masters(self) -> None:
-        if self._stage > 0:
-            self._engine.optimizer.update_lp_params()
+        zero = self._engine.optimizer
+        if self._stage in (1, 2):
+            zero.update_lp_params()
+        elif self._stage == 3:
+            zero.checkpoint_event_prologue()  # drops what is gathered
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.checkpoint_event_epilogue()  # gathers what stays gathered
 
     def _total_norm(self) -> Tensor:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
-    def _whole_fragments(self) -> Iterator[Fragment]:
+    def _find_masters(self) -> list[Fragment]:
+        """Return the fragments; EngineError if DeepSpeed's fields are not what they were."""
+        finders = {0: self._whole, 1: self._pieces, 2: self._pieces, 3: self._partitions}
+        weights = dict(self.network.named_parameters())
+        try:
+            fragments = list(finders[self._stage]())
+            for part in fragments:
+                weight = weights[part.name]
+                if self._stage == 3:
+                    live = _cut(weight.ds_tensor, 0, part.master.numel())  # pyright: ignore
+                else:
+                    live = _cut(weight.view(-1), part.offset, part.master.numel())
+                if not torch.equal(part.master.to(live), live):
+                    raise EngineError(f"the fp32 weights of {part.name} are not the live ones")
+        except (AttributeError, EngineError) as error:
+            raise EngineError(
+                f"DeepSpeed {deepspeed.__version__} does not keep its fp32 weights where this "
+                f"trainer reads them ({error}); install the version in constraints.txt, and "
+                f"remove what {SECTION} says about weights and gradients"
+            ) from None
+        return fragments
+
+    def _whole(self) -> Iterator[Fragment]:
         """Stage 0: every rank holds every parameter, fp32, with its Adam state."""
         for name, parameter in self.network.named_parameters():
-            yield whole_fragment(name, parameter, adam_state(self._basic_optimizer, parameter))
+            yield whole_fragment(name, parameter, adam_state(self._adam, parameter))
 
-    def _zero_parts(self) -> Iterator[Fragment]:
+    def _pieces(self) -> Iterator[Fragment]:
         """Stages 1, 2: this rank's piece of a flat fp32 buffer per parameter group."""
-        zero = self._engine.optimizer
-        flats = zero.single_partition_of_fp32_groups
-        states = [adam_state(self._basic_optimizer, flat) for flat in flats]
+        flats = self._engine.optimizer.single_partition_of_fp32_groups
+        states = [adam_state(self._adam, flat) for flat in flats]
         for name, parameter in self.network.named_parameters():
             mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
             if mapping is None:
                 continue  # other ranks hold all of it
-            piece = mapping.hp_fragment_address
-            group = mapping.param_group_index
-
-            def cut(flat: Tensor, start: int = piece.start, numel: int = piece.numel) -> Tensor:
-                return flat.detach().narrow(0, start, numel)
-
-            yield Fragment(
+            piece, group = mapping.hp_fragment_address, mapping.param_group_index
+            yield _fragment(
                 name,
-                tuple(parameter.shape),
+                parameter.shape,
                 mapping.lp_fragment_address.start,
-                cut(flats[group]),
-                **{moment: cut(states[group][moment]) for moment in ADAM_MOMENTS},
+                flats[group],
+                states[group],
+                piece.start,
+                piece.numel,
             )
 
-    def _check_masters(self) -> None:
-        """Refuse to train if the private fields do not hold what this module takes them for."""
-        weights = dict(self.network.named_parameters())
-        for part in self._fragments:
-            live = weights[part.name].detach().view(-1).narrow(0, part.offset, part.master.numel())
-            if not torch.equal(part.master.to(live.dtype), live):
-                raise EngineError(
-                    f"DeepSpeed {deepspeed.__version__} keeps the fp32 master of {part.name} "
-                    "elsewhere than 0.19.8 does; install the version in constraints.txt"
-                )
+    def _partitions(self) -> Iterator[Fragment]:
+        """Stage 3: an equal part of each parameter, the last ones padded, in flat fp32 buffers."""
+        zero = self._engine.optimizer
+        flats = zero.fp32_partitioned_groups_flat
+        states = [adam_state(self._adam, flat) for flat in flats]
+        for name, parameter in self.network.named_parameters():
+            group, start, part_size = zero.grad_position[zero.get_param_id(parameter)]
+            shape = parameter.ds_shape  # pyright: ignore[reportAttributeAccessIssue]
+            offset = self._world.rank * part_size
+            numel = min(part_size, shape.numel() - offset)
+            if numel > 0:  # else other ranks hold all of it
+                yield _fragment(name, shape, offset, flats[group], states[group], start, numel)
+
+
+def _fragment(
+    name: str,
+    shape: torch.Size,
+    offset: int,
+    flat: Tensor,
+    state: dict[str, Tensor],
+    start: int,
+    numel: int,
+) -> Fragment:
+    """Return the fragment that lies at `start` of a flat buffer and its Adam state."""
+    moments = {moment: _cut(state[moment], start, numel) for moment in ADAM_MOMENTS}
+    return Fragment(name, tuple(shape), offset, _cut(flat, start, numel), **moments)
+
+
+def _cut(flat: Tensor, start: int, numel: int) -> Tensor:
+    return flat.detach().narrow(0, start, numel)
 
 
 def _prepare_process(world: World) -> None:
@@ -166,27 +193,3 @@ def _prepare_process(world: World) -> None:
         # Its shared-memory collectives would be compiled for a minute at every first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
-
-
-def _deepspeed_config(
-    *,
-    micro_batch_size: int,
-    grad_accum_steps: int,
-    grad_clip: float | None,
-    precision: str,
-    zero_stage: int,
-) -> dict[str, Any]:
-    bf16 = precision == "bf16"
-    return {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": grad_clip or 0.0,
-        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": _REDUCE_BUCKET_SIZE},
-        "bf16": {"enabled": bf16 and zero_stage > 0},
-        # Stage 0's bf16 optimizer makes a dummy Adam step at its start (losses off by 4%).
-        "torch_autocast": {"enabled": bf16 and zero_stage == 0, "dtype": "bfloat16"},
-        "communication_data_type": "fp32",
-        # Stage 1 adds micro-steps in bf16: for fp32 DeepSpeed would change to another optimizer.
-        "data_types": {"grad_accum_dtype": "fp32" if bf16 and zero_stage == 2 else None},
-        "steps_per_print": 2**31,
-    }

@@ -26,6 +26,8 @@ from dtr_scale.diffusion.clusters import log_snr_clusters, timestep_clusters
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
 from dtr_scale.engines.base import Engine
+from dtr_scale.engines.deepspeed_config import build_deepspeed_config
+from dtr_scale.engines.fsdp2 import Fsdp2Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError
@@ -249,32 +251,54 @@ def _build_engine(
         if isinstance(module, Denoiser):
             module.activation_checkpointing = config.activation_checkpointing
     _announce(experiment, network)
-    if config.compile:
-        # Before wrapping: one graph per block shape, no breaks, and names stay as they are. The
-        # blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
-        blocks = network.routed_blocks()
-        dynamo: Any = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
-        for block in blocks:
-            block.compile()
-    settings: dict[str, Any] = {
-        "lr": train.lr,
-        "weight_decay": train.weight_decay,
-        "grad_clip": train.grad_clip,
-        "precision": config.precision,
-    }
-    if config.type == "single":
-        return SingleEngine(network, device=world.device, **settings)
-    from dtr_scale.engines.zero import DeepSpeedEngine
+    if config.compile and config.type == "deepspeed" and config.zero_stage == 3:
+        if world.is_main:
+            log.warning(
+                "engine.compile has no effect under ZeRO-3, which gathers weights inside the "
+                "blocks; set engine.compile=false, or engine.type=fsdp2 to shard and compile"
+            )
+    elif config.compile:
+        _compile_blocks(network)
+    optimizer = {"lr": train.lr, "weight_decay": train.weight_decay}
+    step: Any = {"grad_clip": train.grad_clip, "precision": config.precision}
+    match config.type:
+        case "single":
+            return SingleEngine(network, device=world.device, **optimizer, **step)
+        case "fsdp2":
+            replicate, shard = config.mesh(world.world_size)
+            return Fsdp2Engine(
+                network,
+                blocks=network.routed_blocks(),
+                world=world,
+                replicate=replicate,
+                shard=shard,
+                reshard_after_forward=config.reshard_after_forward,
+                **optimizer,
+                **step,
+            )
+        case "deepspeed":
+            from dtr_scale.engines.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        network,
-        world=world,
-        micro_batch_size=micro_batch_size,
-        grad_accum_steps=grad_accum_steps,
-        zero_stage=config.zero_stage,
-        **settings,
-    )
+            assert not isinstance(config.deepspeed_config, str)  # read with the experiment
+            settings = build_deepspeed_config(
+                config.deepspeed_config,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=micro_batch_size,
+                grad_accum_steps=grad_accum_steps,
+                zero_stage=config.zero_stage,
+                **step,
+            )
+            return DeepSpeedEngine(network, world=world, config=settings, **optimizer)
+
+
+def _compile_blocks(network: Denoiser) -> None:
+    """Compile before wrapping: one graph per block shape, no breaks, and names stay as they are."""
+    blocks = network.routed_blocks()
+    # The blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile()
 
 
 def _announce(experiment: Experiment, network: nn.Module) -> None:

@@ -62,19 +62,20 @@ class PeriodicEvaluation:
     def __call__(self, step: int) -> None:
         network = self._engine.network
         assert isinstance(network, Denoiser)
-        share = np.array_split(np.arange(self._num_samples), self._world.world_size)
-        mine = share[self._world.rank]
-        indices = range(int(mine[0]), int(mine[-1]) + 1) if len(mine) else range(0)
+        # As many on every rank: sharded weights are gathered by all ranks together. What is too
+        # much is drawn and dropped.
+        share = -(-self._num_samples // self._world.world_size)
+        first = self._world.rank * share
         with self._ema.swapped_in():
             part = draw_samples(
                 network,
                 self._settings,
-                indices,
+                range(first, first + share),
                 batch_size=self._batch_size,
                 conditions=self._conditions,
                 step=step - 1,  # the masks that were trained last, if they roam
             )
-        images = torch.cat(self._world.all_gather_object(part))
+        images = torch.cat(self._world.all_gather_object(part))[: self._num_samples]
         if self._folder is not None:
             try:
                 self._publish(step, images, network.num_classes, self._folder)

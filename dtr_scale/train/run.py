@@ -117,9 +117,9 @@ def _join(experiment: Experiment) -> World:
     if experiment.engine.type == "single" and world_size > 1:
         raise ConfigError(
             f"engine.type = 'single' runs in one process, the launcher started {world_size}; "
-            "use --engine.type=deepspeed or start one process"
+            "use --engine.type=deepspeed or fsdp2, or start one process"
         )
-    return join_world(needs_process_group=experiment.engine.type == "deepspeed")
+    return join_world(needs_process_group=experiment.engine.type != "single")
 
 
 @contextmanager

@@ -1,0 +1,118 @@
+"""What DeepSpeed is told: the experiment's settings, and the user's own section around them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dtr_scale.errors import ConfigError
+
+SECTION = "engine.deepspeed_config"
+_REDUCE_BUCKET_SIZE = 50_000_000
+"""Gradients exchanged at once; DeepSpeed's default of 5e8 stages all of a DiT-L in one copy."""
+
+_UNREACHABLE = "puts the fp32 weights where checkpoints and EMA cannot reach them"
+_ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "optimizer": ((None,), "every engine has the AdamW of train.lr and train.weight_decay"),
+    "scheduler": ((None,), "train.lr is constant"),
+    "zero_optimization.round_robin_gradients": ((False,), _UNREACHABLE),
+    "zero_optimization.zenflow": ((None,), _UNREACHABLE),
+    "zero_optimization.offload_optimizer.device": (("none", "cpu"), _UNREACHABLE),
+    "zero_optimization.offload_optimizer.ratio": ((1.0,), _UNREACHABLE),
+    "zero_optimization.offload_optimizer.super_offload": ((False,), _UNREACHABLE),
+    "zero_optimization.offload_param.device": (("none", "cpu"), _UNREACHABLE),
+    "bf16.bf16_master_weights_and_grads": ((False,), "weights are kept in fp32"),
+    "bf16.bf16_optimizer_states": ((False,), "Adam's moments are kept in fp32"),
+}
+"""Settings that this trainer refuses: what it accepts instead, and why."""
+
+
+def build_deepspeed_config(
+    section: Mapping[str, Any] | None,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    grad_accum_steps: int,
+    grad_clip: float | None,
+    precision: str,
+    zero_stage: int,
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; ConfigError where `section` contradicts the experiment."""
+    section = section or {}
+    bf16 = precision == "bf16"
+    # Stage 0's bf16 optimizer makes a dummy Adam step at its start (losses off by 4%).
+    autocast = bf16 and zero_stage == 0
+    by_precision = f"engine.precision = {json.dumps(precision)}"
+    by_batch = f"train.global_batch_size = {global_batch_size}"
+    by_micro_batch = f"train.micro_batch_size = {micro_batch_size}"
+    for path, value, origin in (
+        ("train_batch_size", global_batch_size, by_batch),
+        ("train_micro_batch_size_per_gpu", micro_batch_size, by_micro_batch),
+        (
+            "gradient_accumulation_steps",
+            grad_accum_steps,
+            f"the {grad_accum_steps} of {by_batch} in parts of {by_micro_batch} on these ranks",
+        ),
+        ("gradient_clipping", grad_clip or 0.0, f"train.grad_clip = {json.dumps(grad_clip)}"),
+        ("bf16.enabled", bf16, by_precision),
+        ("fp16.enabled", False, by_precision),
+        ("amp.enabled", False, by_precision),
+        ("torch_autocast.enabled", autocast, by_precision),
+        ("zero_optimization.stage", zero_stage, f"engine.zero_stage = {zero_stage}"),
+    ):
+        found = _look_up(section, path, default=value)
+        if found != value:
+            raise ConfigError(
+                f"{SECTION}.{path} = {json.dumps(found)} contradicts {origin}; remove one"
+            )
+    for path, (accepted, reason) in _ACCEPTED.items():
+        found = _look_up(section, path, default=accepted[0])
+        if found not in accepted:
+            choice = " or ".join(json.dumps(value) for value in accepted)
+            raise ConfigError(
+                f"{SECTION}.{path} = {json.dumps(found)} is refused: {reason}; set {choice}, or "
+                "remove it"
+            )
+    defaults = {
+        "zero_optimization": {
+            "reduce_bucket_size": _REDUCE_BUCKET_SIZE,
+            # Stage 3 would replace F.linear in the whole process and never put it back.
+            "memory_efficient_linear": False,
+        },
+        # Offloading keeps torch's AdamW: DeepSpeed's own would be compiled for a minute.
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        # Stage 1 adds micro-steps in bf16: for fp32 DeepSpeed would change to another optimizer.
+        "data_types": {"grad_accum_dtype": "fp32" if bf16 and zero_stage >= 2 else None},
+        "steps_per_print": 2**31,
+    }
+    fixed = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "gradient_clipping": grad_clip or 0.0,
+        "zero_optimization": {"stage": zero_stage},
+        "bf16": {"enabled": bf16 and not autocast},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+    }
+    return _merge(_merge(defaults, section), fixed)
+
+
+def _look_up(section: Mapping[str, Any], path: str, default: Any) -> Any:  # noqa: ANN401
+    """Return the value at a dotted path, `default` where there is none."""
+    *parents, last = path.split(".")
+    for depth, parent in enumerate(parents, 1):
+        section = section.get(parent, {})
+        if not isinstance(section, Mapping):
+            place = ".".join([SECTION, *parents[:depth]])
+            raise ConfigError(f"{place} = {json.dumps(section)}: should be an object")
+    return section.get(last, default)
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `under` with `over` laid over it, section by section."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = _merge(below, value)
+        merged[key] = value
+    return merged

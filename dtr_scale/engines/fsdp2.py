@@ -1,0 +1,120 @@
+"""PyTorch's FSDP2: fp32 shards of every parameter, gathered for a block at a time.
+
+The rows of a parameter are dealt out as `torch.chunk` cuts them, so a rank may hold fewer rows
+than another, or none. With `replicate` above 1 (HSDP) that many groups of `shard` ranks hold the
+same shards: neighbours in rank order, which launchers put on one node, exchange the weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dtr_scale.engines.base import (
+    ADAM_MOMENTS,
+    Engine,
+    Fragment,
+    adam_state,
+    build_optimizer,
+)
+from dtr_scale.engines.world import World
+
+
+class Fsdp2Engine(Engine):
+    """Sharded blocks behind the engine's surface; FSDP's averaging over ranks is turned off."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        blocks: Sequence[nn.Module],
+        world: World,
+        replicate: int,
+        shard: int,
+        lr: float,
+        weight_decay: float = 0.0,
+        grad_clip: float | None = None,
+        precision: str = "bf16",
+        reshard_after_forward: bool = True,
+    ) -> None:
+        sizes = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
+        mesh = init_device_mesh(
+            world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
+        )
+        self._num_shards, self._shard = shard, mesh.get_local_rank("shard")
+        policy = MixedPrecisionPolicy()
+        if precision == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        # One after the other, so that no more than a block of the whole is ever on the device.
+        for block in blocks:
+            fully_shard(
+                block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+            )
+        # The last layers are the first that a backward needs again.
+        self._root = fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        self.network = network
+        for module in self._sharded_modules():
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        self._parameters = list(network.parameters())
+        self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
+        self._max_norm = grad_clip or float("inf")
+        self._fragments = list(self._local_parts())
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
+        return self.network(x_t, t, y, step).float()
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        # Until the last one, each rank adds up whole gradients in fp32: memory against traffic.
+        self._root.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        assert isinstance(norm, DTensor)
+        norm = norm.full_tensor()
+        nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        return norm.item()
+
+    def fragments(self) -> list[Fragment]:
+        return self._fragments
+
+    def push_masters(self) -> None:
+        """Drop gathered weights: after a forward without backward the root still holds its own."""
+        for module in self._sharded_modules():
+            module.reshard()
+
+    def _sharded_modules(self) -> Iterator[FSDPModule]:
+        return (module for module in self.network.modules() if isinstance(module, FSDPModule))
+
+    def _local_parts(self) -> Iterator[Fragment]:
+        for name, parameter in self.network.named_parameters():
+            state = adam_state(self._adam, parameter)
+            master = _local(parameter)
+            if not master.numel():
+                continue  # other ranks hold all of it
+            rows = -(-parameter.shape[0] // self._num_shards)
+            yield Fragment(
+                name,
+                tuple(parameter.shape),
+                self._shard * rows * (parameter.numel() // parameter.shape[0]),
+                master,
+                **{moment: _local(state[moment]) for moment in ADAM_MOMENTS},
+            )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor as a flat view."""
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach().view(-1)
