@@ -12,7 +12,12 @@ from typing import Any
 TIMEOUT_SECONDS = 240
 
 
-def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_on_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> list[Any]:
     """Return what `function(*args)` returns on each rank; it must be importable by name."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
@@ -26,17 +31,17 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
     for process in ranks:
         process.start()
     try:
-        return _collect(answers, ranks)
+        return _collect(answers, ranks, timeout_seconds)
     finally:
         for process in ranks:
             process.kill()
             process.join()
 
 
-def _collect(answers: Any, ranks: list[Any]) -> list[Any]:
+def _collect(answers: Any, ranks: list[Any], timeout_seconds: float) -> list[Any]:
     """Wait for every rank's answer; an answer that is a traceback, or none, fails the test."""
     found: dict[int, Any] = {}
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + timeout_seconds
     while len(found) < len(ranks):
         silent = [rank for rank in range(len(ranks)) if rank not in found]
         assert time.monotonic() < deadline, f"ranks {silent} of {len(ranks)} did not answer"

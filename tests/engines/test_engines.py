@@ -1,114 +1,285 @@
-"""All engines train the same network: losses, gradient norms and checkpoints agree."""
+"""All engines train the same network: losses, gradient norms, samples and checkpoints agree."""
 
+import json
+from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
+from dtr_scale.config.schema import EngineConfig
 from dtr_scale.engines.world import World, join_world
-from dtr_scale.errors import DataError, EngineError
-from dtr_scale.train.build import build_network, build_trainer
-from tests.ranks import run_on_ranks
-from tests.runs import SINGLE, demo_experiment, train_on
-
-STEPS, HALF = 20, 10
-COMMON = (
-    "--train.global_batch_size=32",
-    "--train.micro_batch_size=8",
-    "--train.grad_clip=0.5",
-    f"--train.max_steps={STEPS}",
+from dtr_scale.errors import ConfigError, DataError, EngineError
+from dtr_scale.tracking.base import NullTracker
+from dtr_scale.tracking.journal import Record
+from dtr_scale.train.build import build_network, build_trainer, sampling_settings
+from dtr_scale.train.evaluate import PeriodicEvaluation
+from tests.engines.jobs import (
+    HALF,
+    HALF_WAY,
+    LONE,
+    STEPS,
+    Job,
+    assert_same,
+    handed_over,
+    losses,
+    setting,
+    train_all,
 )
-ZERO = {
-    f"zero{stage}_{precision}": (f"--engine.zero_stage={stage}", f"--engine.precision={precision}")
-    for stage in (0, 1, 2)
-    for precision in ("fp32", "bf16")
+from tests.ranks import run_on_ranks
+from tests.runs import demo_experiment
+
+CHECKPOINTING = "--engine.activation_checkpointing=true"
+EXPERTS = ("--model.num_experts=3",)
+EVALUATING = (
+    "--evaluation.every_steps=5",
+    "--evaluation.num_samples=5",
+    "--evaluation.num_sampling_steps=2",
+)
+OFFLOADED = {
+    "zero_optimization": {
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        "stage3_param_persistence_threshold": 0,
+    },
 }
-LONE = World(0, 0, 1, torch.device("cpu"))
+FP32 = [f"{engine}_fp32" for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2")]
+BF16 = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"]
+BEGUN_ON_ONE = ["single_fp32_then_zero3_fp32", "single_fp32_then_fsdp2_fp32"]
+ENDED_ON_ONE = ["zero3_fp32_then_single_fp32", "fsdp2_fp32_then_single_fp32"]
 
 
-def two_ranks(digits: Path, place: Path) -> dict[str, list[dict[str, float]]]:
-    """Runs on each rank: every ZeRO setting from the start, and two that hand over half-way."""
+ODD = ("--train.global_batch_size=24", "--model.conditioning=none", "--evaluation.cfg_scale=1")
+
+
+def jobs_of_two_ranks(place: Path) -> list[Job]:
+    section = place / "deepspeed.json"
+    section.write_text(json.dumps(OFFLOADED))
+    jobs = [Job(name, setting(name)) for name in FP32 + BF16]
+    for engine in ("zero3", "fsdp2"):
+        fp32, bf16 = setting(f"{engine}_fp32"), setting(f"{engine}_bf16")
+        after = "fsdp2" if engine == "zero3" else "zero2"
+        jobs += handed_over(f"{engine}_bf16", f"{engine}_bf16")
+        jobs += handed_over(f"{engine}_fp32", f"{after}_fp32")
+        jobs += [
+            Job(f"{engine}_evaluating", (*bf16, HALF_WAY, *EVALUATING), evaluating=True),
+            Job(f"{engine}_experts", (*fp32, HALF_WAY, *EXPERTS, *EVALUATING), evaluating=True),
+            Job(f"{engine}_checkpointing", (*fp32, HALF_WAY, CHECKPOINTING)),
+        ]
+    kept = (*setting("fsdp2_fp32"), HALF_WAY, "--engine.reshard_after_forward=false")
+    offloaded = (*setting("zero3_bf16"), HALF_WAY, f"--engine.deepspeed_config={section}")
+    jobs += [Job("fsdp2_kept", kept), Job("zero3_offloaded", offloaded)]
+    for name in BEGUN_ON_ONE:
+        jobs.append(Job(name, setting(name.split("_then_")[1]), resume=True))
+    for name in ENDED_ON_ONE:
+        before = name.split("_then_")[0]
+        jobs.append(Job(f"{name}_begun", (*setting(before), HALF_WAY), name))
+    return jobs
+
+
+def two_ranks(digits: Path, place: Path, jobs: list[Job]) -> tuple[dict[str, list[Record]], list]:
+    """Runs on each rank: all jobs, then samples from the weights that one process trained."""
     world = join_world(needs_process_group=True)
-    records = {
-        name: train_on(world, demo_experiment(digits, place / name, *COMMON, *setting))
-        for name, setting in ZERO.items()
-    }
-    evaluating = (
-        *COMMON, *ZERO["zero1_bf16"], "--evaluation.every_steps=5", "--evaluation.num_samples=5",
-        "--evaluation.num_sampling_steps=2",
-    )  # fmt: skip
-    experiment = demo_experiment(digits, place / "evaluating", *evaluating)
-    records["zero1_bf16_evaluating"] = train_on(world, experiment, evaluating=True)
-    half = (*COMMON, *ZERO["zero1_fp32"], f"--train.max_steps={HALF}")
-    train_on(world, demo_experiment(digits, place / "zero1_then_single", *half))
-    onward = (*COMMON, *ZERO["zero2_fp32"])
-    experiment = demo_experiment(digits, place / "single_then_zero2", *onward)
-    records["single_then_zero2"] = train_on(world, experiment, resume=True)
+    records = train_all(digits, place, jobs, world)
+    pictures = [draw(world, digits, place, engine) for engine in ("zero3", "fsdp2")]
     world.leave()
-    return records
+    return records, pictures
+
+
+def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarray]:
+    """Return 5 samples and 1 of the run "single", drawn as in training; none but on rank 0."""
+    overrides = (*setting(f"{engine}_fp32"), "--evaluation.num_sampling_steps=4")
+    experiment = demo_experiment(digits, place / "single_fp32", *overrides)
+    trainer = build_trainer(experiment, world)
+    assert trainer.resume()
+    folder = place / f"{engine}_samples"
+    folder.mkdir(exist_ok=True)
+    for num_samples in (5, 1):
+        evaluate = PeriodicEvaluation(
+            world=world,
+            engine=trainer.engine,
+            ema=trainer.ema,
+            settings=sampling_settings(experiment),
+            num_samples=num_samples,
+            batch_size=2,
+            conditions=None,
+            held_out=None,
+            folder=folder if world.is_main else None,
+            tracker=NullTracker(),
+        )
+        evaluate(num_samples)
+    files = sorted(folder.iterdir(), reverse=True) if world.is_main else []
+    return [np.load(path)["latents"] for path in files]
+
+
+class Runs(NamedTuple):
+    records: dict[str, list[Record]]
+    pictures: dict[str, list[np.ndarray]]
 
 
 @pytest.fixture(scope="module")
-def runs(digits, tmp_path_factory):
-    """Records of all runs by name; the single process comes first and last."""
+def runs(digits, tmp_path_factory) -> Runs:
+    """All runs of one and two ranks; the single process comes first and last."""
     place = tmp_path_factory.mktemp("runs")
-    single = (*COMMON, *SINGLE)
-    reference = train_on(LONE, demo_experiment(digits, place / "single", *single))
-    half = demo_experiment(
-        digits, place / "single_then_zero2", *single, f"--train.max_steps={HALF}"
-    )
-    train_on(LONE, half)
-    first, second = run_on_ranks(2, two_ranks, digits, place)
-    assert {name: losses(records) for name, records in first.items()} == {
-        name: losses(records) for name, records in second.items()
+    single = setting("single_fp32")
+    first = [Job("single_fp32", single), Job("experts", (*single, HALF_WAY, *EXPERTS))]
+    first += [Job(f"{name}_begun", (*single, HALF_WAY), name) for name in BEGUN_ON_ONE]
+    records = train_all(digits, place, first, LONE)
+    pictures = {"single": draw(LONE, digits, place, "single")}
+    (found, drawn), (same, _) = run_on_ranks(2, two_ranks, digits, place, jobs_of_two_ranks(place))
+    assert {name: losses(run) for name, run in found.items()} == {
+        name: losses(run) for name, run in same.items()
     }
-    onward = demo_experiment(digits, place / "zero1_then_single", *single)
-    handed_over = train_on(LONE, onward, resume=True)
-    return {"single": reference, "zero1_then_single": handed_over, **first}
+    last = [Job(name, single, resume=True) for name in ENDED_ON_ONE]
+    records |= found | train_all(digits, place, last, LONE)
+    return Runs(records, pictures | dict(zip(("zero3", "fsdp2"), drawn, strict=True)))
 
 
-def masters_start_in_fp32(digits: Path, place: Path) -> bool:
-    """Tell whether a bf16 engine's masters are what the network was initialised with."""
-    world = join_world(needs_process_group=True)
-    experiment = demo_experiment(digits, place, *COMMON, *ZERO["zero1_bf16"])
-    initial = dict(build_network(experiment).named_parameters())
-    parts = build_trainer(experiment, world).engine.fragments()
-    world.leave()
-    return all(
-        torch.equal(
-            part.master,
-            initial[part.name].detach().view(-1)[part.offset : part.offset + len(part.master)],
-        )
-        for part in parts
-    )
-
-
-def losses(records):
-    return [record["loss"] for record in records]
-
-
-@pytest.mark.parametrize("name", ZERO)
+@pytest.mark.parametrize("name", FP32 + BF16)
 def test_two_ranks_agree_with_one_process(runs, name):
-    tolerance = 1e-5 if name.endswith("fp32") else 2e-2
-    for key in ("loss", "objective", "mse", "vb", "grad_norm"):
-        found = [record[key] for record in runs[name]]
-        expected = [record[key] for record in runs["single"]]
-        scale = max(abs(value) for value in expected)
-        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance * scale), key
+    assert_same(runs.records[name], runs.records["single_fp32"], name.partition("_")[2])
 
 
-@pytest.mark.parametrize("name", ["zero1_then_single", "single_then_zero2"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_activation_checkpointing_changes_nothing(runs, engine):
+    expected = losses(runs.records[f"{engine}_fp32"])[:HALF]
+    assert losses(runs.records[f"{engine}_checkpointing"]) == expected
+
+
+def test_weights_kept_after_forward_change_nothing(runs):
+    assert losses(runs.records["fsdp2_kept"]) == losses(runs.records["fsdp2_fp32"])[:HALF]
+
+
+def test_offloading_by_the_users_own_section_changes_nothing(runs):
+    expected = losses(runs.records["zero3_bf16"])[:HALF]
+    assert losses(runs.records["zero3_offloaded"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_experts_train_and_sample_on_ranks_that_share_their_weights(runs, engine):
+    assert_same(runs.records[f"{engine}_experts"], runs.records["experts"], "fp32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *BEGUN_ON_ONE,
+        *ENDED_ON_ONE,
+        "zero3_fp32_then_fsdp2_fp32",
+        "fsdp2_fp32_then_zero2_fp32",
+    ],
+)
 def test_a_checkpoint_goes_on_in_another_engine_and_world(runs, name):
-    assert losses(runs[name]) == pytest.approx(losses(runs["single"])[HALF:], rel=1e-5)
-    assert [record["step"] for record in runs[name]] == list(range(HALF + 1, STEPS + 1))
+    assert_same(runs.records[name], runs.records["single_fp32"][HALF:], "fp32")
+    assert [record["step"] for record in runs.records[name]] == list(range(HALF + 1, STEPS + 1))
 
 
-def test_sampling_with_the_averaged_weights_leaves_training_as_it_was(runs):
-    assert losses(runs["zero1_bf16_evaluating"]) == losses(runs["zero1_bf16"])
+@pytest.mark.parametrize("name", ["zero3_bf16", "fsdp2_bf16"])
+def test_the_same_engine_resumes_to_the_last_bit(runs, name):
+    resumed = runs.records[f"{name}_then_{name}"]
+    assert losses(resumed) == losses(runs.records[name])[HALF:]
 
 
-def test_masters_are_not_rounded_to_bf16_at_the_start(digits, tmp_path):
-    assert run_on_ranks(2, masters_start_in_fp32, digits, tmp_path) == [True, True]
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_sampling_with_the_averaged_weights_leaves_training_as_it_was(runs, engine):
+    expected = losses(runs.records[f"{engine}_bf16"])[:HALF]
+    assert losses(runs.records[f"{engine}_evaluating"]) == expected
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_ranks_draw_the_samples_of_one_process_however_few(runs, engine):
+    assert [len(drawn) for drawn in runs.pictures[engine]] == [5, 1]
+    assert np.abs(runs.pictures["single"][0]).max() > 0.1
+    for found, expected in zip(runs.pictures[engine], runs.pictures["single"], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+class Part(NamedTuple):
+    name: str
+    offset: int
+    numel: int
+    as_initialised: bool
+
+
+def parts_of_engines(digits: Path, place: Path, names: list[str]) -> dict[str, list[Part]]:
+    """Runs on each rank: what it holds of a network with tensors of few and uneven rows."""
+    world = join_world(needs_process_group=True)
+    parts = {name: parts_of(world, digits, place / name, name) for name in names}
+    world.leave()
+    return parts
+
+
+def parts_of(world: World, digits: Path, place: Path, name: str) -> list[Part]:
+    # 32 rows on three ranks are 11, 11 and 10; the only class is one row, on one rank.
+    experiment = demo_experiment(digits, place, *setting(name), *ODD)
+    initial = {n: p.detach().view(-1) for n, p in build_network(experiment).named_parameters()}
+    parts = []
+    for part in build_trainer(experiment, world).engine.fragments():
+        whole, numel = initial[part.name], part.master.numel()
+        same = torch.equal(part.master, whole[part.offset : part.offset + numel])
+        parts.append(Part(part.name, part.offset, numel, same))
+    return parts
+
+
+def assert_equal_parts(digits: Path, ranks: list[list[Part]], copies: int = 1) -> None:
+    """The ranks hold every fp32 weight `copies` times, as initialised, and about equally many."""
+    experiment = demo_experiment(digits, Path(), *setting("single_fp32"), *ODD)
+    sizes = {name: p.numel() for name, p in build_network(experiment).named_parameters()}
+    total = copies * sum(sizes.values())
+    held: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for parts in ranks:
+        assert sum(part.numel for part in parts) == pytest.approx(total / len(ranks), rel=0.1)
+        for part in parts:
+            assert part.as_initialised, part
+            held[part.name].append((part.offset, part.numel))
+    assert sum(numel for places in held.values() for _, numel in places) == total
+    for name, numel in sizes.items():
+        end = 0
+        for offset, length in sorted(set(held[name])):
+            assert offset == end, name
+            end += length
+        assert end == numel, name
+
+
+def test_ranks_hold_equal_parts_of_the_fp32_weights(digits, tmp_path):
+    names = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"]
+    ranks = run_on_ranks(3, parts_of_engines, digits, tmp_path, names)
+    for name in names:
+        assert_equal_parts(digits, [rank[name] for rank in ranks])
+
+
+def four_ranks(digits: Path, place: Path) -> tuple[list[Record], list[Part]]:
+    """Runs on each rank: two copies of the weights on two ranks each, half a training."""
+    world = join_world(needs_process_group=True)
+    job = Job("hsdp", (*setting("hsdp_fp32"), HALF_WAY))
+    records = train_all(digits, place, [job], world)["hsdp"]
+    parts = parts_of(world, digits, place / "parts", "hsdp_bf16")
+    world.leave()
+    return records, parts
+
+
+def test_two_copies_of_the_weights_on_four_ranks(runs, digits, tmp_path):
+    ranks = run_on_ranks(4, four_ranks, digits, tmp_path)
+    assert_equal_parts(digits, [parts for _, parts in ranks], copies=2)
+    rest = train_all(digits, tmp_path, [Job("hsdp", setting("single_fp32"), resume=True)], LONE)
+    for records, _ in ranks:
+        assert_same(records + rest["hsdp"], runs.records["single_fp32"], "fp32")
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "expected"),
+    [(None, None, (1, 8)), (2, None, (2, 4)), (None, 4, (2, 4)), (4, 2, (4, 2)), (8, None, (8, 1))],
+)
+def test_a_mesh_uses_every_rank(replicate, shard, expected):
+    assert EngineConfig(replicate=replicate, shard=shard).mesh(8) == expected
+
+
+@pytest.mark.parametrize(("replicate", "shard"), [(2, 3), (3, None), (None, 16), (16, None)])
+def test_a_mesh_that_does_not_fit_is_refused(replicate, shard):
+    with pytest.raises(ConfigError, match=r"engine\.\w+ = \d+ .*do not fit 8 ranks: replicate x"):
+        EngineConfig(replicate=replicate, shard=shard).mesh(8)
 
 
 def verdicts() -> list[str]:
