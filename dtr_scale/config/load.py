@@ -124,9 +124,7 @@ def _read_json(path: Path, what: str, example: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{path} holds a {type(raw).__name__}; {what} is a JSON object, as in {example}"
-        )
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; {what} is a JSON object")
     return raw
 
 

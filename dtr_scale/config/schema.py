@@ -9,7 +9,14 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from dtr_scale.errors import ConfigError
@@ -19,6 +26,11 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=0)]
+
+SectionOrFile = Annotated[
+    dict[str, Any] | None, WithJsonSchema({"type": ["object", "string", "null"]})
+]
+"""An object, or in an experiment file the path of one; `load_experiment` reads it."""
 
 VARIANT_SIZES = ("S", "B", "L", "XL")
 VARIANT_PATCHES = (2, 4, 8)
@@ -240,7 +252,7 @@ class EngineConfig(Section):
     type: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed's: 0 shards nothing, 1 Adam's state, 2 gradients too, 3 weights too."""
-    deepspeed_config: dict[str, Any] | str | None = None
+    deepspeed_config: SectionOrFile = None
     """DeepSpeed's own settings, or the JSON file that holds them, laid over this trainer's."""
     shard: PositiveInt | None = None
     """fsdp2: ranks that share one copy of the weights; null: all that `replicate` leaves."""

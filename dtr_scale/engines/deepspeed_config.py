@@ -10,7 +10,7 @@ SECTION = "engine.deepspeed_config"
 _REDUCE_BUCKET_SIZE = 50_000_000
 """Gradients exchanged at once; DeepSpeed's default of 5e8 stages all of a DiT-L in one copy."""
 
-_UNREACHABLE = "puts the fp32 weights where checkpoints and EMA cannot reach them"
+_UNREACHABLE = "it puts the fp32 weights where checkpoints and EMA cannot reach them"
 _ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optimizer": ((None,), "every engine has the AdamW of train.lr and train.weight_decay"),
     "scheduler": ((None,), "train.lr is constant"),
@@ -41,7 +41,7 @@ def build_deepspeed_config(
     bf16 = precision == "bf16"
     # Stage 0's bf16 optimizer makes a dummy Adam step at its start (losses off by 4%).
     autocast = bf16 and zero_stage == 0
-    by_precision = f"engine.precision = {json.dumps(precision)}"
+    by_precision = f"engine.precision = {precision!r}"
     by_batch = f"train.global_batch_size = {global_batch_size}"
     by_micro_batch = f"train.micro_batch_size = {micro_batch_size}"
     for path, value, origin in (

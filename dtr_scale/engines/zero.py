@@ -50,10 +50,11 @@ class DeepSpeedEngine(Engine):
         self.network = network
         self._world = world
         self._stage: int = config["zero_optimization"]["stage"]
-        # DeepSpeed casts the network before it copies the masters: they get their fp32 back.
+        # DeepSpeed casts the network before it copies the masters: they get their fp32 back. The
+        # cast makes new tensors, so these stay what they are.
         initial: dict[str, Tensor] = {}
         if config["bf16"]["enabled"]:
-            initial = {name: p.detach().clone() for name, p in network.named_parameters()}
+            initial = {name: p.detach() for name, p in network.named_parameters()}
         _prepare_process(world)
         optimizer = build_optimizer(list(network.parameters()), lr=lr, weight_decay=weight_decay)
         try:
@@ -192,4 +193,7 @@ def _prepare_process(world: World) -> None:
     if world.device.type == "cpu":
         # Its shared-memory collectives would be compiled for a minute at every first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        # DeepSpeed takes the GPU of this number; a scheduler may show each rank its own alone.
+        os.environ["LOCAL_RANK"] = str(world.device.index)
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")

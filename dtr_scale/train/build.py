@@ -279,7 +279,6 @@ def _build_engine(
         case "deepspeed":
             from dtr_scale.engines.zero import DeepSpeedEngine
 
-            assert not isinstance(config.deepspeed_config, str)  # read with the experiment
             settings = build_deepspeed_config(
                 config.deepspeed_config,
                 global_batch_size=train.global_batch_size,

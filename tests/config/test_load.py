@@ -35,7 +35,14 @@ def test_overrides_reach_the_experiment():
         ("--train.lr=fast", 'train.lr = "fast": should be a valid number'),
         ("--train.max_steps=true", "train.max_steps = true: should be a valid integer"),
         ("--train.max_steps=0", "train.max_steps = 0: should be greater than or equal to 1"),
-        ("--engine.type=zero", "engine.type = \"zero\": should be 'single' or 'deepspeed'"),
+        ("--engine.type=zero", "\"zero\": should be 'single', 'deepspeed' or 'fsdp2'"),
+        ("--engine.zero_stage=4", "engine.zero_stage = 4: should be less than or equal to 3"),
+        ("--engine.shard=0", "engine.shard = 0: should be greater than or equal to 1"),
+        ("--engine.deepspeed_config=5", "engine.deepspeed_config = 5: should be"),
+        (
+            "--engine.deepspeed_config=no.json",
+            "cannot read engine.deepspeed_config 'no.json': No such file or directory; give a JSON",
+        ),
         ("--model.variant=DiT-M/2", 'model.variant = "DiT-M/2": accepted are DiT-S/2'),
         ("--model.depth=3", "model.variant = 'DiT-L/2' and model.depth = 3 exclude each other"),
         ("--model.input_size=33", "model.input_size = 33 is not divisible by the patch size 2"),
@@ -119,7 +126,7 @@ def test_free_sizes_must_fit():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("[]", "an experiment is a JSON object"), (None, "cannot read")],
+    [("{", "is not JSON"), ("[]", "the experiment file is a JSON object"), (None, "cannot read")],
 )
 def test_a_file_that_is_no_experiment_is_refused(tmp_path, content, message):
     path = tmp_path / "experiment.json"
@@ -143,6 +150,15 @@ def test_resolved_loads_again_and_keeps_no_secret():
     assert data["tracking"]["uri"] == "postgresql+psycopg2://db.local:5432/runs"
     assert "hush" not in json.dumps(data)
     assert experiment.data.storage_options["secret"] == "hush"
+
+
+def test_a_file_of_deepspeed_settings_is_read_with_the_experiment(tmp_path):
+    section = {"zero_optimization": {"overlap_comm": True}}
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(section))
+    for override in (str(path), json.dumps(section)):
+        experiment = load_experiment(FLAGSHIP, [f"--engine.deepspeed_config={override}"])
+        assert resolved(experiment)["engine"]["deepspeed_config"] == section
 
 
 def test_flatten_joins_keys_with_dots():

@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -79,13 +79,30 @@ def jobs_of_two_ranks(place: Path) -> list[Job]:
     return jobs
 
 
-def two_ranks(digits: Path, place: Path, jobs: list[Job]) -> tuple[dict[str, list[Record]], list]:
-    """Runs on each rank: all jobs, then samples from the weights that one process trained."""
+def two_ranks(
+    digits: Path, place: Path, jobs: list[Job]
+) -> tuple[dict[str, list[Record]], list[list[np.ndarray]], list[str]]:
+    """Runs on each rank: all jobs, samples of what one process trained, and what is refused."""
     world = join_world(needs_process_group=True)
     records = train_all(digits, place, jobs, world)
     pictures = [draw(world, digits, place, engine) for engine in ("zero3", "fsdp2")]
+    refusals = [refusal(world, digits, place, section) for section in REFUSED]
     world.leave()
-    return records, pictures
+    return records, pictures, refusals
+
+
+REFUSED = (
+    {"zero_optimization": {"reduce_bucket_sz": 1}},
+    {"data_types": {"grad_accum_dtype": "fp32"}},  # another optimizer, which hides its weights
+)
+
+
+def refusal(world: World, digits: Path, place: Path, section: dict[str, Any]) -> str:
+    """Return the error that ZeRO-1 raises with a section of DeepSpeed's settings."""
+    overrides = (*setting("zero1_bf16"), f"--engine.deepspeed_config={json.dumps(section)}")
+    with pytest.raises((ConfigError, EngineError)) as caught:
+        build_trainer(demo_experiment(digits, place, *overrides), world)
+    return f"{caught.type.__name__}: {caught.value}"
 
 
 def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarray]:
@@ -117,6 +134,7 @@ def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarra
 class Runs(NamedTuple):
     records: dict[str, list[Record]]
     pictures: dict[str, list[np.ndarray]]
+    refusals: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +146,15 @@ def runs(digits, tmp_path_factory) -> Runs:
     first += [Job(f"{name}_begun", (*single, HALF_WAY), name) for name in BEGUN_ON_ONE]
     records = train_all(digits, place, first, LONE)
     pictures = {"single": draw(LONE, digits, place, "single")}
-    (found, drawn), (same, _) = run_on_ranks(2, two_ranks, digits, place, jobs_of_two_ranks(place))
+    jobs = jobs_of_two_ranks(place)
+    (found, drawn, refusals), (same, *_) = run_on_ranks(2, two_ranks, digits, place, jobs)
     assert {name: losses(run) for name, run in found.items()} == {
         name: losses(run) for name, run in same.items()
     }
     last = [Job(name, single, resume=True) for name in ENDED_ON_ONE]
     records |= found | train_all(digits, place, last, LONE)
-    return Runs(records, pictures | dict(zip(("zero3", "fsdp2"), drawn, strict=True)))
+    pictures |= dict(zip(("zero3", "fsdp2"), drawn, strict=True))
+    return Runs(records, pictures, refusals)
 
 
 @pytest.mark.parametrize("name", FP32 + BF16)
@@ -194,6 +214,14 @@ def test_ranks_draw_the_samples_of_one_process_however_few(runs, engine):
     assert np.abs(runs.pictures["single"][0]).max() > 0.1
     for found, expected in zip(runs.pictures[engine], runs.pictures["single"], strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_deepspeed_does_not_know_or_changes_too_much_is_refused(runs):
+    unknown, elsewhere = runs.refusals
+    assert "ConfigError: DeepSpeed 0.19" in unknown
+    assert "does not accept reduce_bucket_sz in engine.deepspeed_config: Extra inputs" in unknown
+    assert "EngineError: DeepSpeed 0.19" in elsewhere
+    assert "does not keep its fp32 weights where this trainer reads them" in elsewhere
 
 
 class Part(NamedTuple):
