@@ -20,7 +20,7 @@ _OVERRIDES = "any key of the experiment can be overridden: --train.lr=2e-4 or --
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 2 for a user's error, without a traceback."""
+    """Run one command and return its exit code; what a user can act on has no traceback."""
     arguments, rest = _parser().parse_known_args(argv)
     rank = launched_rank() if arguments.command == "train" else 0
     setup_logging(rank)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DtrScaleError as error:
         if not error.reported and (rank == 0 or not error.on_every_rank):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERRUPTED

@@ -4,17 +4,21 @@ DtrScaleError
 ├── ConfigError       an experiment file, an override or a combination of settings
 ├── DataError         a manifest, a shard or a sample
 ├── CheckpointError   a checkpoint that cannot be written, found or trusted
-│   └── DamagedCheckpointError
+│   ├── DamagedCheckpointError
+│   └── UnsavedError
 ├── EngineError       devices, launchers, DeepSpeed
 └── EvaluationError   sampling and metrics
 
 Every message says what, where, the value, what is accepted and the fix, in one line.
-The command line prints it without a traceback and exits with code 2.
+The command line prints it without a traceback and exits with the error's `exit_code`.
 """
 
 
 class DtrScaleError(Exception):
     """Root of the errors that a user can act on."""
+
+    exit_code = 2
+    """2: to be mended before it is started again; 1: it failed, and may do better next time."""
 
     on_every_rank = False
     """All ranks raise it together, so rank 0 alone reports it."""
@@ -39,6 +43,12 @@ class CheckpointError(DtrScaleError):
 
 class DamagedCheckpointError(CheckpointError):
     """A checkpoint is incomplete, cut or altered: another one may be whole."""
+
+
+class UnsavedError(CheckpointError):
+    """Too many saves in a row have failed to go on training."""
+
+    exit_code = 1
 
 
 class EngineError(DtrScaleError):

@@ -18,6 +18,7 @@ from dtr_scale.errors import ConfigError
 
 _OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "max_attempts")
 _PART = ".part"  # ending of temporary names, never listed
+_S3_PART_BYTES = 32 * 2**20  # what one request uploads
 
 
 class Folder:
@@ -85,7 +86,11 @@ class Folder:
         """Return bytes [start, end) of a file."""
         raise NotImplementedError
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of a file from `start` on; an OSError if it is shorter."""
+        raise NotImplementedError
+
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         """Write a file whole or not at all, and the folders above it."""
         raise NotImplementedError
 
@@ -108,6 +113,10 @@ class Folder:
     def fsync(self) -> None:
         """Make renames inside the folder survive a power cut; S3 needs nothing."""
         raise NotImplementedError
+
+    def _filled(self, name: str, num_read: int, buffer: memoryview) -> None:
+        if num_read != len(buffer):
+            raise OSError(f"{self.url}/{name} ends {len(buffer) - num_read} bytes early")
 
     def _compare_sizes(self, local_path: Path, name: str) -> None:
         sent, stored = local_path.stat().st_size, self.size(name)
@@ -140,7 +149,12 @@ class _LocalFolder(Folder):
             file.seek(start)
             return file.read(-1 if end is None else end - start)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        with (self.local_path / name).open("rb", buffering=0) as file:
+            file.seek(start)
+            self._filled(name, file.readinto(buffer), buffer)
+
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         with _replacing(self.local_path / name) as temporary:
             temporary.write_bytes(data)
             _fsync(temporary)
@@ -203,8 +217,14 @@ class _S3Folder(Folder):
             "cat_file", self._path(name), start=start or None, end=end, max_concurrency=1
         )
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        self._call("pipe_file", self._path(name), data)
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        data = self.read_bytes(name, start, start + len(buffer))
+        self._filled(name, len(data), buffer)
+        buffer[:] = data
+
+    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+        parts = bytes(data) if len(data) < 2 * _S3_PART_BYTES else _Parts(data)
+        self._call("pipe_file", self._path(name), parts, chunksize=_S3_PART_BYTES)
 
     def put(self, local_path: Path, name: str) -> None:
         self._call("put_file", str(local_path), self._path(name))
@@ -270,6 +290,19 @@ class _S3Folder(Folder):
             except BotoCoreError as error:
                 raise ConnectionError(f"{self.url}: {error}") from error
         raise AssertionError("unreachable")
+
+
+class _Parts:
+    """Memory whose slices are bytes, as botocore takes them: parts are copied one by one."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(self._data[part])
 
 
 @contextlib.contextmanager

@@ -1,50 +1,69 @@
-"""Saving, finding, restoring and retiring the checkpoints of a run.
+"""Saving, restoring and retiring the checkpoints of a run, all ranks together."""
 
-A checkpoint under its final name is complete: it is written to a temporary folder, synced, marked
-and renamed. Object storage cannot rename, so there the mark is the last object, and UNFINISHED
-tells a save that was cut off from a checkpoint that was damaged later.
-"""
-
+import contextlib
 import logging
-import os
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from dtr_scale.checkpoint.layout import (
-    COMPLETE,
-    INDEX,
-    CheckpointReader,
-    Piece,
-    build_index,
-    complete_mark,
-    write_rank_file,
-)
+from dtr_scale.checkpoint.background import Background
+from dtr_scale.checkpoint.catalog import Catalog
+from dtr_scale.checkpoint.layout import Piece, rank_file
+from dtr_scale.checkpoint.reader import CheckpointReader
+from dtr_scale.checkpoint.retention import Metrics, superfluous
+from dtr_scale.checkpoint.snapshot import Snapshot, own_share
 from dtr_scale.engines.world import World
-from dtr_scale.errors import CheckpointError, DamagedCheckpointError
+from dtr_scale.errors import CheckpointError, DamagedCheckpointError, UnsavedError
 from dtr_scale.storage import Folder
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = "UNFINISHED"
 _PROBE = ".probe"
-_STEP_NAME = re.compile(r"step_(\d{8,})")
+_LAST_SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `last` ones, those of `every` n-th step, and the `best` by
+    `metric`, of which less is better; 0 for none."""
+
+    last: int = 3
+    every: int = 0
+    best: int = 0
+    metric: str = "loss"
 
 
 class CheckpointManager:
-    """The checkpoints in one folder, local or s3://, as all ranks of a run see them."""
+    """The checkpoints in one folder, local or s3://, as all ranks of a run see them.
 
-    def __init__(self, folder: Folder, *, world: World, keep_last: int, keep_every: int) -> None:
+    `save` returns when the state is copied to host memory; a thread on each rank writes it, and
+    the threads agree among themselves. The loop learns how it went at the next `save` or `wait`,
+    where all ranks learn the same.
+    """
+
+    def __init__(
+        self, folder: Folder, *, world: World, keep: Keep | None = None, max_failures: int = 3
+    ) -> None:
+        self.saved_step: int | None = None
+        """Step of the newest complete checkpoint, restored or saved."""
         self._folder = folder
+        self._catalog = Catalog(folder)
+        self._metrics = Metrics(folder)
         self._world = world
-        self._keep_last = keep_last
-        self._keep_every = keep_every
+        self._threads = world.in_background()
+        self._keep = keep or Keep()
+        self._max_failures = max_failures
+        self._failures: list[CheckpointError] = []  # in a row
+        self._background = Background()
+        self._snapshot: Snapshot | None = None
 
     def url(self, step: int) -> str:
-        return self._folder.child(_name(step)).url
+        return self._catalog.url(step)
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, newest first; saves cut off do not count."""
+        return self._catalog.steps()
 
     def probe(self) -> None:
         """Check that this folder can be written and that every rank sees the same one.
@@ -64,37 +83,78 @@ class CheckpointManager:
             if self._world.is_main:
                 self._folder.remove(_PROBE)
 
-    def save(self, step: int, state: Mapping[str, Piece], meta: dict[str, Any]) -> str:
-        """Store all ranks' pieces as the checkpoint of `step`; return its URL.
+    def prepare(self, state: Mapping[str, Piece]) -> None:
+        """Agree on who stores what and set host memory aside, so that no save has to.
 
-        Every rank calls it. Raises CheckpointError on all ranks if one fails; then nothing
-        carries the final name.
+        Every rank calls it, or leaves it to the first save.
         """
-        mine = self._share(state)
-        target = _name(step) if not self._folder.is_local else f".{_name(step)}.tmp"
-        with self._world.agree(), _as_checkpoint_error(self.url(step)):
-            if self._world.is_main:
-                self._folder.remove(target)
-                if not self._folder.is_local:
-                    self._folder.write_bytes(f"{target}/{UNFINISHED}", b"")
-        entry: dict[str, Any] = {}
-        with self._world.agree(), _as_checkpoint_error(self.url(step)):
-            entry = self._write_part(target, mine)
-        entries = self._world.all_gather_object(entry)
-        with self._world.agree(), _as_checkpoint_error(self.url(step)):
-            if self._world.is_main:
-                self._check_sizes(target, entries)
-                self._commit(step, target, build_index(entries, meta))
-        if self._world.is_main:
-            self._retire(step)
-        return self.url(step)
+        if self._snapshot is None:
+            with self._world.agree():
+                self._snapshot = Snapshot(own_share(state, self._world))
 
-    def restore(self, state: Mapping[str, Piece]) -> dict[str, Any] | None:
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Piece],
+        meta: dict[str, Any],
+        figures: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to store all ranks' pieces as the checkpoint of `step`; wait for the save before.
+
+        Every rank calls it, always with pieces of the same places. `figures` are what the step
+        was measured at, for keeping the best. Raises what `wait` raises.
+        """
+        self.wait()
+        self.prepare(state)
+        assert self._snapshot is not None
+        snapshot = self._snapshot
+        snapshot.take(state)
+        self._background.start(lambda: self._try_to_store(step, snapshot, meta, figures or {}))
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if there is one.
+
+        UnsavedError, on all ranks, if `max_failures` saves in a row have failed; fewer are told
+        by rank 0 when they happen, and the next save may do better.
+        """
+        self._background.wait()
+        if len(self._failures) >= self._max_failures:
+            error = UnsavedError(
+                f"{len(self._failures)} saves in a row failed, checkpoint.max_failures allows no "
+                f"more; the newest checkpoint is of step {self.saved_step}. The last failure: "
+                f"{self._failures[-1]}"
+            )
+            error.on_every_rank = True
+            raise error
+
+    def close(self) -> None:
+        """Give a save in flight a while: what the run has reached is worth more than a quick end.
+
+        For a run that has failed; raises nothing. With its other ranks gone a save fails at once.
+        """
+        with contextlib.suppress(Exception):
+            self._background.wait(_LAST_SAVE_SECONDS)
+
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """Remember what the checkpoint of `step` was measured at; for rank 0."""
+        try:
+            if self._keep.best:
+                self._metrics.note(step, figures)
+        except OSError as error:
+            log.warning("figures of step %d are not kept: %s", step, error)
+
+    def restore(
+        self,
+        state: Mapping[str, Piece],
+        accept: Callable[[dict[str, Any], str], Collection[str]] = lambda meta, url: (),
+    ) -> dict[str, Any] | None:
         """Copy the newest complete checkpoint into `state`'s pieces; return its meta.
 
         Every rank calls it and gets the same verdict. Damaged checkpoints are named and passed
-        over. None if there is no checkpoint at all; CheckpointError if there are some and none
-        can be used.
+        over. `accept` is given a checkpoint's meta and URL before anything is read; it raises if
+        this run must not go on from it, and returns the kinds of pieces to leave as they are. None
+        if there is no checkpoint at all; CheckpointError, with pieces half restored, if there are
+        some and none can be used.
         """
         steps: list[int] = []
         with self._world.agree():
@@ -104,14 +164,14 @@ class CheckpointManager:
         for step in steps:
             try:
                 with self._world.agree():
-                    reader = CheckpointReader(self._folder.child(_name(step)))
-                    values = reader.read_into(state)
+                    reader = self._catalog.reader(step)
+                    left = accept(reader.meta, reader.url)
+                    reader.read_into({k: p for k, p in state.items() if _kind(k) not in left})
             except DamagedCheckpointError as error:
                 if self._world.is_main:
                     log.warning("checkpoint passed over: %s", error)
                 continue
-            for key, piece in state.items():
-                piece.data.copy_(values[key])
+            self.saved_step = step
             return reader.meta
         if steps:
             raise CheckpointError(
@@ -124,111 +184,71 @@ class CheckpointManager:
         """Return the newest complete checkpoint for reading; CheckpointError if there is none."""
         for step in self.steps():
             try:
-                return CheckpointReader(self._folder.child(_name(step)))
+                reader = self._catalog.reader(step)
+                reader.check_sizes()
+                return reader
             except DamagedCheckpointError as error:
                 log.warning("checkpoint passed over: %s", error)
         raise CheckpointError(f"no complete checkpoint in {self._folder.url}; train first")
 
-    def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, newest first; saves cut off do not count."""
+    def _try_to_store(
+        self, step: int, snapshot: Snapshot, meta: dict[str, Any], figures: Mapping[str, float]
+    ) -> None:
+        """Runs in the thread; all ranks' threads come to the same end."""
         try:
-            names = self._folder.names()
-        except OSError as error:
-            raise CheckpointError(f"cannot list {self._folder.url}: {error}") from None
-        matches = [match for name in names if (match := _STEP_NAME.fullmatch(name))]
-        steps = sorted((int(match[1]) for match in matches), reverse=True)
-        return [step for step in steps if not self._is_unfinished(_name(step))]
+            self._store(step, snapshot, meta)
+        except CheckpointError as error:
+            self._failures.append(error)
+            if self._world.is_main:
+                log.warning("step %d is not saved, training goes on: %s", step, error)
+                with contextlib.suppress(OSError):  # it may be the disk that is full
+                    self._catalog.abandon(step)
+            return
+        self._failures.clear()
+        self.saved_step = step
+        if self._world.is_main:
+            self.note(step, figures)
+            self._retire(step)
 
-    def _is_unfinished(self, name: str) -> bool:
-        if self._folder.is_local or not _STEP_NAME.fullmatch(name):
-            return False
-        children = self._folder.child(name).names()
-        return UNFINISHED in children and COMPLETE not in children
-
-    def _share(self, state: Mapping[str, Piece]) -> dict[str, Piece]:
-        """Return the pieces that this rank stores: each piece once, replicas spread over ranks."""
-        sizes = {(key, piece.offset): piece.data.numel() for key, piece in state.items()}
-        load = [0] * self._world.world_size
-        owner: dict[tuple[str, int], int] = {}
-        everyone = self._world.all_gather_object(sizes)
-        for place in dict.fromkeys(place for held in everyone for place in held):
-            holders = [rank for rank, held in enumerate(everyone) if place in held]
-            owner[place] = min(holders, key=lambda rank: load[rank])
-            load[owner[place]] += everyone[owner[place]][place]
-        rank = self._world.rank
-        return {key: piece for key, piece in state.items() if owner[key, piece.offset] == rank}
-
-    def _write_part(self, target: str, pieces: Mapping[str, Piece]) -> dict[str, Any]:
-        name = f"rank_{self._world.rank:05d}.safetensors"
-        if self._folder.is_local:
-            path = self._folder.child(target).local_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            entry = write_rank_file(path, pieces)
-            _fsync(path)
-            return entry
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / name
-            entry = write_rank_file(path, pieces)
-            self._folder.put(path, f"{target}/{name}")
-            return entry
-
-    def _commit(self, step: int, target: str, index: bytes) -> None:
-        """Make the checkpoint appear under its final name."""
-        temporary = self._folder.child(target)
-        temporary.write_bytes(INDEX, index)
-        temporary.write_bytes(COMPLETE, complete_mark(index))
-        temporary.fsync()
-        if self._folder.is_local:
-            # A damaged checkpoint of the same step, passed over at the start, makes room.
-            self._discard(_name(step))
-            self._folder.rename(target, _name(step))
-            self._folder.fsync()
-        else:
-            temporary.remove(UNFINISHED)
-
-    def _check_sizes(self, target: str, entries: list[dict[str, Any]]) -> None:
-        """Refuse to commit what rank 0 does not see: folders of that name on several nodes."""
-        folder = self._folder.child(target)
-        for entry in entries:
-            if not folder.exists(entry["file"]) or folder.size(entry["file"]) != entry["bytes"]:
-                raise CheckpointError(
-                    f"{folder.url}/{entry['file']}, written by another rank, is not what rank 0 "
-                    "finds there; give a checkpoint.dir that all nodes share, or s3://"
-                )
+    def _store(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
+        """Store the ranks' snapshots; where one fails, nothing carries the final name."""
+        world, url = self._threads, self.url(step)
+        with world.agree(), _as_checkpoint_error(url):
+            if world.is_main:
+                self._catalog.begin(step)
+        entry: dict[str, Any] = {}
+        with world.agree(), _as_checkpoint_error(url):
+            entry = snapshot.entry(rank_file(world.rank))
+            self._catalog.target(step).write_bytes(entry["file"], snapshot.data)
+        entries = world.all_gather_object(entry)
+        with world.agree(), _as_checkpoint_error(url):
+            if world.is_main:
+                self._catalog.commit(step, entries, meta)
 
     def _retire(self, step: int) -> None:
         """Remove what the checkpoint of `step` makes superfluous; training goes on if it fails."""
+        keep = self._keep
         try:
-            for name in self._folder.names():
-                if name.startswith(".step_") or self._is_unfinished(name):
-                    self._folder.remove(name)  # left by a save or a removal that was cut off
             # Damaged ones that were passed over may be newer; they do not count.
-            complete = [old for old in self.steps() if old <= step and self._is_complete(old)]
-            for old in complete[self._keep_last :]:
-                if not self._keep_every or old % self._keep_every:
-                    self._discard(_name(old))
-        except OSError as error:
+            steps = [old for old in self._catalog.steps() if old <= step]
+            gone = superfluous(
+                steps,
+                is_complete=self._catalog.is_complete,
+                keep_last=keep.last,
+                keep_every=keep.every,
+                best=self._metrics.best_first(keep.metric) if keep.best else [],
+                keep_best=keep.best,
+            )
+            for old in gone:
+                self._catalog.discard(old)
+            if keep.best:
+                self._metrics.keep(self._catalog.steps())
+        except (OSError, CheckpointError) as error:
             log.warning("old checkpoints stay in %s: %s", self._folder.url, error)
 
-    def _is_complete(self, step: int) -> bool:
-        return self._folder.exists(f"{_name(step)}/{COMPLETE}")
 
-    def _discard(self, name: str) -> None:
-        """Remove a checkpoint so that a kill in between leaves no half of it."""
-        if self._folder.is_local and self._folder.exists(name):
-            self._folder.remove(f".{name}.old")
-            self._folder.rename(name, f".{name}.old")
-            name = f".{name}.old"
-        self._folder.remove(name)
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _kind(key: str) -> str:
+    return key.partition("/")[0]
 
 
 @contextmanager

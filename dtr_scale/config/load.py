@@ -4,7 +4,7 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -39,12 +39,18 @@ def validate(raw: dict[str, Any], source: str) -> Experiment:
     """Return `raw` as an Experiment; ConfigError names the first thing wrong and its fix."""
     try:
         # Strict JSON mode: "8" is no integer and true is no step count.
-        return Experiment.model_validate_json(json.dumps(raw), strict=True)
+        experiment = Experiment.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         message = _explain(problems[0], raw)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ConfigError(f"{source}: {message}{more}") from None
+    for key in experiment.checkpoint.allow_changes:
+        if key not in _known_keys(Experiment):
+            raise ConfigError(
+                f"{source}: checkpoint.allow_changes names an unknown key {key}{_suggestion(key)}"
+            )
+    return experiment
 
 
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -83,23 +89,36 @@ _IDENTITY = ("model.", "diffusion.", "objective.", "train.global_batch_size", "t
 _CHANGEABLE = ("model.attention", "objective.lr")
 
 
-def changed_identity(
-    stored: dict[str, Any], wanted: dict[str, Any], source: str
-) -> list[tuple[str, Any, Any]]:
-    """Return (key, old, new) where two resolved experiments are not the same run.
+class Change(NamedTuple):
+    """A setting that is not what it was."""
+
+    key: str
+    before: Any
+    after: Any
+    identity: bool = False
+    """A run with another value is another run."""
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.before!r} and is {self.after!r}"
+
+
+def changes(stored: dict[str, Any], wanted: dict[str, Any], source: str) -> list[Change]:
+    """Return where two resolved experiments differ.
 
     Engine, ranks, micro-batches, learning rates, logging and the like may change from one job of a
-    run to the next; network, diffusion, objective, batch size and seed may not.
+    run to the next; network, diffusion, objective, batch size and seed are what the run is.
     """
     # Keys that came after `stored` was written had their default's effect then.
     before, after = flatten(resolved(validate(stored, source))), flatten(wanted)
     return [
-        (key, before.get(key), after.get(key))
+        Change(key, before.get(key), after.get(key), _is_identity(key))
         for key in sorted(before.keys() | after.keys())
-        if key.startswith(_IDENTITY)
-        and key not in _CHANGEABLE
-        and before.get(key) != after.get(key)
+        if before.get(key) != after.get(key)
     ]
+
+
+def _is_identity(key: str) -> bool:
+    return key.startswith(_IDENTITY) and key not in _CHANGEABLE
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

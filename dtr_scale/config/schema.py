@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     WithJsonSchema,
@@ -60,6 +61,10 @@ def _local_path(path: str | None) -> str | None:
             "local_path", "must be a local folder; checkpoints can go to s3:// by checkpoint.dir"
         )
     return path
+
+
+def _comma_separated(keys: Any) -> Any:  # noqa: ANN401
+    return keys.split(",") if isinstance(keys, str) else keys
 
 
 class RoutingConfig(Section):
@@ -286,8 +291,18 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_every: Count = 100_000
     """Checkpoints of every n-th step are kept for ever; 0: none."""
+    keep_best: Count = 0
+    """How many of the best checkpoints by `best_metric` are kept besides; 0: none."""
+    best_metric: str = "loss"
+    """Less is better: a key of the journal, of that step alone, or of the periodic evaluation,
+    such as `frechet_distance`."""
+    max_failures: PositiveInt = 3
+    """Saves that fail in a row before the run stops."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest complete checkpoint; `never` insists on a fresh start."""
+    allow_changes: Annotated[list[str], BeforeValidator(_comma_separated)] = []
+    """Keys of model, diffusion, objective, batch size, seed or data (`data.shards` for its
+    manifest) that may differ from the checkpoint's; on the command line separated by commas."""
 
 
 class TrackingConfig(Section):

@@ -5,7 +5,7 @@ import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +26,13 @@ class World:
     local_rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Who talks to whom, and over what; None: all ranks, over the device's own backend."""
+    background_group: dist.ProcessGroup | None = None
+
+    def in_background(self) -> "World":
+        """Return the same ranks for another thread, which must not share the loop's group."""
+        return replace(self, device=torch.device("cpu"), group=self.background_group)
 
     @property
     def is_main(self) -> bool:
@@ -34,25 +41,26 @@ class World:
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all ranks, in place, and return it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            dist.barrier(group=self.group, device_ids=device_ids)
 
     def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
         """Return every rank's `value`, in rank order."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def broadcast_object(self, value: Any) -> Any:  # noqa: ANN401
         """Return rank 0's `value` on every rank."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, device=self.device)
+            dist.broadcast_object_list(values, src=0, group=self.group, device=self.device)
         return values[0]
 
     @contextmanager
@@ -118,7 +126,12 @@ def join_world(*, needs_process_group: bool) -> World:
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
-    return World(launched_rank(), local_rank, world_size, device)
+    world = World(launched_rank(), local_rank, world_size, device)
+    if world_size == 1:
+        return world
+    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return replace(world, background_group=group)
 
 
 def _own_gpu(local_rank: int) -> torch.device:

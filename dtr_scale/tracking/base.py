@@ -1,6 +1,7 @@
 """Where a run's figures go besides the journal."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 from dtr_scale.tracking.journal import Record
@@ -30,3 +31,21 @@ class NullTracker(Tracker):
     def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None: ...
 
     def finish(self, outcome: str, checkpoint_url: str | None) -> None: ...
+
+
+class NotingTracker(Tracker):
+    """Tells somebody else of evaluations, too."""
+
+    def __init__(self, tracker: Tracker, note: Callable[[int, Record], None]) -> None:
+        self._tracker = tracker
+        self._note = note
+
+    def log(self, record: Record) -> None:
+        self._tracker.log(record)
+
+    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None:
+        self._note(step, metrics)
+        self._tracker.log_evaluation(step, metrics, picture)
+
+    def finish(self, outcome: str, checkpoint_url: str | None) -> None:
+        self._tracker.finish(outcome, checkpoint_url)

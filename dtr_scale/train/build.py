@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import dtr_scale
-from dtr_scale.checkpoint.manager import CheckpointManager
+from dtr_scale.checkpoint.manager import CheckpointManager, Keep
 from dtr_scale.config.load import flatten, resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.data.cache import GIB
@@ -38,7 +38,7 @@ from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage import Folder
-from dtr_scale.tracking.base import NullTracker, Tracker
+from dtr_scale.tracking.base import NotingTracker, NullTracker, Tracker
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from dtr_scale.train.run_dir import CHECKPOINTS, SAMPLES, RunDirectory
@@ -196,8 +196,13 @@ def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
     return CheckpointManager(
         Folder(place, experiment.data.storage_options if checkpoint.dir else None),
         world=world,
-        keep_last=checkpoint.keep_last,
-        keep_every=checkpoint.keep_every,
+        keep=Keep(
+            last=checkpoint.keep_last,
+            every=checkpoint.keep_every,
+            best=checkpoint.keep_best,
+            metric=checkpoint.best_metric,
+        ),
+        max_failures=checkpoint.max_failures,
     )
 
 
@@ -369,5 +374,5 @@ def build_evaluation(
         conditions=sampling_conditions(experiment) if evaluation.every_steps else None,
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
-        tracker=tracker,
+        tracker=NotingTracker(tracker, trainer.checkpoints.note),
     )

@@ -25,6 +25,7 @@ from dtr_scale.train.build import (
     sampling_settings,
 )
 from dtr_scale.train.run_dir import CONFIG, SAMPLES
+from dtr_scale.train.state import persistent_buffers
 
 
 class TrainedRun(NamedTuple):
@@ -163,8 +164,10 @@ def _load_one(run_dir: Path, overrides: Sequence[str]) -> TrainedRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = open_checkpoints(experiment, World(0, 0, 1, device)).newest()
     network = build_network(experiment)
-    weights = {name: reader.read_whole(f"ema/{name}") for name, _ in network.named_parameters()}
-    network.load_state_dict(network.state_dict() | weights)
+    places = {name: f"ema/{name}" for name, _ in network.named_parameters()}
+    places |= {name: f"buffer/{name}" for name in persistent_buffers(network)}
+    stored = reader.read(places.values())
+    network.load_state_dict({name: stored[key] for name, key in places.items()})
     return TrainedRun(experiment, network.to(device).eval(), reader.meta["step"], (reader.url,))
 
 

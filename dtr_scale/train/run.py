@@ -6,16 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
-from dtr_scale.config.load import changed_identity, resolved
+from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world, launched_world_size
-from dtr_scale.errors import CheckpointError, ConfigError, EngineError
+from dtr_scale.errors import ConfigError, EngineError
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.build import build_evaluation, build_tracker, build_trainer
 from dtr_scale.train.progress import Progress
+from dtr_scale.train.resume import take_up
 from dtr_scale.train.run_dir import RunDirectory, read_status, write_status
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
@@ -40,7 +40,8 @@ def train_experiment(experiment: Experiment) -> int:
         stack.enter_context(_failures_told(experiment.run_path, world))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
-        _take_up(trainer, experiment, world, run_dir)
+        stack.callback(trainer.checkpoints.close)
+        take_up(trainer, experiment, world, run_dir)
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
         with world.agree():
             evaluate = build_evaluation(experiment, trainer, run_dir, records.tracker)
@@ -162,39 +163,3 @@ def _peer_has_failed(run_path: Path) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _take_up(
-    trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
-) -> None:
-    """Go on from the newest checkpoint, or start afresh where there is none or it is wanted."""
-    trainer.checkpoints.probe()
-    if experiment.checkpoint.resume == "never":
-        with world.agree():
-            if experiment.checkpoint.dir and world.is_main and trainer.checkpoints.steps():
-                raise CheckpointError(
-                    f"checkpoint.resume = 'never', but {experiment.checkpoint.dir} holds "
-                    "checkpoints; choose an empty checkpoint.dir"
-                )
-            if run_dir and (place := run_dir.set_aside()):
-                log.info("fresh start: the earlier run was moved to %s", place)
-        return
-    meta = trainer.resume()
-    if meta is None:
-        return
-    _refuse_another_run(meta, trainer.meta, trainer.checkpoints.url(trainer.step))
-    log.info("resumed %s at step %d", trainer.checkpoints.url(trainer.step), trainer.step)
-
-
-def _refuse_another_run(stored: dict[str, Any], wanted: dict[str, Any], url: str) -> None:
-    """Raise ConfigError if what defines a run is not what the checkpoint was made with."""
-    differences = changed_identity(stored["config"], wanted["config"], source=url)
-    if stored["manifest_hash"] != wanted["manifest_hash"]:
-        old, new = stored["manifest_hash"][:12], wanted["manifest_hash"][:12]
-        differences.append(("the manifest of data.shards", old, new))
-    if differences:
-        listed = ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in differences)
-        raise ConfigError(
-            f"{url} belongs to another run: {listed}; set that back, choose another run_dir, or "
-            "start afresh with --checkpoint.resume=never"
-        )

@@ -1,32 +1,26 @@
 """The training loop. It does not know which engine, data, tracker or machine it has."""
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.data.loader import BatchLoader, MicroBatch
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler
-from dtr_scale.engines.base import ADAM_MOMENTS, Engine
+from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
-from dtr_scale.errors import CheckpointError, EngineError
+from dtr_scale.errors import EngineError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.signals import LeaveRequest
-
-log = logging.getLogger(__name__)
-
-MAX_FAILED_SAVES = 3
-"""Failures in a row after which a run without checkpoints is not worth going on with."""
+from dtr_scale.train.state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -110,13 +104,17 @@ class Trainer:
         self.save_every = save_every
         self.evaluate_every = evaluate_every
         self.step = 0
-        self.saved_step: int | None = None
-        self._failed_saves = 0
+        self._state = TrainingState(engine, ema, objective)
         self._watch = Stopwatch()
 
     @property
     def samples_seen(self) -> int:
         return self.step * self.global_batch_size
+
+    @property
+    def saved_step(self) -> int | None:
+        """Step of the newest complete checkpoint; a save in flight does not count yet."""
+        return self.checkpoints.saved_step
 
     def run(
         self,
@@ -129,6 +127,7 @@ class Trainer:
 
         The state is saved either way. `log` is given the journal's record of every logged step.
         """
+        self.checkpoints.prepare(self._state.pieces())
         self.loader.seek(self.samples_seen)
         batches = iter(self.loader)
         self._watch.restart()
@@ -137,11 +136,11 @@ class Trainer:
             self.step += 1
             # Not where the run is asked to leave: its journal must not tell how often it was.
             if self._due(self.log_every):
-                log(self._record(result))
+                log({**self._figures(result), **self._watch.read()})
             if result.leave or self.step == self.max_steps:
-                self.save()
+                self._save_for_certain(result)
             elif self._due(self.save_every):
-                self._try_to_save()
+                self.save(result)
             if result.leave and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
@@ -150,38 +149,35 @@ class Trainer:
                 evaluate(self.step)
         return None
 
-    def save(self) -> None:
+    def save(self, result: StepResult) -> None:
+        """Copy the state and let it be written while training goes on."""
         meta = self.meta | {
             "step": self.step,
             "samples_seen": self.samples_seen,
             "optimizer_step": self.engine.optimizer_step,
         }
-        self.checkpoints.save(self.step, self._state(self.objective.state_dict()), meta)
-        self.saved_step = self.step
+        self.checkpoints.save(self.step, self._state.pieces(), meta, self._figures(result))
 
-    def _try_to_save(self) -> None:
-        """Save, and go on training if that fails for a while: the next save may do better."""
-        try:
-            self.save()
-            self._failed_saves = 0
-        except CheckpointError as error:
-            self._failed_saves += 1
-            if self._failed_saves == MAX_FAILED_SAVES:
-                raise
-            if self.world.is_main:
-                log.warning("step %d is not saved, training goes on: %s", self.step, error)
+    def _save_for_certain(self, result: StepResult) -> None:
+        """Save and wait for it: no later one makes up for the last. UnsavedError if it cannot."""
+        while self.saved_step != self.step:
+            self.save(result)
+            self.checkpoints.wait()
 
-    def resume(self) -> dict[str, Any] | None:
-        """Take up the newest complete checkpoint and return its meta; None if there is none."""
-        objective_state = self.objective.state_dict()
-        meta = self.checkpoints.restore(self._state(objective_state))
+    def resume(
+        self, accept: Callable[[dict[str, Any], str], Collection[str]] = lambda meta, url: ()
+    ) -> bool:
+        """Take up the newest complete checkpoint, if `accept` has it (see `restore`).
+
+        Returns whether there is one.
+        """
+        meta = self.checkpoints.restore(self._state.pieces(), accept)
         if meta is None:
-            return None
+            return False
+        self._state.take_over()
         self.engine.optimizer_step = meta["optimizer_step"]
-        self.engine.push_masters()
-        self.objective.load_state_dict(objective_state)
-        self.step = self.saved_step = meta["step"]
-        return meta
+        self.step = meta["step"]
+        return True
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         counts = torch.from_numpy(self.timesteps.counts(self.step)).to(self.world.device)
@@ -231,7 +227,8 @@ class Trainer:
                 "Go on from it with a lower train.lr or train.grad_clip=1"
             )
 
-    def _record(self, result: StepResult) -> Record:
+    def _figures(self, result: StepResult) -> Record:
+        """Return the journal's record of a step, but for the figures that tell the time."""
         clusters = {
             f"loss_cluster_{k}": loss
             for k, (loss, count) in enumerate(zip(result.cluster_loss, result.counts, strict=True))
@@ -248,22 +245,7 @@ class Trainer:
             **self.objective.metrics(),
             "lr": self.lr,
             "grad_norm": result.grad_norm,
-            **self._watch.read(),
         }
-
-    def _state(self, objective_state: dict[str, Tensor]) -> dict[str, Piece]:
-        """Return this rank's part of all that a checkpoint holds, as views of the live tensors."""
-        state: dict[str, Piece] = {}
-        for part, average in zip(self.engine.fragments(), self.ema.values, strict=True):
-            state[f"master/{part.name}"] = Piece(part.shape, part.offset, part.master)
-            state[f"ema/{part.name}"] = Piece(part.shape, part.offset, average)
-            for moment in ADAM_MOMENTS:
-                state[f"{moment}/{part.name}"] = Piece(
-                    part.shape, part.offset, getattr(part, moment)
-                )
-        for name, tensor in objective_state.items():
-            state[f"objective/{name}"] = Piece(tuple(tensor.shape), 0, tensor.view(-1))
-        return state
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.max_steps

@@ -1,19 +1,22 @@
 """Checkpoints appear whole or not at all, and a damaged one is never loaded."""
 
-import itertools
 import json
+import re
 import resource
+import shutil
+import threading
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from dtr_scale.checkpoint import layout
-from dtr_scale.checkpoint.layout import COMPLETE, INDEX, CheckpointReader, Piece, write_rank_file
-from dtr_scale.checkpoint.manager import UNFINISHED, CheckpointManager
+from dtr_scale.checkpoint.catalog import UNFINISHED
+from dtr_scale.checkpoint.layout import COMPLETE, INDEX, Piece
+from dtr_scale.checkpoint.manager import CheckpointManager, Keep
+from dtr_scale.checkpoint.reader import CheckpointReader
+from dtr_scale.checkpoint.retention import METRICS
+from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.engines.world import World
-from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.errors import CheckpointError, ConfigError, UnsavedError
 from dtr_scale.storage import Folder
 
 LONE = World(0, 0, 1, torch.device("cpu"))
@@ -29,8 +32,14 @@ def state_of(value: float) -> dict[str, Piece]:
     }
 
 
-def manager_of(folder, *, keep_last=3, keep_every=0):
-    return CheckpointManager(folder, world=LONE, keep_last=keep_last, keep_every=keep_every)
+def manager_of(folder, max_failures=3, **keep):
+    return CheckpointManager(folder, world=LONE, keep=Keep(**keep), max_failures=max_failures)
+
+
+def save(manager, step, value=None, figures=None):
+    """Save the state of `value`, by default of the step, and wait for it."""
+    manager.save(step, state_of(step if value is None else value), {"step": step}, figures)
+    manager.wait()
 
 
 def assert_holds(state, value):
@@ -42,8 +51,8 @@ def test_what_is_saved_is_restored(folder):
     manager = manager_of(folder)
     state = state_of(0.0)
     assert manager.restore(state) is None
-    url = manager.save(100, state_of(7.0), {"step": 100})
-    assert url == f"{folder.url}/step_00000100"
+    save(manager, 100, 7.0)
+    assert manager.url(100) == f"{folder.url}/step_00000100"
     assert manager.restore(state) == {"step": 100}
     assert_holds(state, 7.0)
     stored = set(folder.child("step_00000100").names())
@@ -53,7 +62,7 @@ def test_what_is_saved_is_restored(folder):
 def test_the_newest_complete_one_is_taken(folder):
     manager = manager_of(folder)
     for step in (1, 20, 3):
-        manager.save(step, state_of(step), {"step": step})
+        save(manager, step)
     state = state_of(0.0)
     assert manager.restore(state) == {"step": 20}
     assert manager.newest().meta == {"step": 20}
@@ -92,7 +101,7 @@ def test_a_damaged_one_is_named_and_the_previous_one_taken(
 ):
     manager = manager_of(folder)
     for step in (1, 2):
-        manager.save(step, state_of(step), {"step": step})
+        save(manager, step)
     damage(folder.child("step_00000002"), name)
     state = state_of(0.0)
     assert manager.restore(state) == {"step": 1}
@@ -104,14 +113,12 @@ def test_a_damaged_one_is_named_and_the_previous_one_taken(
         CheckpointReader(folder.child("step_00000002")).read_into(state)
 
 
-def test_none_complete_is_an_error_and_changes_nothing(folder):
+def test_none_complete_is_an_error_and_no_fresh_start(folder):
     manager = manager_of(folder)
-    manager.save(1, state_of(1.0), {"step": 1})
+    save(manager, 1)
     cut(folder.child("step_00000001"), PART)
-    state = state_of(5.0)
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .*resume=never"):
-        manager.restore(state)
-    assert_holds(state, 5.0)
+        manager.restore(state_of(5.0))
 
 
 def test_a_save_cut_off_does_not_count(folder):
@@ -123,7 +130,7 @@ def test_a_save_cut_off_does_not_count(folder):
         folder.write_bytes(f"step_00000005/{UNFINISHED}", b"")
         folder.write_bytes(f"step_00000005/{PART}", b"half")
     assert manager.restore(state_of(0.0)) is None
-    manager.save(5, state_of(5.0), {"step": 5})
+    save(manager, 5)
     state = state_of(0.0)
     assert manager.restore(state) == {"step": 5}
     assert folder.names() == ["step_00000005"]
@@ -131,49 +138,138 @@ def test_a_save_cut_off_does_not_count(folder):
 
 def test_a_damaged_one_of_the_same_step_is_replaced(folder):
     manager = manager_of(folder)
-    manager.save(5, state_of(1.0), {"step": 5})
+    save(manager, 5, 1.0)
     cut(folder.child("step_00000005"), PART)
-    manager.save(5, state_of(2.0), {"step": 5})
+    save(manager, 5, 2.0)
     state = state_of(0.0)
     assert manager.restore(state) == {"step": 5}
     assert_holds(state, 2.0)
 
 
 def test_the_last_ones_and_every_nth_are_kept(folder):
-    manager = manager_of(folder, keep_last=2, keep_every=30)
+    manager = manager_of(folder, last=2, every=30)
     for step in range(10, 80, 10):
-        manager.save(step, state_of(step), {"step": step})
+        save(manager, step)
     assert folder.names() == [f"step_{step:08d}" for step in (30, 60, 70)]
+
+
+def test_the_best_are_kept_across_restarts(folder):
+    """By a figure of the step itself, or one that is known only after the save."""
+    losses = {10: 3.0, 20: 0.5, 30: 2.0, 40: 1.0, 50: 4.0, 60: float("nan")}
+    for step, loss in losses.items():  # each time by another job
+        save(manager_of(folder, last=1, best=2), step, figures={"loss": loss})
+    assert folder.names() == [METRICS, *(f"step_{step:08d}" for step in (20, 40, 60))]
+    assert json.loads(folder.read_bytes(METRICS))["40"] == {"loss": 1.0}
+    measured = manager_of(folder, last=1, best=1, metric="frechet_distance")
+    measured.note(40, {"frechet_distance": 7.0})
+    measured.note(60, {"frechet_distance": 8.0})
+    save(measured, 70, figures={"loss": 0.1})
+    assert folder.names() == [METRICS, "step_00000040", "step_00000070"]
+    assert set(json.loads(folder.read_bytes(METRICS))) == {"40", "70"}
+
+
+def test_without_best_there_is_no_metrics_file(folder):
+    save(manager_of(folder), 1, figures={"loss": 1.0})
+    assert folder.names() == ["step_00000001"]
+
+
+@pytest.mark.parametrize(("damage", "name"), [(cut, PART), (remove, PART), (remove, COMPLETE)])
+def test_a_damaged_best_or_newest_takes_nobodys_place(folder, damage, name):
+    """Complete ones stay as many as were asked for, found out by mark and sizes."""
+    keep = {"last": 2, "best": 1}
+    for step, loss in ((10, 2.0), (20, 1.0), (30, 3.0), (40, 3.0)):
+        save(manager_of(folder, **keep | {"last": 9}), step, figures={"loss": loss})
+    for step in (20, 40):
+        damage(folder.child(f"step_{step:08d}"), name)
+    save(manager_of(folder, **keep), 50, figures={"loss": 3.0})
+    kept = [name for name in folder.names() if name != METRICS]
+    assert kept == [f"step_{step:08d}" for step in (10, 30, 40, 50)]
 
 
 def test_damaged_ones_do_not_count_among_the_last(folder):
     """Passed over and newer than what is saved now, they must not cost a good one its place."""
-    manager = manager_of(folder, keep_last=1)
+    manager = manager_of(folder, last=1)
     for step in (20, 40):
-        manager_of(folder, keep_last=9).save(step, state_of(step), {"step": step})
+        save(manager_of(folder, last=9), step)
     cut(folder.child("step_00000040"), PART)
-    manager.save(30, state_of(30), {"step": 30})
+    save(manager, 30)
     assert folder.names() == ["step_00000030", "step_00000040"]
     assert manager.restore(state_of(0.0)) == {"step": 30}
 
 
 @pytest.mark.parametrize("most_bytes", [100, 500])  # of a file: no part, or a part but no index
-def test_a_failed_save_leaves_nothing_under_the_final_name(tmp_path, most_bytes):
+def test_a_failed_save_leaves_nothing_under_the_final_name(tmp_path, most_bytes, warnings_of):
     """The system takes no more bytes: one clear error, the old checkpoint stays and counts."""
     folder = Folder(tmp_path)
     manager = manager_of(folder)
-    manager.save(1, state_of(1.0), {"step": 1})
+    save(manager, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot save .*File too large.*; make room"):
-            manager.save(2, state_of(2.0), {"step": 2})
+        save(manager, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "step_00000002" not in folder.names()
+    (warning,) = warnings_of("dtr_scale.checkpoint.manager")
+    assert re.search(r"step 2 is not saved, .*cannot save .*File too large.*; make room", warning)
+    assert manager.saved_step == 1
+    assert folder.names() == ["step_00000001"]
     assert manager.restore(state_of(0.0)) == {"step": 1}
-    manager.save(3, state_of(3.0), {"step": 3})
+    save(manager, 3)
+    assert manager.saved_step == 3
     assert folder.names() == ["step_00000001", "step_00000003"]
+
+
+def test_failures_in_a_row_end_the_run(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    manager = manager_of(Folder(tmp_path / "file" / "checkpoints"), max_failures=2)
+    save(manager, 1)
+    with pytest.raises(UnsavedError, match=r"2 saves in a row failed.*of step None.*cannot save"):
+        save(manager, 2)
+
+
+def test_failures_with_a_success_between_them_do_not(tmp_path):
+    place = tmp_path / "checkpoints"
+    manager = manager_of(Folder(place), max_failures=2)
+    for step in (2, 4, 6):
+        place.write_text("no folder")
+        save(manager, step - 1)
+        place.unlink()
+        save(manager, step)
+        assert manager.saved_step == step
+        shutil.rmtree(place)
+
+
+def test_training_goes_on_while_a_save_is_in_flight(tmp_path, monkeypatch):
+    """What is stored is the state when `save` was called; until it is, no step counts as saved."""
+    go_on = threading.Event()
+    entry = Snapshot.entry
+    monkeypatch.setattr(Snapshot, "entry", lambda self, file: go_on.wait() and entry(self, file))
+    manager = manager_of(Folder(tmp_path))
+    state = state_of(1.0)
+    manager.save(1, state, {"step": 1})
+    state["master/a"].data.add_(100.0)  # the next training step
+    assert manager.saved_step is None
+    go_on.set()
+    manager.save(2, state, {"step": 2})
+    assert manager.saved_step == 1
+    manager.wait()
+    assert manager.saved_step == 2
+    restored = state_of(0.0)
+    manager_of(Folder(tmp_path)).restore(restored)
+    assert torch.equal(restored["master/a"].data, torch.arange(12.0) + 101.0)
+    shutil.rmtree(tmp_path / "step_00000002")
+    manager_of(Folder(tmp_path)).restore(restored)
+    assert_holds(restored, 1.0)
+
+
+def test_what_nobody_foresaw_reaches_the_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(Snapshot, "entry", lambda self, file: {}["surprise"])
+    manager = manager_of(Folder(tmp_path))
+    manager.save(1, state_of(1.0), {})
+    with pytest.raises(KeyError, match="surprise"):
+        manager.wait()
+    manager.save(2, state_of(1.0), {})
+    manager.close()
 
 
 def test_a_place_that_cannot_be_written_is_refused_at_the_start(tmp_path):
@@ -188,8 +284,8 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path):
     """An outage must stop the start, not send the run back to an older checkpoint."""
     folder = Folder(tmp_path)
     manager = manager_of(folder)
-    manager.save(1, state_of(1.0), {"step": 1})
-    manager.save(2, state_of(2.0), {"step": 2})
+    save(manager, 1)
+    save(manager, 2)
     (tmp_path / "step_00000002" / INDEX).unlink()
     (tmp_path / "step_00000002" / INDEX).mkdir()  # reading it is an error, but not "missing"
     with pytest.raises(CheckpointError, match=f"{INDEX} cannot be read"):
@@ -198,49 +294,9 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path):
 
 def test_a_network_of_another_shape_is_refused(folder):
     manager = manager_of(folder)
-    manager.save(1, state_of(1.0), {"step": 1})
+    save(manager, 1)
     reader = manager.newest()
     with pytest.raises(ConfigError, match=r"master/a has shape \(3, 4\), this run needs \(5,\)"):
         reader.read_into({"master/a": Piece((5,), 0, torch.zeros(5))})
     with pytest.raises(ConfigError, match="master/b has shape None"):
         reader.read_into({"master/b": Piece((5,), 0, torch.zeros(5))})
-
-
-@given(
-    cuts=st.lists(st.integers(0, 100), max_size=5),
-    start=st.integers(0, 99),
-    length=st.integers(1, 100),
-    block_bytes=st.sampled_from([16, 64, 4096]),
-)
-def test_any_range_is_read_from_any_cut_of_a_tensor(
-    tmp_path_factory, cuts, start, length, block_bytes
-):
-    """Pieces stored by ranks that cut a tensor anywhere give every range of it back."""
-    length = min(length, 100 - start)
-    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    edges = sorted({0, 100, *cuts})
-    folder = Folder(tmp_path_factory.mktemp("cut"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "BLOCK_BYTES", block_bytes)
-        entries = []
-        for rank, (first, last) in enumerate(itertools.pairwise(edges)):
-            path = folder.local_path / f"rank_{rank:05d}.safetensors"
-            piece = Piece((10, 10), first, values[first:last])
-            entries.append(write_rank_file(path, {"master/w": piece}))
-        index = layout.build_index(entries, {"step": 1})
-        folder.write_bytes(INDEX, index)
-        folder.write_bytes(COMPLETE, layout.complete_mark(index))
-        reader = CheckpointReader(folder)
-        assert torch.equal(reader.read("master/w", start, length), values[start : start + length])
-        assert torch.equal(reader.read_whole("master/w"), values.view(10, 10))
-
-
-def test_the_files_are_plain_safetensors_and_json(tmp_path):
-    """Anything that reads safetensors can read a checkpoint, without this package or pickle."""
-    from safetensors.torch import load_file
-
-    manager_of(Folder(tmp_path)).save(1, state_of(3.0), {"step": 1})
-    tensors = load_file(tmp_path / "step_00000001" / PART)
-    assert torch.equal(tensors["ema/a"], torch.full((12,), 3.0))
-    index = json.loads((tmp_path / "step_00000001" / INDEX).read_text())
-    assert index["tensors"]["master/a"]["shape"] == [3, 4]

@@ -59,6 +59,11 @@ def test_overrides_reach_the_experiment():
         ("--model.class_dropout_prob=0", "evaluation.cfg_scale = 1.5 needs a network that knows"),
         ("--data.shards=null", "data.shards is missing"),
         ("--train=5", "train = 5: should be an object"),
+        (
+            "--checkpoint.allow_changes=train.seed,model.dept",
+            "allow_changes names an unknown key model.dept; did you mean model.depth?",
+        ),
+        ("--checkpoint.allow_changes=5", "checkpoint.allow_changes = 5: should be a valid"),
         ("--train.lr.x=5", "override --train.lr.x: 'lr' is a value, not a section"),
         ("train.lr=5", "unexpected argument 'train.lr=5'"),
         ("--train.lr", "override --train.lr has no value"),
@@ -114,6 +119,15 @@ def test_boundaries_matter_to_gradient_clusters_alone():
     assert gradient.objective.boundaries == [0, 400, 1000]
     load_experiment(FLAGSHIP, ["--objective.boundaries=[5]"])
     load_experiment(FLAGSHIP, ["--objective.type=p2", "--objective.clusters=gradient"])
+
+
+@pytest.mark.parametrize(
+    "value", ["model.depth,train.seed", '["model.depth", "train.seed"]', "[]", "train.seed"]
+)
+def test_allowed_changes_are_a_list_or_separated_by_commas(value):
+    loaded = load_experiment(FLAGSHIP, [f"--checkpoint.allow_changes={value}"])
+    known = ["model.depth", "train.seed"]
+    assert loaded.checkpoint.allow_changes == [key for key in known if key in value]
 
 
 def test_free_sizes_must_fit():

@@ -147,7 +147,7 @@ def test_a_fresh_start_on_purpose_loses_nothing(digits, tmp_path):
     [
         ("--model.routing.alpha=2", "model.routing.alpha was 4.0 and is 2.0"),
         ("--train.global_batch_size=64", "train.global_batch_size was 32 and is 64"),
-        ("--model.depth=3", "is of another network or objective: .*blocks.2.* has shape None"),
+        ("--model.depth=3", "model.depth was 2 and is 3; .*--checkpoint.allow_changes=model.depth"),
         ("--objective.type=vanilla", "objective.type was 'ant_uw' and is 'vanilla'"),
     ],
 )
@@ -165,15 +165,56 @@ def test_another_manifest_is_another_run(digits, tmp_path):
     manifest = json.loads((place / "manifest.json").read_text())
     manifest["shards"] = [s for s in manifest["shards"] if s["name"] != "train-000002.tar"]
     (place / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ConfigError, match=r"the manifest of data\.shards was"):
+    with pytest.raises(ConfigError, match=r"data\.shards was 'manifest .*' and is 'manifest "):
         tiny(place, run_dir, "--train.max_steps=8")
+    allowed = ("--checkpoint.allow_changes=data.shards", "--train.max_steps=8")
+    assert tiny(place, run_dir, *allowed) == 0
 
 
-def test_harmless_changes_go_on(digits, tmp_path):
+def test_harmless_changes_go_on_and_are_told(digits, tmp_path, caplog):
     tiny(digits, tmp_path)
     changes = ("--train.lr=1e-4", "--train.micro_batch_size=8", "--train.grad_clip=1")
+    caplog.set_level("INFO", "dtr_scale")
     assert tiny(digits, tmp_path, *changes, "--train.max_steps=6") == 0
     assert len(journal(tmp_path)) == 6
+    assert [text for text in caplog.messages if "since then" in text] == [
+        "since then: train.grad_clip was None and is 1.0",
+        "since then: train.lr was 0.001 and is 0.0001",
+        "since then: train.max_steps was 4 and is 6",
+        "since then: train.micro_batch_size was 32 and is 8",
+    ]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"objective.type": "vanilla"},
+        {"objective.num_clusters": 4},
+        {"train.global_batch_size": 64, "train.seed": 5},
+        {"model.routing.alpha": 2},
+    ],
+)
+def test_changes_that_are_allowed_by_name_go_on(digits, tmp_path, changed, caplog):
+    """There and back: an objective that was not there before starts afresh."""
+    tiny(digits, tmp_path)
+    overrides = [f"--{key}={value}" for key, value in changed.items()]
+    caplog.set_level("INFO", "dtr_scale")
+    for max_steps, extra in ((6, overrides), (8, [])):
+        with pytest.raises(ConfigError, match=f"{next(iter(changed))} was .* and is "):
+            tiny(digits, tmp_path, *extra, f"--train.max_steps={max_steps}")
+        allowed = f"--checkpoint.allow_changes={','.join(changed)}"
+        assert tiny(digits, tmp_path, *extra, allowed, f"--train.max_steps={max_steps}") == 0
+        told = [text for text in caplog.messages if "by checkpoint.allow_changes" in text]
+        assert len(told) == len(changed)
+        caplog.clear()
+    assert [record["step"] for record in journal(tmp_path)] == list(range(1, 9))
+
+
+def test_a_change_that_does_not_fit_the_weights_is_refused_all_the_same(digits, tmp_path):
+    tiny(digits, tmp_path)
+    allowed = ("--model.depth=3", "--checkpoint.allow_changes=model.depth", "--train.max_steps=8")
+    with pytest.raises(ConfigError, match=r"of another network.*blocks\.2.* has shape None"):
+        tiny(digits, tmp_path, *allowed)
 
 
 def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(digits, tmp_path):
@@ -277,6 +318,29 @@ def test_a_second_job_on_a_run_directory_is_refused(digits, tmp_path, monkeypatc
         process.kill()
         process.communicate()
     assert tiny(digits, tmp_path) == 0  # a killed holder holds nothing
+
+
+def test_the_best_by_a_figure_of_the_journal_and_of_the_evaluation_are_kept(digits, tmp_path):
+    """Four checkpoints, one kept as the last and one as the best, by two kinds of figures."""
+    every = ("--checkpoint.every_steps=1", "--checkpoint.keep_last=1", "--checkpoint.keep_best=1")
+    evaluation = (
+        "--evaluation.every_steps=1",
+        "--evaluation.num_samples=20",
+        "--evaluation.num_sampling_steps=4",
+    )
+    tiny(digits, tmp_path / "loss", *every)
+    losses = {record["step"]: record["loss"] for record in journal(tmp_path / "loss")}
+    assert kept(tmp_path / "loss") == sorted({min(losses, key=lambda step: losses[step]), 4})
+    by_distance = "--checkpoint.best_metric=frechet_distance"
+    tiny(digits, tmp_path / "distance", *every, *evaluation, by_distance, "--train.lr=1e-2")
+    noted = json.loads((tmp_path / "distance" / "checkpoints" / "metrics.json").read_text())
+    distances = {int(step): figures["frechet_distance"] for step, figures in noted.items()}
+    assert kept(tmp_path / "distance") == sorted(distances)
+    assert 4 in distances and len(distances) <= 2
+
+
+def kept(run_dir):
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))
 
 
 def test_losing_the_loss_stops_before_a_checkpoint(digits, tmp_path):

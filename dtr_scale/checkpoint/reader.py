@@ -1,0 +1,174 @@
+"""Reading a checkpoint: only the blocks that are needed, each once, each verified."""
+
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from dtr_scale.checkpoint.layout import (
+    COMPLETE,
+    FORMAT,
+    INDEX,
+    ITEM_BYTES,
+    Piece,
+    complete_mark,
+)
+from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from dtr_scale.storage import Folder
+
+_BLOCKS_AHEAD = 2
+_BLOCKS_AHEAD_S3 = 4
+
+
+class _Copy(NamedTuple):
+    """Bytes of a block that belong to bytes of a wanted piece."""
+
+    start: int
+    target: Tensor
+
+
+class CheckpointReader:
+    """One complete checkpoint; every byte read is checked against the index.
+
+    Raises DamagedCheckpointError naming the file when anything is missing, cut or altered, and
+    CheckpointError when it cannot be read at all.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.url = folder.url
+        self._folder = folder
+        with self._reading(INDEX):
+            index = folder.read_bytes(INDEX)
+        with self._reading(COMPLETE):
+            mark = folder.read_bytes(COMPLETE)
+        if mark != complete_mark(index):
+            raise DamagedCheckpointError(
+                f"{self.url}: {INDEX} is not the one that {COMPLETE} names"
+            )
+        content = json.loads(index)
+        if content["format"] != FORMAT:
+            raise CheckpointError(
+                f"{self.url} has format {content['format']}; this version reads {FORMAT}"
+            )
+        self.meta: dict[str, Any] = content["meta"]
+        self._block_bytes: int = content["block_bytes"]
+        self._files: dict[str, Any] = content["files"]
+        self._tensors: dict[str, Any] = content["tensors"]
+
+    def check_sizes(self, names: Iterable[str] | None = None) -> None:
+        """Check that files, all or the named ones, are there in full: this reads none of them."""
+        for name in self._files if names is None else names:
+            with self._reading(name):
+                found = self._folder.size(name)
+            expected = self._files[name]["bytes"]
+            if found != expected:
+                raise DamagedCheckpointError(
+                    f"{self.url}: {name} has {found} bytes, its index {expected}"
+                )
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return whole tensors, fp32, in their shapes."""
+        pieces: dict[str, Piece] = {}
+        for key in keys:
+            shape = self._shape(key)
+            if shape is None:
+                raise ConfigError(f"{self.url} is of another network: it has no {key}")
+            pieces[key] = Piece(shape, 0, torch.empty(prod(shape)))
+        self.read_into(pieces)
+        return {key: piece.data.view(piece.shape) for key, piece in pieces.items()}
+
+    @torch.no_grad()
+    def read_into(self, wanted: Mapping[str, Piece]) -> None:
+        """Copy what is stored into the wanted pieces; after an error some of them are overwritten.
+
+        ConfigError, before any is, if the checkpoint is of another network or objective.
+        """
+        self._check_shapes(wanted)
+        copies = self._copies(wanted)
+        self.check_sizes(sorted({name for name, _ in copies}))
+        places = sorted(copies)
+        for place, block in zip(places, self._verified(places), strict=True):
+            for start, target in copies[place]:
+                target.copy_(block[start : start + target.numel()])
+
+    def _shape(self, key: str) -> tuple[int, ...] | None:
+        return tuple(self._tensors[key]["shape"]) if key in self._tensors else None
+
+    def _check_shapes(self, wanted: Mapping[str, Piece]) -> None:
+        for key, piece in wanted.items():
+            stored = self._shape(key)
+            if stored != piece.shape:
+                raise ConfigError(
+                    f"{self.url} is of another network or objective: {key} has shape {stored}, "
+                    f"this run needs {piece.shape}; set model and objective as they were, or "
+                    "choose another run_dir"
+                )
+
+    def _copies(self, wanted: Mapping[str, Piece]) -> dict[tuple[str, int], list[_Copy]]:
+        """Return by (file, number of block) what to copy from where."""
+        copies: dict[tuple[str, int], list[_Copy]] = {}
+        for key, piece in wanted.items():
+            target, numel = piece.data.view(torch.uint8), piece.data.numel()
+            found = 0
+            for stored in self._tensors[key]["pieces"]:
+                first = max(piece.offset, stored["offset"])
+                last = min(piece.offset + numel, stored["offset"] + stored["numel"])
+                if first >= last:
+                    continue
+                found += last - first
+                part = target[ITEM_BYTES * (first - piece.offset) :][: ITEM_BYTES * (last - first)]
+                start = stored["start_byte"] + ITEM_BYTES * (first - stored["offset"])
+                while len(part):
+                    number, skip = divmod(start, self._block_bytes)
+                    here, part = part.tensor_split([self._block_bytes - skip])
+                    copies.setdefault((stored["file"], number), []).append(_Copy(skip, here))
+                    start += len(here)
+            if found != numel:
+                raise DamagedCheckpointError(
+                    f"{self.url} holds {found} of {numel} elements of {key}"
+                )
+        return copies
+
+    def _verified(self, places: list[tuple[str, int]]) -> Iterator[Tensor]:
+        """Yield blocks, uint8, each valid until the next is asked for; a few are read ahead."""
+        num_ahead = _BLOCKS_AHEAD if self._folder.is_local else _BLOCKS_AHEAD_S3
+        pinned = torch.cuda.is_available()
+        buffers = [
+            torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(min(num_ahead, len(places)))
+        ]
+        pending: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(num_ahead) as pool:
+            for i, place in enumerate(places):
+                if len(pending) == len(buffers):
+                    yield pending.popleft().result()
+                pending.append(pool.submit(self._read_block, *place, buffers[i % len(buffers)]))
+            while pending:
+                yield pending.popleft().result()
+
+    def _read_block(self, name: str, number: int, buffer: Tensor) -> Tensor:
+        start = number * self._block_bytes
+        end = min(start + self._block_bytes, self._files[name]["bytes"])
+        data = buffer.numpy().data[: end - start]
+        with self._reading(name):
+            self._folder.read_into(name, start, data)
+        if xxhash.xxh3_64_hexdigest(data) != self._files[name]["blocks"][number]:
+            raise DamagedCheckpointError(f"{self.url}: {name} is damaged in bytes {start} to {end}")
+        return buffer
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Tell a file that is missing from one that cannot be read now."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{self.url}: {name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.url}: {name} cannot be read: {error}") from None

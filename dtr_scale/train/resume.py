@@ -1,0 +1,76 @@
+"""Going on with a run: from which checkpoint, and what may differ from when it was written."""
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+from dtr_scale.config.load import Change, changes
+from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.world import World
+from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.train.run_dir import RunDirectory
+from dtr_scale.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_LOGGED = ("world_size", "torch", "version")
+"""What a checkpoint's meta tells of the job that wrote it, besides its config."""
+
+
+def take_up(
+    trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
+) -> None:
+    """Go on from the newest checkpoint, or start afresh where there is none or it is wanted.
+
+    ConfigError if the checkpoint is of another run and `checkpoint.allow_changes` does not name
+    what differs.
+    """
+    trainer.checkpoints.probe()
+    if experiment.checkpoint.resume == "never":
+        with world.agree():
+            _start_afresh(trainer, experiment, run_dir if world.is_main else None)
+        return
+    found: list[Change] = []
+    allowed = experiment.checkpoint.allow_changes
+
+    def accept(stored: dict[str, Any], url: str) -> Collection[str]:
+        found[:] = _changes(stored, trainer.meta, url)
+        refused = [c for c in found if c.identity and c.key not in allowed]
+        if refused:
+            keys = ",".join(change.key for change in refused)
+            raise ConfigError(
+                f"{url} belongs to another run: {', '.join(map(str, refused))}; set that back, "
+                "choose another run_dir, start afresh with --checkpoint.resume=never, or go on "
+                f"all the same with --checkpoint.allow_changes={keys}"
+            )
+        # The log-variances of other clusters, or of none, say nothing about these.
+        another = any(c.identity and c.key.startswith("objective.") for c in found)
+        return ["objective"] if another else []
+
+    if trainer.resume(accept):
+        url = trainer.checkpoints.url(trainer.step)
+        log.info("resumed %s at step %d", url, trainer.step)
+        for change in found:
+            on_purpose = ", by checkpoint.allow_changes" if change.identity else ""
+            log.info("since then: %s%s", change, on_purpose)
+
+
+def _start_afresh(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> None:
+    if run_dir is None:
+        return
+    if experiment.checkpoint.dir and trainer.checkpoints.steps():
+        raise CheckpointError(
+            f"checkpoint.resume = 'never', but {experiment.checkpoint.dir} holds checkpoints; "
+            "choose an empty checkpoint.dir"
+        )
+    if place := run_dir.set_aside():
+        log.info("fresh start: the earlier run was moved to %s", place)
+
+
+def _changes(stored: dict[str, Any], wanted: dict[str, Any], url: str) -> list[Change]:
+    found = changes(stored["config"], wanted["config"], source=url)
+    found += [Change(k, stored[k], wanted[k]) for k in _LOGGED if stored[k] != wanted[k]]
+    old, new = stored["manifest_hash"][:12], wanted["manifest_hash"][:12]
+    if old != new:
+        found.append(Change("data.shards", f"manifest {old}", f"manifest {new}", identity=True))
+    return found
