@@ -24,6 +24,7 @@ from dtr_scale.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+RelativeWidth = Annotated[float, Field(gt=0.0, lt=0.28)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=0)]
@@ -247,6 +248,12 @@ class TrainConfig(Section):
     lr: PositiveFloat = 1e-4
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     ema_decay: OpenFraction = 0.9999
+    """Decay of the averaged weights that samples are drawn with."""
+    ema_decays: list[OpenFraction] = []
+    """Decays of further averages, kept in checkpoints under ema_<decay>."""
+    ema_sigma_rel: list[RelativeWidth] = []
+    """Widths of EDM2's power-function averages, for example [0.05, 0.1]: `dtr-scale ema
+    reconstruct` makes one of any width of those in the kept checkpoints."""
     grad_clip: PositiveFloat | None = None
     """Largest global gradient norm; null: no clipping (the norm is logged all the same)."""
     seed: Count = 0

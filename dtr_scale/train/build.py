@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dtr_scale
 from dtr_scale.checkpoint.manager import CheckpointManager, Keep
 from dtr_scale.config.load import flatten, resolved
-from dtr_scale.config.schema import Experiment
+from dtr_scale.config.schema import Experiment, TrainConfig
 from dtr_scale.data.cache import GIB
 from dtr_scale.data.loader import BatchLoader, SampleReader, Samples
 from dtr_scale.data.order import GlobalOrder
@@ -39,7 +39,7 @@ from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage import Folder
 from dtr_scale.tracking.base import NotingTracker, NullTracker, Tracker
-from dtr_scale.train.ema import Ema
+from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from dtr_scale.train.run_dir import CHECKPOINTS, SAMPLES, RunDirectory
 from dtr_scale.train.trainer import Trainer
@@ -80,7 +80,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         diffusion=diffusion,
         timesteps=timesteps,
         loader=loader,
-        ema=Ema(engine, decay=train.ema_decay),
+        ema=Ema(engine, _ema_profiles(train)),
         checkpoints=open_checkpoints(experiment, world),
         meta={
             "config": resolved(experiment),
@@ -96,6 +96,14 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         save_every=experiment.checkpoint.every_steps,
         evaluate_every=experiment.evaluation.every_steps,
     )
+
+
+def _ema_profiles(train: TrainConfig) -> list[EmaProfile]:
+    return [
+        ConstantDecay(train.ema_decay, is_first=True),
+        *(ConstantDecay(decay) for decay in train.ema_decays),
+        *(PowerFunction(sigma_rel) for sigma_rel in train.ema_sigma_rel),
+    ]
 
 
 def build_diffusion(experiment: Experiment) -> GaussianDiffusion:

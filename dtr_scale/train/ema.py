@@ -1,40 +1,142 @@
-"""Exponential moving average of the weights, on each rank's fp32 fragments alone."""
+"""Exponential moving averages of the weights, on each rank's fp32 fragments alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.engines.base import Engine
 
 
-class Ema:
-    """ema <- decay * ema + (1 - decay) * master, without communication or a full replica."""
+class EmaProfile(Protocol):
+    """How much of the past an average holds."""
 
-    def __init__(self, engine: Engine, *, decay: float) -> None:
+    @property
+    def key(self) -> str:
+        """Name of the average's tensors in checkpoints: "<key>/<parameter>"."""
+        ...
+
+    def decay(self, step: int) -> float:
+        """Return the weight of the past in the update after training step `step`, 1, 2, ..."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConstantDecay:
+    """ema <- d * ema + (1 - d) * master, from the initial weights on."""
+
+    value: float
+    is_first: bool = False
+
+    @property
+    def key(self) -> str:
+        return "ema" if self.is_first else f"ema_{self.value:g}"
+
+    def decay(self, step: int) -> float:
+        return self.value
+
+
+@dataclass(frozen=True)
+class PowerFunction:
+    """EDM2's profile (Karras et al., 2024, eq. 3): the past weighs as t^gamma.
+
+    Its width grows with training: `sigma_rel` is its standard deviation as a share of the steps
+    so far. Averages of any other width can be made of a few stored ones, see `combination`.
+    """
+
+    sigma_rel: float
+
+    @property
+    def key(self) -> str:
+        return f"ema_power_{self.sigma_rel:g}"
+
+    @property
+    def gamma(self) -> float:
+        return power_gamma(self.sigma_rel)
+
+    def decay(self, step: int) -> float:
+        return (1 - 1 / step) ** (self.gamma + 1)
+
+
+class Ema:
+    """Averages of one or more profiles, without communication or a full replica."""
+
+    def __init__(self, engine: Engine, profiles: Sequence[EmaProfile]) -> None:
         self._engine = engine
-        self._decay = decay
+        self._profiles = tuple(profiles)
         self._masters = [fragment.master for fragment in engine.fragments()]
-        self.values = [master.clone() for master in self._masters]
+        self._values = [[master.clone() for master in self._masters] for _ in profiles]
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, step: int) -> None:
+        """Take in the weights after training step `step`, the first of which is 1."""
         foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-        foreach_lerp_(self.values, self._masters, 1.0 - self._decay)
+        for profile, values in zip(self._profiles, self._values, strict=True):
+            foreach_lerp_(values, self._masters, 1.0 - profile.decay(step))
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return this rank's part of all averages by key, as views."""
+        return {
+            f"{profile.key}/{part.name}": Piece(part.shape, part.offset, value)
+            for profile, values in zip(self._profiles, self._values, strict=True)
+            for part, value in zip(self._engine.fragments(), values, strict=True)
+        }
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the network compute with the averaged weights; afterwards all is as it was."""
-        self._exchange()
+        """Let the network compute with the first average; afterwards all is as it was."""
+        self._exchange(self._values[0])
         try:
             yield
         finally:
-            self._exchange()
+            self._exchange(self._values[0])
 
     @torch.no_grad()
-    def _exchange(self) -> None:
-        for average, master in zip(self.values, self._masters, strict=True):
+    def _exchange(self, values: list[Tensor]) -> None:
+        for average, master in zip(values, self._masters, strict=True):
             held = master.clone()
             master.copy_(average)
             average.copy_(held)
         self._engine.push_masters()
+
+
+def power_gamma(sigma_rel: float) -> float:
+    """Return the exponent of the power function of relative width `sigma_rel`, below 1/sqrt(12).
+
+    From Karras et al. (2024), eq. 126: sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1.
+    """
+    inverse = sigma_rel**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def combination(
+    stored: Sequence[tuple[int, float]], step: int, sigma_rel: float
+) -> tuple[np.ndarray, float]:
+    """Return how to make an average of `stored` ones, and how far its profile stays from the goal.
+
+    `stored` are (step, sigma_rel) of power-function averages. The first result holds their
+    weights, float64 [n], by least squares over the profiles (Karras et al., 2024, appendix C.3);
+    the second is the remaining distance of the profiles relative to the wanted one's norm.
+    """
+    profiles = [(t, power_gamma(sigma)) for t, sigma in stored]
+    goal = (step, power_gamma(sigma_rel))
+    gram = np.array([[_inner(a, b) for b in profiles] for a in profiles])
+    towards = np.array([_inner(a, goal) for a in profiles])
+    weights = np.linalg.lstsq(gram, towards, rcond=1e-12)[0]
+    rest = _inner(goal, goal) - 2 * weights @ towards + weights @ gram @ weights
+    return weights, float(np.sqrt(max(rest, 0.0) / _inner(goal, goal)))
+
+
+def _inner(a: tuple[int, float], b: tuple[int, float]) -> float:
+    """Return the integral of the product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1)."""
+    (t, gamma), (s, delta) = a, b
+    both = gamma + delta + 1
+    # Relative times: powers of millions of steps would overflow.
+    first = min(t, s)
+    scale = (first / t) ** (gamma + 0.5) * (first / s) ** (delta + 0.5) / np.sqrt(t * s)
+    return (gamma + 1) * (delta + 1) / both * float(scale)

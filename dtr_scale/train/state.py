@@ -23,10 +23,9 @@ class TrainingState:
         self._buffers: dict[str, Tensor] = {}
 
     def pieces(self) -> dict[str, Piece]:
-        state: dict[str, Piece] = {}
-        for part, average in zip(self._engine.fragments(), self._ema.values, strict=True):
+        state = self._ema.pieces()
+        for part in self._engine.fragments():
             state[f"master/{part.name}"] = Piece(part.shape, part.offset, part.master)
-            state[f"ema/{part.name}"] = Piece(part.shape, part.offset, average)
             for moment in ADAM_MOMENTS:
                 state[f"{moment}/{part.name}"] = Piece(
                     part.shape, part.offset, getattr(part, moment)

@@ -203,7 +203,7 @@ class Trainer:
         grad_norm = self.engine.step()
         cluster_loss = sums[4:] / counts
         self.objective.update(cluster_loss, counts)
-        self.ema.update()
+        self.ema.update(self.step + 1)
         self._watch.count(self.global_batch_size)
         leaving, mse_sum, vb_sum, objective = sums[:4].tolist()
         result = StepResult(
