@@ -6,7 +6,8 @@ import queue
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 TIMEOUT_SECONDS = 240
@@ -19,6 +20,21 @@ def run_on_ranks(
     timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> list[Any]:
     """Return what `function(*args)` returns on each rank; it must be importable by name."""
+    with _started(world_size, function, args) as (answers, ranks):
+        return _collect(answers, ranks, timeout_seconds)
+
+
+def exit_codes(world_size: int, function: Callable[..., Any], *args: Any) -> list[int | None]:
+    """Return how each rank's process ended, None for one that had to be killed."""
+    with _started(world_size, function, args) as (_, ranks):
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        return [process.exitcode for process in ranks]
+
+
+@contextmanager
+def _started(world_size: int, function: Callable[..., Any], args: Any) -> Iterator[Any]:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     with socket.socket() as probe:
@@ -31,7 +47,7 @@ def run_on_ranks(
     for process in ranks:
         process.start()
     try:
-        return _collect(answers, ranks, timeout_seconds)
+        yield answers, ranks
     finally:
         for process in ranks:
             process.kill()

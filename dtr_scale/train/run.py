@@ -2,27 +2,30 @@
 
 import contextlib
 import logging
-import time
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.peers import PeerWatch
 from dtr_scale.engines.world import World, join_world, launched_world_size
 from dtr_scale.errors import ConfigError, EngineError
+from dtr_scale.logs import launched_rank
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.build import build_evaluation, build_tracker, build_trainer
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.resume import take_up
-from dtr_scale.train.run_dir import RunDirectory, read_status, write_status
+from dtr_scale.train.run_dir import RunDirectory, write_status
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-EXIT_FINISHED, EXIT_REQUEUE = 0, 75
+EXIT_FINISHED, EXIT_FAILED, EXIT_REQUEUE = 0, 1, 75
 _PEER_SECONDS = 5.0
 
 
@@ -37,7 +40,8 @@ def train_experiment(experiment: Experiment) -> int:
         stack.enter_context(leave.listening())
         world = _join(experiment)
         run_dir = stack.enter_context(_run_directory(experiment, world))
-        stack.enter_context(_failures_told(experiment.run_path, world))
+        peers = PeerWatch(world, end=partial(_end_with_peer, experiment.run_path))
+        stack.enter_context(_failures_told(experiment.run_path, peers))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         stack.callback(trainer.checkpoints.close)
@@ -48,6 +52,7 @@ def train_experiment(experiment: Experiment) -> int:
         reason = trainer.run(leave, log=records.write, evaluate=evaluate)
         records.end("preempted" if reason else "finished", reason or "")
         world.barrier()
+        peers.close()
     # Not after an error: the other ranks may be waiting in a collective, or gone.
     world.leave()
     return EXIT_REQUEUE if reason else EXIT_FINISHED
@@ -138,28 +143,29 @@ def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirector
 
 
 @contextmanager
-def _failures_told(run_path: Path, world: World) -> Iterator[None]:
-    """Let the rank that failed write why into status.json; what breaks after it is no news.
+def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
+    """Let the rank that failed tell status.json and its peers why; what breaks after is no news.
 
     When a rank is gone, the collectives of the others fail with errors that explain nothing.
     """
     try:
         yield
     except BaseException as error:
-        if world.world_size > 1 and isinstance(error, RuntimeError) and _peer_has_failed(run_path):
-            told = EngineError(f"another rank failed: {read_status(run_path)['reason']}")
+        if isinstance(error, RuntimeError) and (failure := peers.wait_for_failure(_PEER_SECONDS)):
+            told = EngineError(f"another rank failed: {failure}")
             told.reported = True
             raise told from None
         reason = str(error).partition("\n")[0] or type(error).__name__
+        peers.post(reason)
         with contextlib.suppress(OSError):  # the error itself matters more
             write_status(run_path, "failed", reason=reason)
         raise
 
 
-def _peer_has_failed(run_path: Path) -> bool:
-    deadline = time.monotonic() + _PEER_SECONDS
-    while read_status(run_path)["outcome"] != "failed":
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
+def _end_with_peer(run_path: Path, failure: str) -> None:
+    """End this process, which still waits for a rank that has failed."""
+    if launched_rank() == 0:
+        log.error("another rank failed: %s", failure)
+        with contextlib.suppress(OSError):
+            write_status(run_path, "failed", reason=failure)
+    os._exit(EXIT_FAILED)

@@ -114,10 +114,5 @@ def write_status(
     _write_json(run_path, STATUS, content)
 
 
-def read_status(run_path: Path) -> dict[str, Any]:
-    """Return what `write_status` stored last."""
-    return Folder(run_path).read_json(STATUS)
-
-
 def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
     Folder(folder).write_bytes(name, json.dumps(content, indent=2).encode() + b"\n")

@@ -1,0 +1,126 @@
+"""Ends every rank of a run in which one has failed.
+
+A rank that waits in a collective for one that is gone may wait for half an hour (NCCL), and the
+launcher that would end it may be another or none. So all ranks look at one board, a key-value
+store that rank 0 serves, from a thread that does not wait for collectives.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from dtr_scale.engines.world import World
+
+log = logging.getLogger(__name__)
+
+_FAILURE = "failure"
+_REQUEST_TIMEOUT = timedelta(seconds=30)
+
+
+class PeerWatch:
+    """One rank's watch over the others, from its construction to `close`.
+
+    Every `interval_seconds` a rank shows that it lives and looks for a failure. Rank 0 posts that
+    of a rank that showed nothing for `silence_seconds`. A rank that still runs `grace_seconds`
+    after a failure was posted, or after rank 0 was lost, ends by `end(reason)`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        interval_seconds: float = 2.0,
+        grace_seconds: float = 20.0,
+        silence_seconds: float = 120.0,
+        end: Callable[[str], None],
+    ) -> None:
+        self._world = world
+        self._interval = interval_seconds
+        self._grace = grace_seconds
+        self._silence = silence_seconds
+        self._end = end
+        self._closing = threading.Event()
+        self._beats: dict[int, tuple[bytes, float]] = {}
+        if world.world_size == 1:
+            return
+        host = os.environ["MASTER_ADDR"]
+        self._store: Any = None
+        if world.is_main:
+            self._store = _store(host, 0, serves=True)
+        port = world.broadcast_object(self._store.port if self._store else None)
+        self._store = self._store or _store(host, port, serves=False)
+        self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
+        self._thread.start()
+
+    def post(self, reason: str) -> None:
+        """Tell all ranks that this one has failed; the first reason stays."""
+        if self._world.world_size > 1 and not self.failure():
+            try:
+                self._store.set(_FAILURE, f"rank {self._world.rank}: {reason}")
+            except dist.DistError:
+                log.debug("rank 0 is gone")
+
+    def failure(self) -> str | None:
+        """Return which rank failed and why, "rank 0 is gone", or None."""
+        if self._world.world_size == 1:
+            return None
+        try:
+            found = self._store.check([_FAILURE])
+            return self._store.get(_FAILURE).decode() if found else None
+        except dist.DistError:
+            return "rank 0 is gone"
+
+    def wait_for_failure(self, seconds: float) -> str | None:
+        """Return what `failure` does, after waiting for one up to `seconds`; None for its own."""
+        deadline = time.monotonic() + seconds
+        while self._world.world_size > 1:
+            reason = self.failure()
+            if reason or time.monotonic() > deadline:
+                return reason
+            time.sleep(0.1)
+        return None
+
+    def close(self) -> None:
+        """Stop watching. Every rank calls it after the last collective, rank 0 serves till then."""
+        self._closing.set()
+        if self._world.world_size > 1:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        beat = 0
+        while not self._closing.wait(self._interval):
+            beat += 1
+            try:
+                self._store.set(f"alive/{self._world.rank}", str(beat))
+                if self._world.is_main:
+                    self._look_for_silence()
+            except dist.DistError:
+                pass  # rank 0 is gone, as `failure` tells
+            if reason := self.failure():
+                break
+        else:
+            return
+        if not self._closing.wait(self._grace):
+            self._end(reason)
+
+    def _look_for_silence(self) -> None:
+        now = time.monotonic()
+        for rank in range(1, self._world.world_size):
+            key = f"alive/{rank}"
+            beat = self._store.get(key) if self._store.check([key]) else b""
+            last, since = self._beats.get(rank, (None, now))
+            self._beats[rank] = (beat, now if beat != last else since)
+            if now - self._beats[rank][1] > self._silence:
+                self._store.set(_FAILURE, f"rank {rank}: no sign of life for {self._silence:.0f} s")
+
+
+def _store(host: str, port: int, *, serves: bool) -> Any:  # noqa: ANN401
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, is_master=serves, wait_for_workers=False, timeout=_REQUEST_TIMEOUT
+    )
