@@ -242,6 +242,8 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     max_steps: PositiveInt = 400_000
+    max_minutes: PositiveFloat | None = None
+    """Checkpoint and leave with exit code 75 after so long, ahead of a scheduler's limit."""
     global_batch_size: PositiveInt = 256
     micro_batch_size: PositiveInt = 32
     """Samples per forward on one rank, at most the rank's share of the global batch."""

@@ -35,7 +35,7 @@ def train_experiment(experiment: Experiment) -> int:
     0: finished; 75: checkpointed, start it again to go on. The run directory's status.json tells
     the same, since launchers replace exit codes. Errors are raised.
     """
-    leave = LeaveRequest()
+    leave = LeaveRequest(experiment.train.max_minutes)
     with ExitStack() as stack:
         stack.enter_context(leave.listening())
         world = _join(experiment)

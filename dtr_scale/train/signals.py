@@ -1,7 +1,8 @@
-"""Requests to leave: a signal from the user or the scheduler, or a launcher that is gone."""
+"""Requests to leave: a signal, a time limit that comes near, or a launcher that is gone."""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,9 +16,14 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class LeaveRequest:
-    """Remembers why this rank should checkpoint and leave; None as long as it should not."""
+    """Remembers why this rank should checkpoint and leave; None as long as it should not.
 
-    def __init__(self) -> None:
+    `max_minutes` after its construction is a reason too.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._max_minutes = max_minutes
+        self._deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
         self._signal: str | None = None
         self._interrupted = False
         self._parent = os.getppid()
@@ -30,6 +36,8 @@ class LeaveRequest:
             return self._signal
         if os.getppid() != self._parent or (self._launcher and not _is_alive(self._launcher)):
             return "the launcher is gone"
+        if time.monotonic() > self._deadline:
+            return f"train.max_minutes = {self._max_minutes:g} are over"
         return None
 
     @contextmanager

@@ -178,9 +178,10 @@ def test_flagship_is_the_papers_setting():
     assert (routing.type, routing.alpha, routing.beta) == ("dtr", 4, 0.8)
     assert (flagship.objective.type, flagship.objective.num_clusters) == ("ant_uw", 8)
     assert (flagship.diffusion.noise_schedule, flagship.diffusion.num_timesteps) == ("cosine", 1000)
-    assert flagship.train.model_dump() == {
-        "max_steps": 2_000_000, "global_batch_size": 256, "micro_batch_size": 32, "lr": 1e-4,
-        "weight_decay": 0.0, "ema_decay": 0.9999, "grad_clip": None, "seed": 0, "log_every": 100,
+    train = flagship.train.model_dump()
+    assert train == train | {
+        "max_steps": 2_000_000, "global_batch_size": 256, "lr": 1e-4, "weight_decay": 0.0,
+        "ema_decay": 0.9999, "grad_clip": None,
     }  # fmt: skip
     assert (flagship.model.class_dropout_prob, flagship.data.horizontal_flip) == (0.1, True)
     assert flagship.evaluation.cfg_channels == 4

@@ -350,6 +350,15 @@ def test_losing_the_loss_stops_before_a_checkpoint(digits, tmp_path):
     assert status(tmp_path)["outcome"] == "failed"
 
 
+def test_a_time_limit_makes_a_run_save_and_leave(digits, tmp_path):
+    assert tiny(digits, tmp_path, "--train.max_minutes=0.000001") == 75
+    assert status(tmp_path)["outcome"] == "preempted"
+    assert status(tmp_path)["reason"] == "train.max_minutes = 1e-06 are over"
+    assert (tmp_path / "checkpoints" / "step_00000001" / "COMPLETE").exists()
+    assert tiny(digits, tmp_path) == 0
+    assert [record["step"] for record in journal(tmp_path)] == [1, 2, 3, 4]
+
+
 def test_one_process_cannot_be_many(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process, the launcher started 2"):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -98,3 +99,11 @@ def test_handlers_are_put_back_and_the_reason_stays():
         os.kill(os.getpid(), signal.SIGTERM)
     assert leave.reason == "SIGUSR1"
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_time_limit_is_a_reason_once_it_is_over():
+    assert LeaveRequest(max_minutes=60).reason is None
+    leave = LeaveRequest(max_minutes=0.1 / 60)
+    assert leave.reason is None
+    time.sleep(0.11)
+    assert leave.reason == "train.max_minutes = 0.00166667 are over"
