@@ -35,10 +35,13 @@ class _Inert:
         pass
 
 
-# What checkpoints of DiT ("args") and DTR ("config", by hydra) name beside tensors.
+# What checkpoints of DiT ("args"), DTR ("config", by hydra) and DeepSpeed name beside tensors.
 _STAND_INS = [
     "argparse.Namespace",
     "collections.defaultdict",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
     "typing.Any",
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata", "UnionNode")),
@@ -57,7 +60,7 @@ def read_weights(path: Path, weights: Literal["ema", "model"] = "ema") -> dict[s
     weights "ema" gives the model's. Raises CheckpointError for a file that cannot be read, holds no
     weights, or names a class that is no part of weights; none of its code is run.
     """
-    read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+    read = _read_safetensors if path.suffix == ".safetensors" else read_pickle
     content: Any = read(path)
     if isinstance(content, Mapping) and ("ema" in content or "model" in content):
         key = weights if weights == "model" or "ema" in content else "model"
@@ -111,7 +114,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _read_pickle(path: Path) -> Any:  # noqa: ANN401
+def read_pickle(path: Path) -> Any:  # noqa: ANN401
+    """Return what torch.save wrote, on the CPU, without running anything that it names.
+
+    Tensors are mapped from the file where its format allows it. Raises CheckpointError.
+    """
     stand_ins = torch.serialization.safe_globals([(_Inert, name) for name in _STAND_INS])
     try:
         mmap = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are none

@@ -1,0 +1,97 @@
+"""Where a training may start that none of its own checkpoints has gone before."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from dtr_scale.checkpoint.convert import from_official
+from dtr_scale.checkpoint.layout import Piece
+from dtr_scale.checkpoint.weights import read_pickle, read_weights
+from dtr_scale.engines.base import ADAM_MOMENTS
+from dtr_scale.errors import CheckpointError, ConfigError
+
+StartKind = Literal["dit", "dtr", "adm", "universal"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """State by parameter name, mapped from files where they allow it."""
+
+    weights: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    """exp_avg and exp_avg_sq; absent for a fresh optimizer."""
+    optimizer_step: int = 0
+
+
+def read_start(path: Path, kind: StartKind) -> Start:
+    """Return what official weights or a DeepSpeed universal checkpoint hold.
+
+    "dit", "dtr" and "adm" are files as `from_official` takes them: weights, averages, R-TR's masks,
+    and no optimizer. "universal" is a folder of DeepSpeed's ds_to_universal: weights, moments and
+    step; averages begin at the weights. Raises CheckpointError for what cannot be read.
+    """
+    if kind == "universal":
+        return _read_universal(path)
+    averages = from_official(read_weights(path, "ema"), kind)
+    try:
+        weights = from_official(read_weights(path, "model"), kind)
+    except CheckpointError:
+        weights = averages  # the averages alone were released
+    return Start(weights, averages)
+
+
+def take_up(start: Start, state: Mapping[str, Piece]) -> None:
+    """Copy a rank's part of the start into its pieces of masters, averages, moments and buffers.
+
+    ConfigError where the start has no tensor of a piece's shape.
+    """
+    sources = {"master": start.weights, "buffer": start.weights, **start.moments}
+    for key, piece in state.items():
+        kind, _, name = key.partition("/")
+        source = start.ema if kind.startswith("ema") else sources.get(kind)
+        if source is not None:
+            piece.data.copy_(_slice(source.get(name), name, piece))
+
+
+def _slice(whole: Tensor | None, name: str, piece: Piece) -> Tensor:
+    # ZeRO-3's universal tensors are flat.
+    if whole is None or tuple(whole.shape) not in (piece.shape, (prod(piece.shape),)):
+        found = "missing" if whole is None else f"of shape {tuple(whole.shape)}"
+        raise ConfigError(
+            f"checkpoint.start_from does not fit the network: {name} is {found}, the network's "
+            f"of {piece.shape}; set model as it was there"
+        )
+    return whole.view(-1)[piece.offset : piece.offset + piece.data.numel()]
+
+
+def _read_universal(folder: Path) -> Start:
+    names = sorted(path.parent.name for path in folder.glob("zero/*/fp32.pt"))
+    if not names:
+        raise CheckpointError(
+            f"{folder} is no universal checkpoint: it has no zero/PARAMETER/fp32.pt; make one with "
+            "DeepSpeed's ds_to_universal"
+        )
+
+    def read(state: str) -> dict[str, Tensor]:
+        return {name: _value(folder / "zero" / name / f"{state}.pt") for name in names}
+
+    weights = read("fp32")
+    moments = {moment: read(moment) for moment in ADAM_MOMENTS}
+    return Start(weights, weights, moments, _universal_step(folder / "zero", names[0]))
+
+
+def _value(path: Path) -> Any:  # noqa: ANN401
+    content = read_pickle(path)
+    return content["param"] if isinstance(content, dict) else content
+
+
+def _universal_step(folder: Path, name: str) -> int:
+    if (folder / name / "step.pt").exists():
+        return int(_value(folder / name / "step.pt"))
+    common = read_pickle(folder / "optimizer_state.pt")  # stage 3
+    return int(common["optimizer_state_dict"]["state"][0]["step"])
