@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dtr_scale.checkpoint.convert import from_official
+from dtr_scale.checkpoint.convert import load_official
 from dtr_scale.checkpoint.layout import Piece
-from dtr_scale.checkpoint.weights import read_pickle, read_weights
+from dtr_scale.checkpoint.weights import read_pickle
 from dtr_scale.engines.base import ADAM_MOMENTS
 from dtr_scale.errors import CheckpointError, ConfigError
 
@@ -31,21 +31,21 @@ class Start:
 def read_start(path: Path, kind: StartKind) -> Start:
     """Return what official weights or a DeepSpeed universal checkpoint hold.
 
-    "dit", "dtr" and "adm" are files as `from_official` takes them: weights, averages, R-TR's masks,
+    "dit", "dtr" and "adm" are files as `load_official` reads them: weights, averages, R-TR's masks,
     and no optimizer. "universal" is a folder of DeepSpeed's ds_to_universal: weights, moments and
     step; averages begin at the weights. Raises CheckpointError for what cannot be read.
     """
     if kind == "universal":
         return _read_universal(path)
-    averages = from_official(read_weights(path, "ema"), kind)
+    averages = load_official(path, kind, "ema")
     try:
-        weights = from_official(read_weights(path, "model"), kind)
+        weights = load_official(path, kind, "model")
     except CheckpointError:
         weights = averages  # the averages alone were released
     return Start(weights, averages)
 
 
-def take_up(start: Start, state: Mapping[str, Piece]) -> None:
+def begin(start: Start, state: Mapping[str, Piece]) -> None:
     """Copy a rank's part of the start into its pieces of masters, averages, moments and buffers.
 
     ConfigError where the start has no tensor of a piece's shape.
@@ -66,7 +66,7 @@ def _slice(whole: Tensor | None, name: str, piece: Piece) -> Tensor:
             f"checkpoint.start_from does not fit the network: {name} is {found}, the network's "
             f"of {piece.shape}; set model as it was there"
         )
-    return whole.view(-1)[piece.offset : piece.offset + piece.data.numel()]
+    return whole.detach().view(-1)[piece.offset : piece.offset + piece.data.numel()]
 
 
 def _read_universal(folder: Path) -> Start:

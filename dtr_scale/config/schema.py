@@ -309,6 +309,11 @@ class CheckpointConfig(Section):
     """Saves that fail in a row before the run stops."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest complete checkpoint; `never` insists on a fresh start."""
+    start_from: str | None = None
+    """Weights that a run without checkpoints starts from: see start_kind."""
+    start_kind: Literal["dit", "dtr", "adm", "universal"] = "dit"
+    """An official .pt of DiT, DTR or guided-diffusion (weights and average, fresh optimizer), or a
+    folder of DeepSpeed's universal format (moments and step too)."""
     allow_changes: Annotated[list[str], BeforeValidator(_comma_separated)] = []
     """Keys of model, diffusion, objective, batch size, seed or data (`data.shards` for its
     manifest) that may differ from the checkpoint's; on the command line separated by commas."""

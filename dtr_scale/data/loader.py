@@ -240,20 +240,23 @@ class _MicroBatches(Dataset["MicroBatch | DtrScaleError"]):
 
     def _assemble(self, key: _Key) -> MicroBatch:
         first = self.first_place + key.micro * self.micro_batch_size
-        places = range(first, first + self.micro_batch_size)
-        start = key.step * self.global_batch_size + first
-        self._prefetch(start)
-        shape = (self.micro_batch_size, *self.samples.manifest.shape)
+        self._prefetch(key.step * self.global_batch_size + first)
+        return self.assemble(key.step, range(first, first + self.micro_batch_size), key.salt)
+
+    def assemble(self, step: int, places: range, salt: int) -> MicroBatch:
+        """Return what `places` of the global batch of a step hold."""
+        start = step * self.global_batch_size + places.start
+        shape = (len(places), *self.samples.manifest.shape)
         x_start = np.empty(shape, np.float32)
         noise = np.empty(shape, np.float32)
         y: list[Condition] = []
-        located = self.order.samples(start, start + self.micro_batch_size)
+        located = self.order.samples(start, start + len(places))
         for i, (shard, index) in enumerate(located):
-            x_start[i], condition = self._sample(shard, index, start + i, key.salt)
+            x_start[i], condition = self._sample(shard, index, start + i, salt)
             y.append(condition)
-            generator = keyed_generator(self.seed, "noise", start + i, key.salt)
+            generator = keyed_generator(self.seed, "noise", start + i, salt)
             generator.standard_normal(out=noise[i], dtype=np.float32)
-        t, cluster = self.draw_timesteps.draw(key.step, places, key.salt)
+        t, cluster = self.draw_timesteps.draw(step, places, salt)
         return MicroBatch(
             x_start=torch.from_numpy(x_start),
             noise=torch.from_numpy(noise),
@@ -355,6 +358,20 @@ class BatchLoader:
         assert rest == 0
         self.close()
         self._keys = _Keys(step, self.grad_accum_steps, salt)
+
+    def peek(self, samples_seen: int, count: int) -> tuple[list[list[int]], MicroBatch]:
+        """Return the first samples of the step at `samples_seen`, whichever rank's they are.
+
+        They are at most `count`, as [shard, index], and as a micro-batch read in this process.
+        """
+        places = range(min(count, self.global_batch_size))
+        step = samples_seen // self.global_batch_size
+        located = self._dataset.order.samples(samples_seen, samples_seen + len(places))
+        try:
+            return [list(place) for place in located], self._dataset.assemble(step, places, 0)
+        finally:
+            if self._num_workers:
+                self.samples.close()
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self

@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
+from dtr_scale.checkpoint.start import read_start
 from dtr_scale.config.load import Change, changes
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.train.probe import compare
 from dtr_scale.train.run_dir import RunDirectory
 from dtr_scale.train.trainer import Trainer
 
@@ -47,12 +50,36 @@ def take_up(
         another = any(c.identity and c.key.startswith("objective.") for c in found)
         return ["objective"] if another else []
 
-    if trainer.resume(accept):
+    if meta := trainer.resume(accept):
         url = trainer.checkpoints.url(trainer.step)
         log.info("resumed %s at step %d", url, trainer.step)
+        _check_probe(trainer, meta, url, lenient=any(change.identity for change in found))
         for change in found:
             on_purpose = ", by checkpoint.allow_changes" if change.identity else ""
             log.info("since then: %s%s", change, on_purpose)
+    elif place := experiment.checkpoint.start_from:
+        with world.agree():
+            trainer.start(read_start(Path(place), experiment.checkpoint.start_kind))
+        log.info("starting from %s", place)
+
+
+def _check_probe(trainer: Trainer, meta: dict[str, Any], url: str, *, lenient: bool) -> None:
+    """Compare the next samples and their loss with what was stored; CheckpointError if they differ.
+
+    `lenient` where something was changed on purpose, which changes them too.
+    """
+    stored, found = meta.get("probe"), trainer.probe()
+    if stored is None or found is None:
+        log.info("no probe loss to compare with")
+        return
+    precisions = {m["config"]["engine"]["precision"] for m in (meta, trainer.meta)}
+    try:
+        log.info("%s", compare(stored, found, precisions, url))
+    except CheckpointError as error:
+        if not lenient:
+            error.on_every_rank = True
+            raise
+        log.warning("%s (checkpoint.allow_changes)", error)
 
 
 def _start_afresh(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> None:

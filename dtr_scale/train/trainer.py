@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dtr_scale.checkpoint.manager import CheckpointManager
+from dtr_scale.checkpoint.start import Start, begin
 from dtr_scale.data.loader import BatchLoader, MicroBatch
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler
@@ -19,6 +20,7 @@ from dtr_scale.errors import EngineError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
+from dtr_scale.train.probe import Probe, take_probe
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.state import TrainingState
 
@@ -155,6 +157,7 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.samples_seen,
             "optimizer_step": self.engine.optimizer_step,
+            "probe": probe.as_dict() if (probe := self.probe()) else None,
         }
         self.checkpoints.save(self.step, self._state.pieces(), meta, self._figures(result))
 
@@ -166,18 +169,27 @@ class Trainer:
 
     def resume(
         self, accept: Callable[[dict[str, Any], str], Collection[str]] = lambda meta, url: ()
-    ) -> bool:
+    ) -> dict[str, Any] | None:
         """Take up the newest complete checkpoint, if `accept` has it (see `restore`).
 
-        Returns whether there is one.
+        Returns its meta; None if there is no checkpoint.
         """
         meta = self.checkpoints.restore(self._state.pieces(), accept)
         if meta is None:
-            return False
+            return None
         self._state.take_over()
         self.engine.optimizer_step = meta["optimizer_step"]
         self.step = meta["step"]
-        return True
+        return meta
+
+    def start(self, start: Start) -> None:
+        """Begin with the state of another training; what it does not hold stays fresh."""
+        begin(start, self._state.pieces())
+        self._state.take_over()
+        self.engine.optimizer_step = start.optimizer_step
+
+    def probe(self) -> Probe | None:
+        return take_probe(self.world, self.engine, self.diffusion, self.loader, self.samples_seen)
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         counts = torch.from_numpy(self.timesteps.counts(self.step)).to(self.world.device)
