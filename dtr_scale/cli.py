@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_affinity,
         _add_prepare,
         _add_convert,
+        _add_checkpoint,
+        _add_ema,
         _add_plan,
         _add_config,
     ):
@@ -243,6 +245,46 @@ def _add_convert(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.set_defaults(run=_convert)
 
 
+def _add_checkpoint(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "checkpoint",
+        "look into checkpoints: a step_* folder, a run directory (its newest) or s3://",
+        "dtr-scale checkpoint inspect runs/demo_digits\n"
+        "  dtr-scale checkpoint export runs/demo_digits --ema 0.995 --out model.safetensors",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    inspect = actions.add_parser("inspect", help="position, sizes, tree", allow_abbrev=False)
+    verify = actions.add_parser("verify", help="read and check every byte", allow_abbrev=False)
+    export = actions.add_parser("export", help="averaged weights as a file", allow_abbrev=False)
+    for action, run in ((inspect, _inspect), (verify, _verify), (export, _export)):
+        action.add_argument("place", metavar="PATH")
+        action.set_defaults(run=run)
+    inspect.add_argument("--config", metavar="FILE", help="also tell what differs from this file")
+    export.add_argument("--ema", default="ema", help="a decay, power_<width>, or none for weights")
+    export.add_argument("--out", type=Path, required=True, help="safetensors")
+    diff = actions.add_parser("diff", help="what differs between two", allow_abbrev=False)
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    diff.set_defaults(run=_diff)
+
+
+def _add_ema(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "ema",
+        "make an average of any width of those in a run's kept checkpoints (train.ema_sigma_rel)",
+        "dtr-scale ema reconstruct runs/NAME --sigma-rel 0.15 --out model.safetensors",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    make = actions.add_parser("reconstruct", help="write it as a file", allow_abbrev=False)
+    make.add_argument("place", metavar="RUN_DIR")
+    make.add_argument("--sigma-rel", type=float, required=True, help="relative width, 0.01 to 0.28")
+    make.add_argument("--step", type=positive_integer, help="default: the newest checkpoint's")
+    make.add_argument("--out", type=Path, required=True, help="safetensors")
+    make.set_defaults(run=_reconstruct)
+
+
 def _add_config(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
@@ -373,6 +415,68 @@ def _convert(arguments: argparse.Namespace) -> int:
     print(out)
     if target == "diffusers":
         print(f"before use, set the timestep frequencies as {out / 'README.md'} says")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from dtr_scale.checkpoint.inspection import describe, find_checkpoint
+    from dtr_scale.config.load import changes, load_experiment, resolved
+
+    reader = find_checkpoint(arguments.place)
+    print(describe(reader))
+    if arguments.config:
+        wanted = resolved(load_experiment(arguments.config))
+        found = changes(reader.meta["config"], wanted, source=reader.url)
+        print("", f"against {arguments.config}", *found or ["no difference"], sep="\n")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from dtr_scale.checkpoint.inspection import find_checkpoint, verify
+
+    reader = find_checkpoint(arguments.place)
+    damaged = 0
+    for name, problem in verify(reader):
+        damaged += problem is not None
+        print(f"{name}: {problem or 'ok'}")
+    print(f"{reader.url}: {f'{damaged} damaged' if damaged else 'complete and as written'}")
+    return 1 if damaged else 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dtr_scale.train.export import export_checkpoint
+
+    export_checkpoint(arguments.place, arguments.ema, arguments.out)
+    print(arguments.out)
+    return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    from dtr_scale.checkpoint.inspection import differences, find_checkpoint
+    from dtr_scale.config.load import changes
+
+    a, b = find_checkpoint(arguments.a), find_checkpoint(arguments.b)
+    told, kinds = differences(a, b)
+    for line in (*told, *changes(a.meta["config"], b.meta["config"], source=a.url)):
+        print(line)
+    for kind in kinds:
+        print(
+            f"{kind.kind}: {kind.differing} of {kind.total} tensors differ, relative "
+            f"{kind.relative:.3g}, at most {kind.largest:.3g} {kind.largest_in}".rstrip()
+        )
+    return 0
+
+
+def _reconstruct(arguments: argparse.Namespace) -> int:
+    from dtr_scale.train.export import reconstruct_run
+
+    if not 0.01 <= arguments.sigma_rel < 0.28:
+        raise ConfigError(f"--sigma-rel={arguments.sigma_rel} is not accepted; give 0.01 to 0.28")
+    count, distance = reconstruct_run(
+        arguments.place, arguments.sigma_rel, arguments.out, arguments.step
+    )
+    print(arguments.out)
+    print(f"made of {count} averages; its profile is {distance:.1%} from the one asked for")
     return 0
 
 

@@ -62,6 +62,22 @@ class CheckpointReader:
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors by key."""
+        return {key: tuple(tensor["shape"]) for key, tensor in self._tensors.items()}
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of all files by name, as they must be."""
+        return {name: file["bytes"] for name, file in self._files.items()}
+
+    def check_file(self, name: str) -> None:
+        """Read a file through; DamagedCheckpointError at the first block that is not as written."""
+        self.check_sizes([name])
+        blocks = len(self._files[name]["blocks"])
+        deque(self._verified([(name, number) for number in range(blocks)]), maxlen=0)
+
     def check_sizes(self, names: Iterable[str] | None = None) -> None:
         """Check that files, all or the named ones, are there in full: this reads none of them."""
         for name in self._files if names is None else names:
