@@ -43,6 +43,7 @@ OFFLOADED = {
         "offload_optimizer": {"device": "cpu"},
         "offload_param": {"device": "cpu"},
         "stage3_param_persistence_threshold": 0,
+        "sub_group_size": 10_000,
     },
 }
 FP32 = [f"{engine}_fp32" for engine in ("zero0", "zero1", "zero2", "zero3", "fsdp2")]

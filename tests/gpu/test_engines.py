@@ -12,9 +12,8 @@ from dtr_scale.config.load import load_experiment
 from dtr_scale.engines.world import join_world
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.build import build_trainer
-from dtr_scale.train.signals import LeaveRequest
 from tests.ranks import run_on_ranks
-from tests.runs import ROOT, train_on
+from tests.runs import ROOT, run_trainer, train_on
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,9 +84,8 @@ def losses(records):
 @pytest.mark.parametrize("compiled", ["", "_compiled"], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_train_the_same_network(runs, name, compiled):
-    expected = losses(runs["single"])
-    assert expected[-1] < expected[0]
-    assert losses(runs[f"{name}{compiled}"]) == pytest.approx(expected, rel=2e-2)
+    expected = pytest.approx(losses(runs["single"]), rel=2e-2)
+    assert losses(runs[f"{name}{compiled}"]) == expected
 
 
 @pytest.mark.parametrize("before", ENGINES)
@@ -100,13 +98,11 @@ def test_every_engine_goes_on_from_every_other(runs, before):
 def peak_of_dit_l(place: Path, engine: tuple[str, ...]) -> tuple[str, float]:
     """Return the GPU and the most memory that three steps of two micro-batches of 32 took."""
     with one_gpu() as world:
-        three = ("--train.max_steps=3", "--checkpoint.keep_last=1", *engine)
+        three = ("--train.max_steps=3", *engine)
         trainer = build_trainer(experiment(place, "DiT-L/2", 32, *three), world)
+        trainer.save = lambda: None  # 7 GB on disk
         torch.cuda.reset_peak_memory_stats()
-        batches = iter(trainer.loader)
-        for _ in range(3):  # not `run`, which would store 7 GB
-            trainer._train_step(batches, LeaveRequest())
-        trainer.loader.close()
+        run_trainer(trainer)
     return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 1e9
 
 
