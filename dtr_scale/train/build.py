@@ -116,7 +116,11 @@ def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
 
 
 def build_network(experiment: Experiment) -> Denoiser:
-    """Return the network of an experiment, initialised from its seed, the same on every rank."""
+    """Return the network of an experiment, initialised from its seed.
+
+    Every rank builds all of it on the CPU, so that it is the same at every world size and under
+    every engine; those that shard free what they do not keep.
+    """
     torch.manual_seed(experiment.train.seed)
     return build_model(
         experiment.model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps

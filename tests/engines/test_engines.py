@@ -52,6 +52,7 @@ BEGUN_ON_ONE = ["single_fp32_then_zero3_fp32", "single_fp32_then_fsdp2_fp32"]
 ENDED_ON_ONE = ["zero3_fp32_then_single_fp32", "fsdp2_fp32_then_single_fp32"]
 
 
+# 32 rows on three ranks are 11, 11 and 10; the only class is one row, on one rank.
 ODD = ("--train.global_batch_size=24", "--model.conditioning=none", "--evaluation.cfg_scale=1")
 
 
@@ -232,16 +233,19 @@ class Part(NamedTuple):
     as_initialised: bool
 
 
-def parts_of_engines(digits: Path, place: Path, names: list[str]) -> dict[str, list[Part]]:
-    """Runs on each rank: what it holds of a network with tensors of few and uneven rows."""
+def three_ranks(
+    digits: Path, place: Path, names: list[str]
+) -> tuple[list[Record], dict[str, list[Part]]]:
+    """Runs on each rank: a training on uneven shards, and what each engine gives a rank."""
     world = join_world(needs_process_group=True)
+    job = Job("fsdp2", (*setting("fsdp2_fp32"), *ODD, HALF_WAY))
+    records = train_all(digits, place, [job], world)["fsdp2"]
     parts = {name: parts_of(world, digits, place / name, name) for name in names}
     world.leave()
-    return parts
+    return records, parts
 
 
 def parts_of(world: World, digits: Path, place: Path, name: str) -> list[Part]:
-    # 32 rows on three ranks are 11, 11 and 10; the only class is one row, on one rank.
     experiment = demo_experiment(digits, place, *setting(name), *ODD)
     initial = {n: p.detach().view(-1) for n, p in build_network(experiment).named_parameters()}
     parts = []
@@ -272,11 +276,16 @@ def assert_equal_parts(digits: Path, ranks: list[list[Part]], copies: int = 1) -
         assert end == numel, name
 
 
-def test_ranks_hold_equal_parts_of_the_fp32_weights(digits, tmp_path):
+def test_uneven_shards_on_three_ranks(digits, tmp_path):
     names = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"]
-    ranks = run_on_ranks(3, parts_of_engines, digits, tmp_path, names)
+    ranks = run_on_ranks(3, three_ranks, digits, tmp_path, names)
     for name in names:
-        assert_equal_parts(digits, [rank[name] for rank in ranks])
+        assert_equal_parts(digits, [parts[name] for _, parts in ranks])
+    single = (*setting("single_fp32"), *ODD)
+    jobs = [Job("single", single), Job("fsdp2", single, resume=True)]
+    alone = train_all(digits, tmp_path, jobs, LONE)
+    for records, _ in ranks:
+        assert_same(records + alone["fsdp2"], alone["single"], "fp32")
 
 
 def four_ranks(digits: Path, place: Path) -> tuple[list[Record], list[Part]]:
