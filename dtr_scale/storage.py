@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dtr_scale.errors import ConfigError
 
 _OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "max_attempts")
 _PART = ".part"  # ending of temporary names, never listed
+_MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # of one system call
 _S3_PART_BYTES = 32 * 2**20  # what one request uploads
 
 
@@ -86,8 +87,11 @@ class Folder:
         """Return bytes [start, end) of a file."""
         raise NotImplementedError
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of a file from `start` on; an OSError if it is shorter."""
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill one buffer after the other with the bytes of a file from `start` on.
+
+        An OSError if it ends before.
+        """
         raise NotImplementedError
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
@@ -113,10 +117,6 @@ class Folder:
     def fsync(self) -> None:
         """Make renames inside the folder survive a power cut; S3 needs nothing."""
         raise NotImplementedError
-
-    def _filled(self, name: str, num_read: int, buffer: memoryview) -> None:
-        if num_read != len(buffer):
-            raise OSError(f"{self.url}/{name} ends {len(buffer) - num_read} bytes early")
 
     def _compare_sizes(self, local_path: Path, name: str) -> None:
         sent, stored = local_path.stat().st_size, self.size(name)
@@ -149,10 +149,13 @@ class _LocalFolder(Folder):
             file.seek(start)
             return file.read(-1 if end is None else end - start)
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
         with (self.local_path / name).open("rb", buffering=0) as file:
-            file.seek(start)
-            self._filled(name, file.readinto(buffer), buffer)
+            for first in range(0, len(buffers), _MAX_BUFFERS):
+                some = buffers[first : first + _MAX_BUFFERS]
+                if os.preadv(file.fileno(), some, start) < (num_bytes := sum(map(len, some))):
+                    raise OSError(f"{self.url}/{name} ends before byte {start + num_bytes}")
+                start += num_bytes
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         with _replacing(self.local_path / name) as temporary:
@@ -217,10 +220,13 @@ class _S3Folder(Folder):
             "cat_file", self._path(name), start=start or None, end=end, max_concurrency=1
         )
 
-    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        data = self.read_bytes(name, start, start + len(buffer))
-        self._filled(name, len(data), buffer)
-        buffer[:] = data
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
+        num_bytes = sum(map(len, buffers))
+        data = memoryview(self.read_bytes(name, start, start + num_bytes))
+        if len(data) < num_bytes:
+            raise OSError(f"{self.url}/{name} ends before byte {start + num_bytes}")
+        for buffer in buffers:
+            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 
     def write_bytes(self, name: str, data: bytes | memoryview) -> None:
         parts = bytes(data) if len(data) < 2 * _S3_PART_BYTES else _Parts(data)

@@ -4,14 +4,13 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from dtr_scale.checkpoint.background import Background
 from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.layout import Piece, rank_file
 from dtr_scale.checkpoint.reader import CheckpointReader
-from dtr_scale.checkpoint.retention import Metrics, superfluous
+from dtr_scale.checkpoint.retention import Keep, Retention
 from dtr_scale.checkpoint.snapshot import Snapshot, own_share
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, DamagedCheckpointError, UnsavedError
@@ -21,17 +20,6 @@ log = logging.getLogger(__name__)
 
 _PROBE = ".probe"
 _LAST_SAVE_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay: the `last` ones, those of `every` n-th step, and the `best` by
-    `metric`, of which less is better; 0 for none."""
-
-    last: int = 3
-    every: int = 0
-    best: int = 0
-    metric: str = "loss"
 
 
 class CheckpointManager:
@@ -49,10 +37,9 @@ class CheckpointManager:
         """Step of the newest complete checkpoint, restored or saved."""
         self._folder = folder
         self._catalog = Catalog(folder)
-        self._metrics = Metrics(folder)
+        self._retention = Retention(self._catalog, keep or Keep())
         self._world = world
         self._threads = world.in_background()
-        self._keep = keep or Keep()
         self._max_failures = max_failures
         self._failures: list[CheckpointError] = []  # in a row
         self._background = Background()
@@ -137,11 +124,7 @@ class CheckpointManager:
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """Remember what the checkpoint of `step` was measured at; for rank 0."""
-        try:
-            if self._keep.best:
-                self._metrics.note(step, figures)
-        except OSError as error:
-            log.warning("figures of step %d are not kept: %s", step, error)
+        self._retention.note(step, figures)
 
     def restore(
         self,
@@ -207,8 +190,8 @@ class CheckpointManager:
         self._failures.clear()
         self.saved_step = step
         if self._world.is_main:
-            self.note(step, figures)
-            self._retire(step)
+            self._retention.note(step, figures)
+            self._retention.retire(step)
 
     def _store(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
         """Store the ranks' snapshots; where one fails, nothing carries the final name."""
@@ -224,27 +207,6 @@ class CheckpointManager:
         with world.agree(), _as_checkpoint_error(url):
             if world.is_main:
                 self._catalog.commit(step, entries, meta)
-
-    def _retire(self, step: int) -> None:
-        """Remove what the checkpoint of `step` makes superfluous; training goes on if it fails."""
-        keep = self._keep
-        try:
-            # Damaged ones that were passed over may be newer; they do not count.
-            steps = [old for old in self._catalog.steps() if old <= step]
-            gone = superfluous(
-                steps,
-                is_complete=self._catalog.is_complete,
-                keep_last=keep.last,
-                keep_every=keep.every,
-                best=self._metrics.best_first(keep.metric) if keep.best else [],
-                keep_best=keep.best,
-            )
-            for old in gone:
-                self._catalog.discard(old)
-            if keep.best:
-                self._metrics.keep(self._catalog.steps())
-        except (OSError, CheckpointError) as error:
-            log.warning("old checkpoints stay in %s: %s", self._folder.url, error)
 
 
 def _kind(key: str) -> str:

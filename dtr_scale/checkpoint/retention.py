@@ -1,14 +1,69 @@
 """Which checkpoints stay: the newest, every n-th, and the best by a metric."""
 
 import json
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
+from dtr_scale.checkpoint.catalog import Catalog
+from dtr_scale.errors import CheckpointError
 from dtr_scale.storage import Folder
 
+log = logging.getLogger(__name__)
+
 METRICS = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """How many stay: the `last` ones, those of `every` n-th step, and the `best` by `metric`.
+
+    Less is better; 0 stands for none.
+    """
+
+    last: int = 3
+    every: int = 0
+    best: int = 0
+    metric: str = "loss"
+
+
+class Retention:
+    """Applies a `Keep` to a run's checkpoints, on rank 0. No failure here is worth the run."""
+
+    def __init__(self, catalog: Catalog, keep: Keep) -> None:
+        self._catalog = catalog
+        self._keep = keep
+        self._metrics = Metrics(catalog.folder)
+
+    def note(self, step: int, figures: Mapping[str, float]) -> None:
+        """Remember what the checkpoint of `step` was measured at."""
+        try:
+            if self._keep.best:
+                self._metrics.note(step, figures)
+        except OSError as error:
+            log.warning("figures of step %d are not kept: %s", step, error)
+
+    def retire(self, step: int) -> None:
+        """Remove what the checkpoint of `step` makes superfluous."""
+        keep = self._keep
+        try:
+            # Damaged ones that were passed over may be newer; they do not count.
+            steps = [old for old in self._catalog.steps() if old <= step]
+            gone = superfluous(
+                steps,
+                keep,
+                best_first=self._metrics.best_first(keep.metric) if keep.best else [],
+                is_complete=self._catalog.is_complete,
+            )
+            for old in gone:
+                self._catalog.discard(old)
+            if keep.best:
+                self._metrics.keep(self._catalog.steps())
+        except (OSError, CheckpointError) as error:
+            log.warning("old checkpoints stay in %s: %s", self._catalog.folder.url, error)
 
 
 class Metrics:
@@ -57,24 +112,23 @@ class Metrics:
 
 def superfluous(
     steps: Sequence[int],
+    keep: Keep,
     *,
+    best_first: Sequence[int],
     is_complete: Callable[[int], bool],
-    keep_last: int,
-    keep_every: int,
-    best: Sequence[int],
-    keep_best: int,
 ) -> list[int]:
     """Return which of `steps` (newest first) may go.
 
-    `best` are steps, the best first. What is not complete takes nobody's place: without
-    `keep_last` complete ones nothing goes, so one always stays.
+    What is not complete takes nobody's place: without `keep.last` complete ones nothing goes, so
+    one always stays.
     """
-    last = list(islice(filter(is_complete, steps), keep_last))
-    if len(last) < keep_last:
+    last = list(islice(filter(is_complete, steps), keep.last))
+    if len(last) < keep.last:
         return []
-    kept = set(islice((step for step in best if step in steps and is_complete(step)), keep_best))
+    measured = (step for step in best_first if step in steps and is_complete(step))
+    best = set(islice(measured, keep.best))
     return [
         step
         for step in steps
-        if step < last[-1] and step not in kept and not (keep_every and step % keep_every == 0)
+        if step < last[-1] and step not in best and not (keep.every and step % keep.every == 0)
     ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import dtr_scale
-from dtr_scale.checkpoint.manager import CheckpointManager, Keep
+from dtr_scale.checkpoint.manager import CheckpointManager
+from dtr_scale.checkpoint.retention import Keep
 from dtr_scale.config.load import flatten, resolved
 from dtr_scale.config.schema import Experiment, TrainConfig
 from dtr_scale.data.cache import GIB

@@ -1,5 +1,7 @@
 """Checkpoints appear whole or not at all, and a damaged one is never loaded."""
 
+import contextlib
+import itertools
 import json
 import re
 import resource
@@ -11,9 +13,9 @@ import torch
 
 from dtr_scale.checkpoint.catalog import UNFINISHED
 from dtr_scale.checkpoint.layout import COMPLETE, INDEX, Piece
-from dtr_scale.checkpoint.manager import CheckpointManager, Keep
+from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.reader import CheckpointReader
-from dtr_scale.checkpoint.retention import METRICS
+from dtr_scale.checkpoint.retention import METRICS, Keep
 from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError, UnsavedError
@@ -134,6 +136,51 @@ def test_a_save_cut_off_does_not_count(folder):
     state = state_of(0.0)
     assert manager.restore(state) == {"step": 5}
     assert folder.names() == ["step_00000005"]
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new_step", "damaged_step_again"])
+def test_a_kill_between_any_two_changes_of_the_store_leaves_a_complete_one(
+    folder, monkeypatch, again
+):
+    """Killed before its first, second, ... change; then restored, and saved to again."""
+    moment, killed = 0, True
+    while killed:
+        place, changes = folder.child(str(moment)), itertools.count()
+        save(manager_of(place, last=1), 1)
+        if again:
+            save(manager_of(place, last=9), 2)
+            cut(place.child("step_00000002"), PART)
+        manager = manager_of(place, last=1)
+        with monkeypatch.context() as patch:
+            for name in ("write_bytes", "remove", "rename"):
+                patch.setattr(type(folder), name, mortal(type(folder), name, moment, changes))
+            with contextlib.suppress(Killed):
+                save(manager, 2)
+        state = state_of(0.0)
+        meta = manager_of(place).restore(state)
+        assert meta in ({"step": 1}, {"step": 2})
+        assert_holds(state, meta["step"])
+        assert manager.saved_step in (None, meta["step"])
+        save(manager_of(place, last=1), 3)
+        assert place.names() == ["step_00000003"]
+        killed = next(changes) > moment
+        moment += killed
+    assert moment > 4
+
+
+def mortal(kind, name, moment, changes):
+    method = getattr(kind, name)
+
+    def changing(self, *arguments):
+        if next(changes) == moment:
+            raise Killed
+        return method(self, *arguments)
+
+    return changing
 
 
 def test_a_damaged_one_of_the_same_step_is_replaced(folder):

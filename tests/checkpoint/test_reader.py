@@ -62,9 +62,9 @@ def test_only_the_blocks_that_are_needed_are_read_and_each_once(folder, monkeypa
     )
     read, read_into = [], type(folder).read_into
 
-    def spy(self, name, start, buffer):
+    def spy(self, name, start, buffers):
         read.append(start // 64)
-        read_into(self, name, start, buffer)
+        read_into(self, name, start, buffers)
 
     monkeypatch.setattr(type(folder), "read_into", spy)
     pieces = {
@@ -87,6 +87,12 @@ def test_damage_matters_only_to_whom_it_hits(tmp_path, monkeypatch):
     piece = Piece((100,), 0, torch.zeros(50))
     reader.read_into({"master/w": piece})
     assert torch.equal(piece.data, VALUES[:50])
+    data[200] ^= 1  # the first block that holds values
+    folder.write_bytes(rank_file(0), bytes(data))
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged in bytes 192 to 256"):
+        reader.read(["master/w"])
+    data[200] ^= 1
+    folder.write_bytes(rank_file(0), bytes(data))
     last = len(data) // 64 * 64
     with pytest.raises(DamagedCheckpointError, match=rf"is damaged in bytes {last} to {len(data)}"):
         reader.read(["master/w"])
