@@ -57,6 +57,7 @@ def one_step(place: Path, engine: tuple[str, ...]) -> Figures:
 
 
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.parametrize("name", ENGINES)
 def test_dit_xl_on_two_ranks(tmp_path, capsys, name):
     ranks = run_on_ranks(2, one_step, tmp_path, ENGINES[name], timeout_seconds=900)
