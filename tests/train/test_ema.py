@@ -70,8 +70,8 @@ def test_a_power_function_weighs_the_past_by_its_exponent():
 
 @settings(deadline=None, max_examples=30)
 @given(
-    sigma_rel=st.floats(0.03, 0.2),
-    num_snapshots=st.integers(8, 40),
+    sigma_rel=st.floats(0.04, 0.15),
+    num_snapshots=st.integers(10, 40),
     every=st.sampled_from([10, 5_000, 100_000]),
 )
 def test_averages_of_other_widths_are_made_of_two_stored_ones(sigma_rel, num_snapshots, every):
