@@ -54,6 +54,26 @@ def test_what_is_missing_is_a_file_not_found(folder, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+def test_bytes_are_read_into_memory_that_is_there(folder):
+    """Also into more pieces than one system call takes; a file that ends before is an error."""
+    content = bytes(range(256)) * 20
+    folder.write_bytes("a", content)
+    pieces = [memoryview(bytearray(2)) for _ in range(2000)]
+    folder.read_into("a", 7, pieces)
+    assert b"".join(pieces) == content[7:4007]
+    with pytest.raises(OSError, match=r"ends before byte 5121"):
+        folder.read_into("a", 5000, [memoryview(bytearray(100)), memoryview(bytearray(21))])
+    with pytest.raises(FileNotFoundError):
+        folder.read_into("missing", 0, pieces)
+
+
+def test_memory_larger_than_one_request_is_uploaded_in_parts(s3_url, monkeypatch):
+    monkeypatch.setattr("dtr_scale.storage._S3_PART_BYTES", 5 * 2**20)  # the least S3 takes
+    content = bytes(range(256)) * 50_000
+    Folder(s3_url).write_bytes("big", memoryview(content))
+    assert Folder(s3_url).read_bytes("big") == content
+
+
 def test_a_folder_crosses_processes(folder):
     folder.write_bytes("a", b"1")
     again = pickle.loads(pickle.dumps(folder))

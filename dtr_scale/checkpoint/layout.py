@@ -70,7 +70,6 @@ def build_index(entries: list[dict[str, Any]], meta: dict[str, Any]) -> bytes:
     index = {
         "format": FORMAT,
         "meta": meta,
-        "block_bytes": BLOCK_BYTES,
         "files": {e["file"]: {"bytes": e["bytes"], "blocks": e["blocks"]} for e in entries},
         "tensors": tensors,
     }

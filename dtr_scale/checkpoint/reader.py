@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from dtr_scale.checkpoint import layout
 from dtr_scale.checkpoint.layout import (
     COMPLETE,
     FORMAT,
@@ -58,7 +59,7 @@ class CheckpointReader:
                 f"{self.url} has format {content['format']}; this version reads {FORMAT}"
             )
         self.meta: dict[str, Any] = content["meta"]
-        self._block_bytes: int = content["block_bytes"]
+        self._block_bytes = layout.BLOCK_BYTES
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
 
@@ -109,15 +110,19 @@ class CheckpointReader:
         self._check_shapes(wanted)
         blocks = self._parts_by_block(wanted)
         self.check_sizes(sorted({name for name, _ in blocks}))
-        own = threading.local()
+        own, pinned = threading.local(), torch.cuda.is_available()
+        scratches = [
+            torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(_NUM_THREADS)
+        ]
+
+        def begin() -> None:
+            own.scratch = scratches.pop()
 
         def read(place: tuple[str, int]) -> None:
-            if not hasattr(own, "scratch"):
-                pinned = torch.cuda.is_available()
-                own.scratch = torch.empty(self._block_bytes, dtype=torch.uint8, pin_memory=pinned)
             self._read_block(*place, blocks[place], own.scratch)
 
-        pool = ThreadPoolExecutor(_NUM_THREADS)
+        pool = ThreadPoolExecutor(_NUM_THREADS, initializer=begin)
         try:
             for done in [pool.submit(read, place) for place in sorted(blocks)]:
                 done.result()

@@ -52,12 +52,17 @@ class Retention:
         try:
             # Damaged ones that were passed over may be newer; they do not count.
             steps = [old for old in self._catalog.steps() if old <= step]
+            best_first = self._metrics.best_first(keep.metric) if keep.best else []
             gone = superfluous(
-                steps,
-                keep,
-                best_first=self._metrics.best_first(keep.metric) if keep.best else [],
-                is_complete=self._catalog.is_complete,
+                steps, keep, best_first=best_first, is_complete=self._catalog.is_complete
             )
+            if gone and keep.best and not best_first:
+                log.warning(
+                    "checkpoint.best_metric = %r was noted for no checkpoint so far, none is kept "
+                    "for it; noted are %s",
+                    keep.metric,
+                    ", ".join(self._metrics.names()),
+                )
             for old in gone:
                 self._catalog.discard(old)
             if keep.best:
@@ -95,6 +100,10 @@ class Metrics:
         with self._lock:
             values = {s: figures.get(name, math.nan) for s, figures in self._load().items()}
         return sorted((s for s, v in values.items() if math.isfinite(v)), key=lambda s: values[s])
+
+    def names(self) -> list[str]:
+        with self._lock:
+            return sorted({name for figures in self._load().values() for name in figures})
 
     def _load(self) -> dict[int, dict[str, float]]:
         if self._by_step is None:

@@ -18,20 +18,20 @@ class Snapshot:
     """
 
     def __init__(self, pieces: Mapping[str, Piece]) -> None:
-        header, self._starts = build_header({k: p.data.numel() for k, p in pieces.items()})
+        header, starts = build_header({k: p.data.numel() for k, p in pieces.items()})
         num_bytes = len(header) + ITEM_BYTES * sum(p.data.numel() for p in pieces.values())
         # Page-locked, or copies from a GPU would be slow and hold up its stream.
         self._bytes = torch.empty(
             num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
         )
         self._bytes.zero_()  # touched now: the kernel takes seconds to find 2 GB of pages
-        self._bytes[: len(header)] = torch.tensor(list(header), dtype=torch.uint8)
+        self.data[: len(header)] = header
         self._places = {
             key: {
                 "shape": piece.shape,
                 "offset": piece.offset,
                 "numel": piece.data.numel(),
-                "start_byte": self._starts[key],
+                "start_byte": starts[key],
             }
             for key, piece in pieces.items()
         }

@@ -215,6 +215,15 @@ def test_the_best_are_kept_across_restarts(folder):
     assert set(json.loads(folder.read_bytes(METRICS))) == {"40", "70"}
 
 
+def test_a_figure_that_nobody_notes_is_told(tmp_path, warnings_of):
+    manager = manager_of(Folder(tmp_path), last=1, best=1, metric="los")
+    for step in (1, 2):
+        save(manager, step, figures={"loss": 1.0, "mse": 1.0})
+    (warning,) = warnings_of("dtr_scale.checkpoint.retention")
+    assert "best_metric = 'los' was noted for no checkpoint" in warning
+    assert warning.endswith("noted are loss, mse")
+
+
 def test_without_best_there_is_no_metrics_file(folder):
     save(manager_of(folder), 1, figures={"loss": 1.0})
     assert folder.names() == ["step_00000001"]

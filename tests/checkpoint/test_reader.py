@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtr_scale.checkpoint import layout
@@ -31,6 +31,7 @@ def store(folder, *pieces_of_ranks):
     return CheckpointReader(folder)
 
 
+@settings(deadline=None)  # files and threads
 @given(
     cuts=st.lists(st.integers(0, 100), max_size=5),
     start=st.integers(0, 99),

@@ -13,7 +13,7 @@ import pytest
 from dtr_scale.data.sources import prepare_digits
 from dtr_scale.errors import CheckpointError, ConfigError, DataError, EngineError
 from dtr_scale.storage import Folder
-from tests.runs import ROOT, journal, train
+from tests.runs import DEMO, ROOT, SINGLE, SMALL, journal, train
 
 BATCH = ("--train.global_batch_size=32", "--train.micro_batch_size=32")
 TINY = (*BATCH, "--train.max_steps=4", "--checkpoint.every_steps=2")
@@ -119,6 +119,44 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(digits, tmp_path, numb
     assert train(digits, run_dir, *BATCH, f"--train.max_steps={further}") == 0
     assert [record["step"] for record in journal(run_dir)] == list(range(1, further + 1))
     assert status(run_dir)["outcome"] == "finished"
+
+
+# Trains with saves that hang, and with a loop that fails at step 5 if asked to.
+HANGING = """
+import sys, time
+from dtr_scale.checkpoint import manager, snapshot
+from dtr_scale.train import trainer
+from dtr_scale.cli import main
+snapshot.Snapshot.entry = lambda self, file: time.sleep(600)
+manager._LAST_SAVE_SECONDS = 0.5
+if sys.argv.pop(1) == "fail":
+    trainer.Trainer._refuse_divergence = lambda self, result: 1 / (5 - self.step)
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("ending", ["interrupt", "fail"])
+def test_a_save_that_hangs_does_not_keep_the_process(digits, tmp_path, ending):
+    """Neither after a second Ctrl-C, during the last save, nor after an exception in the loop."""
+    every = (*SMALL, *SINGLE, *BATCH, "--checkpoint.every_steps=5", "--train.max_steps=1000000")
+    places = ("--config", str(DEMO), f"--data.shards={digits}", f"--run_dir={tmp_path}")
+    command = [sys.executable, "-c", HANGING, ending, *places, *every]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stderr is not None
+    told, watchdog = [], threading.Timer(60, process.kill)
+    watchdog.start()
+    for line in process.stderr:
+        told.append(line)
+        if ending == "interrupt" and ("step 4/" in line or "leaving after this step" in line):
+            time.sleep(0.5)  # by then the loop waits for a save
+            process.send_signal(signal.SIGINT)
+    with process:
+        code = process.wait()
+    watchdog.cancel()
+    assert code == (130 if ending == "interrupt" else 1), "".join(told)
+    if ending == "fail":
+        assert "ZeroDivisionError" in told[-1]
+    assert not list((tmp_path / "checkpoints").glob("step_*"))
 
 
 def test_a_checkpoint_cut_short_is_passed_over(digits, tmp_path, warnings_of):
