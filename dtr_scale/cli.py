@@ -22,7 +22,7 @@ _OVERRIDES = "any key of the experiment can be overridden: --train.lr=2e-4 or --
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can act on has no traceback."""
     arguments, rest = _parser().parse_known_args(argv)
-    rank = launched_rank() if arguments.command == "train" else 0
+    rank = launched_rank() if arguments.command in ("train", "bench") else 0
     setup_logging(rank)
     try:
         if arguments.takes_overrides:
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_convert,
         _add_checkpoint,
         _add_ema,
+        _add_bench,
         _add_plan,
         _add_config,
     ):
@@ -300,6 +301,23 @@ def _add_config(commands: "argparse._SubParsersAction[_Parser]") -> None:
     schema.set_defaults(run=_config_schema)
 
 
+def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = _command(
+        commands,
+        "bench",
+        "measure saving and restoring on this machine; for several ranks, start it with a launcher",
+        "dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    checkpoint = actions.add_parser("checkpoint", help="print a table", allow_abbrev=False)
+    checkpoint.add_argument("--model", default="DiT-B/2", metavar="VARIANT")
+    checkpoint.add_argument("--rounds", type=positive_integer, default=5)
+    checkpoint.add_argument(
+        "--dir", metavar="DIR_OR_S3", help="where to save (default: the temporary folder)"
+    )
+    checkpoint.set_defaults(run=_bench_checkpoint)
+
+
 def positive_integer(text: str) -> int:
     """Return a whole number from 1, as argparse's type."""
     if not text.isdecimal() or int(text) < 1:
@@ -491,6 +509,15 @@ def _config_schema(arguments: argparse.Namespace) -> int:
     from dtr_scale.config.export import experiment_schema
 
     print(experiment_schema(), end="")
+    return 0
+
+
+def _bench_checkpoint(arguments: argparse.Namespace) -> int:
+    from dtr_scale.benchmarks import bench_checkpoint
+
+    table = bench_checkpoint(arguments.model, rounds=arguments.rounds, place=arguments.dir)
+    if launched_rank() == 0:
+        print(table)
     return 0
 
 
