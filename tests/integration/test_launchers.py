@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -30,7 +31,11 @@ def launch(digits, tmp_path):
     started = []
 
     def start(run_dir, *overrides, ranks=2, config=DEMO):
-        launcher = [str(DEEPSPEED), "--num_gpus", str(ranks)] if ranks else [sys.executable]
+        with socket.socket() as probe:  # other jobs of this machine may have the default port
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        several = [str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(port)]
+        launcher = several if ranks else [sys.executable]
         command = [
             *launcher, "launch/train.py", "--config", str(config),
             f"--data.shards={digits}", f"--run_dir={run_dir}", *overrides,

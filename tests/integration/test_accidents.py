@@ -1,0 +1,356 @@
+"""What happens to long runs: kills, full disks, stores that are away, damaged checkpoints.
+
+Two real ranks each, started as a launcher would start them.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dtr_scale.engines.world import World, join_world
+from dtr_scale.errors import CheckpointError
+from dtr_scale.storage import Folder
+from dtr_scale.train import run
+from tests.conftest import S3Server
+from tests.ranks import run_on_ranks
+from tests.runs import DEMO, ROOT, SMALL, demo_experiment, journal
+
+PATIENCE_SECONDS = 120
+ENDLESS = "--train.max_steps=1000000"
+TWO_RANKS = (
+    *SMALL, "--engine.precision=fp32", "--train.global_batch_size=32",
+    "--train.micro_batch_size=16", "--evaluation.every_steps=0",
+)  # fmt: skip
+
+
+class Job:
+    """Two ranks of one training; their output goes to a file."""
+
+    def __init__(self, digits: Path, run_dir: Path, *overrides: str) -> None:
+        self.run_dir = run_dir
+        self._output = run_dir.parent / f"{run_dir.name}.txt"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        places = (f"--data.shards={digits}", f"--run_dir={run_dir}")
+        command = [sys.executable, "launch/train.py", "--config", str(DEMO), *TWO_RANKS, *places]
+        with self._output.open("w") as output:
+            self.ranks = [
+                subprocess.Popen(
+                    [*command, *overrides],
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=output,
+                    env=os.environ
+                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+                    | {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+                    | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+                )
+                for rank in range(2)
+            ]
+
+    @property
+    def output(self) -> str:
+        return self._output.read_text()
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, self.output
+            assert all(rank.poll() is None for rank in self.ranks), self.output
+            time.sleep(0.002)
+
+    def exit_codes(self) -> list[int]:
+        return [rank.wait(PATIENCE_SECONDS) for rank in self.ranks]
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        self.exit_codes()
+
+
+@pytest.fixture
+def start(digits):
+    """Start a job; whatever is left of it is killed at the end."""
+    jobs: list[Job] = []
+
+    def start_job(run_dir, *overrides):
+        jobs.append(Job(digits, run_dir, *overrides))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.kill()
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def saving(run_dir: Path) -> list[Path]:
+    """Return the folder of a save in flight, or of one that was cut off."""
+    return list(run_dir.glob("checkpoints/.step_*.tmp"))
+
+
+def kill_while_it_starts(job: Job, moment: random.Random) -> str:
+    seconds = moment.uniform(2, 8)
+    time.sleep(seconds)
+    job.kill()
+    return f"{seconds:.1f} s after the start"
+
+
+def kill_after_some_steps(
+    job: Job, moment: random.Random, seconds_into_a_save: float | None
+) -> str:
+    """Kill -9 one rank or both; return what was hit."""
+    path = job.run_dir / "journal.jsonl"
+    job.wait_until(lambda: "resumed" in job.output or lines_in(path))
+    before = lines_in(path)
+    job.wait_until(lambda: lines_in(path) > before + 1)
+    time.sleep(moment.uniform(0, 0.5))
+    if seconds_into_a_save is not None:
+        job.wait_until(lambda: saving(job.run_dir))
+        time.sleep(seconds_into_a_save)
+    victims = moment.choice([[0], [1], [0, 1]])
+    for victim in victims:
+        job.ranks[victim].kill()
+    codes = job.exit_codes()  # a rank that is left alone ends by itself
+    assert all(codes)
+    return f"rank {' and '.join(map(str, victims))}{', in a save' if saving(job.run_dir) else ''}"
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_peace(
+    start, tmp_path, capsys, kills
+):
+    """Every step saves, so kills hit saves, too; every other one waits for one to begin."""
+    seed = random.randrange(10**6)
+    moment = random.Random(seed)
+    often = ("--checkpoint.every_steps=1", "--model.hidden_size=128", "--model.depth=4")
+    run_dir = tmp_path / "run"
+    hits, reached = [], 0
+    for number in range(kills):
+        job = start(run_dir, *often, ENDLESS)
+        if number % 4 == 2:
+            hits.append(kill_while_it_starts(job, moment))
+        else:
+            late = moment.uniform(0, 0.03) if number > 1 else 0.0  # the second surely hits one
+            seconds_into_a_save = late if number % 2 else None
+            hits.append(kill_after_some_steps(job, moment, seconds_into_a_save))
+        reached = lines_in(run_dir / "journal.jsonl")
+        hits[-1] += f", at step {reached}"
+    with capsys.disabled():
+        print(f"\nkilled with seed {seed}: {'; '.join(hits)}")
+    assert any("in a save" in hit for hit in hits)
+    end = f"--train.max_steps={reached + 5}"
+    job = start(run_dir, *often, end)
+    assert job.exit_codes() == [0, 0], job.output
+    assert "resumed" in job.output
+    through = start(tmp_path / "through", *often, end, "--checkpoint.every_steps=1000000")
+    assert through.exit_codes() == [0, 0], through.output
+    assert journal(run_dir) == journal(tmp_path / "through")
+    assert [record["step"] for record in journal(run_dir)] == list(range(1, reached + 6))
+    assert not saving(run_dir)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, num_bytes: int) -> Iterator[None]:
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+class FullDisk:
+    """A disk of three checkpoints' size, filled up and cleared again."""
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path / "checkpoints")
+        self.overrides: tuple[str, ...] = ()
+        self._filler = path / "filler"
+
+    def begin(self) -> None:
+        with self._filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"\0" * 65536)
+
+    def end(self) -> None:
+        self._filler.unlink()
+
+
+class StoreAway:
+    """The object store, stopped and started again."""
+
+    def __init__(self, server: S3Server, url: str) -> None:
+        self.place = url
+        self.overrides = ('--data.storage_options={"max_attempts": 1}',)
+        self.begin = server.stop
+        self.end = server.start
+
+
+@pytest.fixture(params=["disk_full", "store_away"])
+def outage(request, tmp_path):
+    if request.param == "disk_full":
+        with small_disk(tmp_path / "disk", 3 * 2**20):
+            yield FullDisk(tmp_path / "disk")
+        return
+    server, url = request.getfixturevalue("s3_server"), request.getfixturevalue("s3_url")
+    yield StoreAway(server, url)
+    server.stop()
+    server.start()
+
+
+def test_training_goes_on_through_an_outage_and_stops_after_too_many_failures(
+    start, tmp_path, outage
+):
+    run_dir, place = tmp_path / "run", Folder(outage.place)
+    settings = (
+        *outage.overrides, f"--checkpoint.dir={outage.place}", "--checkpoint.every_steps=20",
+        "--checkpoint.keep_last=1", ENDLESS,
+    )  # fmt: skip
+
+    def saved_steps() -> list[str]:
+        return [name for name in place.names() if place.exists(f"{name}/COMPLETE")]
+
+    job = start(run_dir, *settings, "--checkpoint.max_failures=1000000")
+    job.wait_until(lambda: "step 100/" in job.output)
+    before = saved_steps()
+    assert before
+    outage.begin()
+    job.wait_until(lambda: job.output.count("is not saved, training goes on: cannot save") >= 2)
+    outage.end()
+    failed = job.output.count("is not saved")
+    job.wait_until(lambda: set(saved_steps()) - set(before))
+    job.ranks[1].send_signal(signal.SIGTERM)
+    assert job.exit_codes() == [75, 75], job.output
+    assert "Traceback" not in job.output
+    assert job.output.count("is not saved") <= failed + 1, "told once per failure, by rank 0"
+
+    job = start(run_dir, *settings, "--checkpoint.max_failures=3")
+    resumed = json.loads((run_dir / "status.json").read_text())["step"]
+    job.wait_until(lambda: "resumed" in job.output and "step " in job.output)
+    outage.begin()
+    assert job.exit_codes() == [1, 1], job.output
+    outage.end()
+    assert job.output.count("is not saved") == 3
+    assert job.output.count("error: 3 saves in a row failed, checkpoint.max_failures") == 1
+    assert "Traceback" not in job.output
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["outcome"] == "failed" and "3 saves in a row failed" in status["reason"]
+    assert status["step"] > resumed
+
+
+def cut(checkpoint: Path) -> None:
+    path = checkpoint / "rank_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def alter_a_byte(checkpoint: Path) -> None:
+    path = checkpoint / "rank_00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def lose_a_file(checkpoint: Path) -> None:
+    (checkpoint / "rank_00001.safetensors").unlink()
+
+
+def keep_the_mark_alone(checkpoint: Path) -> None:
+    for path in checkpoint.iterdir():
+        if path.name != "COMPLETE":
+            path.unlink()
+
+
+DAMAGES = {
+    cut: "rank_00001.safetensors has",
+    alter_a_byte: "rank_00000.safetensors is damaged in bytes",
+    lose_a_file: "rank_00001.safetensors is missing",
+    keep_the_mark_alone: "index.json is missing",
+}
+
+
+class Staying(World):
+    """DeepSpeed and gloo cannot be taken down and set up again in one process."""
+
+    def leave(self) -> None: ...
+
+
+def damaged_starts(digits: Path, place: Path) -> dict[str, list[str]]:
+    """Runs on two ranks: what starts tell after damage to the newest checkpoint and to all."""
+    world = join_world(needs_process_group=True)
+    staying = Staying(**vars(world))
+    run.join_world = lambda **_: staying
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("dtr_scale").addHandler(handler)
+    logging.getLogger("dtr_scale").setLevel(logging.INFO)
+    steps = ("--train.max_steps=4", "--checkpoint.every_steps=2")
+
+    def start(name: str, *overrides: str) -> list[str]:
+        told.clear()
+        try:
+            code = run.train_experiment(
+                demo_experiment(digits, place / name, *TWO_RANKS, *steps, *overrides)
+            )
+        except CheckpointError as error:
+            return [*told, f"error: {error}"]
+        return [*told, f"exit {code}"]
+
+    start("whole")
+    outcomes = {}
+    for damage in DAMAGES:
+        name, checkpoints = damage.__name__, place / damage.__name__ / "checkpoints"
+        if world.is_main:
+            shutil.copytree(place / "whole", place / name)
+            damage(checkpoints / "step_00000004")
+        world.barrier()
+        outcomes[name] = start(name)
+        if world.is_main:
+            for checkpoint in checkpoints.iterdir():
+                damage(checkpoint)
+        world.barrier()
+        outcomes[f"{name}, all"] = start(name)
+    outcomes["afresh"] = start(cut.__name__, "--checkpoint.resume=never")
+    world.leave()
+    return outcomes
+
+
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken_or_none(digits, tmp_path):
+    told, told_rank_1 = run_on_ranks(2, damaged_starts, digits, tmp_path)
+    whole = journal(tmp_path / "whole")
+    for damage, message in DAMAGES.items():
+        lines = told[damage.__name__]
+        (warning,) = [line for line in lines if "passed over" in line]
+        assert f"step_00000004: {message}" in warning
+        assert any("step_00000002 at step 2" in line for line in lines)
+        assert lines[-1] == "exit 0"
+        lines = told[f"{damage.__name__}, all"]
+        assert [line for line in lines if "passed over" in line and message in line][1:]
+        assert lines[-1].startswith("error: none of the 2 checkpoints in ")
+        assert lines[-1].endswith("start afresh on purpose with --checkpoint.resume=never")
+        assert journal(tmp_path / damage.__name__) == whole
+    for name, lines in told_rank_1.items():
+        assert lines[-1] == told[name][-1], "all ranks end alike"
+    assert told["afresh"][-1] == "exit 0"
+    assert any("the earlier run was moved to" in line for line in told["afresh"])
+    (replaced,) = (tmp_path / cut.__name__).glob("replaced_*")
+    assert journal(replaced) == whole
