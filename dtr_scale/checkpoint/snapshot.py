@@ -1,14 +1,21 @@
 """A rank's part of a checkpoint in host memory, so that training goes on while it is written."""
 
+import logging
+import os
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
 from dtr_scale.checkpoint import layout
 from dtr_scale.checkpoint.layout import ITEM_BYTES, Piece, build_header
 from dtr_scale.engines.world import World
+
+log = logging.getLogger(__name__)
 
 
 class Snapshot:
@@ -20,11 +27,7 @@ class Snapshot:
     def __init__(self, pieces: Mapping[str, Piece]) -> None:
         header, starts = build_header({k: p.data.numel() for k, p in pieces.items()})
         num_bytes = len(header) + ITEM_BYTES * sum(p.data.numel() for p in pieces.values())
-        # Page-locked, or copies from a GPU would be slow and hold up its stream.
-        self._bytes = torch.empty(
-            num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available()
-        )
-        self._bytes.zero_()  # touched now: the kernel takes seconds to find 2 GB of pages
+        self._bytes = _set_aside(num_bytes)
         self.data[: len(header)] = header
         self._places = {
             key: {
@@ -60,6 +63,24 @@ class Snapshot:
             for start in range(0, len(data), block_bytes)
         ]
         return {"file": file, "bytes": len(data), "blocks": blocks, "pieces": self._places}
+
+
+def _set_aside(num_bytes: int) -> torch.Tensor:
+    """Return uint8 [num_bytes]; where memory is short, of a file that the kernel may write out."""
+    if num_bytes > available_memory() // 2:
+        log.info("memory is short: saves copy %.1f GB into a temporary file", num_bytes / 1e9)
+        with tempfile.TemporaryFile() as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(num_bytes,)))
+    # Page-locked, or copies from a GPU would be slow and hold up its stream.
+    room = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+    return room.zero_()  # touched now: the kernel takes seconds to find 2 GB of pages
+
+
+def available_memory() -> int:
+    """Return the bytes that new allocations may take without swapping, as Linux estimates it."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def own_share(state: Mapping[str, Piece], world: World) -> dict[str, Piece]:
