@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dtr_scale.errors import ConfigError
 
@@ -20,6 +20,15 @@ _OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "max_attempts")
 _PART = ".part"  # ending of temporary names, never listed
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # of one system call
 _S3_PART_BYTES = 32 * 2**20  # what one request uploads
+_WRITE_BYTES = 16 * 2**20
+
+
+class Bytes(Protocol):
+    """What can be stored: bytes, a memoryview, or what gives its bytes slice by slice."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes | memoryview: ...
 
 
 class Folder:
@@ -94,7 +103,7 @@ class Folder:
         """
         raise NotImplementedError
 
-    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+    def write_bytes(self, name: str, data: Bytes) -> None:
         """Write a file whole or not at all, and the folders above it."""
         raise NotImplementedError
 
@@ -157,9 +166,11 @@ class _LocalFolder(Folder):
                     raise OSError(f"{self.url}/{name} ends before byte {start + num_bytes}")
                 start += num_bytes
 
-    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
+    def write_bytes(self, name: str, data: Bytes) -> None:
         with _replacing(self.local_path / name) as temporary:
-            temporary.write_bytes(data)
+            with temporary.open("wb") as file:
+                for start in range(0, len(data), _WRITE_BYTES):
+                    file.write(data[start : start + _WRITE_BYTES])
             _fsync(temporary)
 
     def put(self, local_path: Path, name: str) -> None:
@@ -228,8 +239,8 @@ class _S3Folder(Folder):
         for buffer in buffers:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 
-    def write_bytes(self, name: str, data: bytes | memoryview) -> None:
-        parts = bytes(data) if len(data) < 2 * _S3_PART_BYTES else _Parts(data)
+    def write_bytes(self, name: str, data: Bytes) -> None:
+        parts = bytes(data[:]) if len(data) < 2 * _S3_PART_BYTES else _Parts(data)
         self._call("pipe_file", self._path(name), parts, chunksize=_S3_PART_BYTES)
 
     def put(self, local_path: Path, name: str) -> None:
@@ -299,9 +310,9 @@ class _S3Folder(Folder):
 
 
 class _Parts:
-    """Memory whose slices are bytes, as botocore takes them: parts are copied one by one."""
+    """Slices that are bytes, as botocore takes them: parts are copied one by one."""
 
-    def __init__(self, data: bytes | memoryview) -> None:
+    def __init__(self, data: Bytes) -> None:
         self._data = data
 
     def __len__(self) -> int:

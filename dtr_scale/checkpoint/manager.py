@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,9 +26,9 @@ _LAST_SAVE_SECONDS = 60.0
 class CheckpointManager:
     """The checkpoints in one folder, local or s3://, as all ranks of a run see them.
 
-    `save` returns when the state is copied to host memory; a thread on each rank writes it, and
-    the threads agree among themselves. The loop learns how it went at the next `save` or `wait`,
-    where all ranks learn the same.
+    `save` returns when the state is copied to host memory, or stored where there is no room for a
+    copy. A thread on each rank writes it, and the threads agree among themselves. The loop learns
+    how it went at the next `save` or `wait`, where all ranks learn the same.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class CheckpointManager:
         """
         if self._snapshot is None:
             with self._world.agree():
-                self._snapshot = Snapshot(own_share(state, self._world))
+                mine = own_share(state, self._world)
+                nodes = self._world.all_gather_object(socket.gethostname())
+                self._snapshot = Snapshot(mine, sharers=nodes.count(socket.gethostname()))
 
     def save(
         self,
@@ -97,6 +100,8 @@ class CheckpointManager:
         snapshot = self._snapshot
         snapshot.take(state)
         self._background.start(lambda: self._try_to_store(step, snapshot, meta, figures or {}))
+        if not snapshot.is_copy:
+            self._background.wait()
 
     def wait(self) -> None:
         """Wait for the save in flight, if there is one.
@@ -202,7 +207,7 @@ class CheckpointManager:
         entry: dict[str, Any] = {}
         with world.agree(), _as_checkpoint_error(url):
             entry = snapshot.entry(rank_file(world.rank))
-            self._catalog.target(step).write_bytes(entry["file"], snapshot.data)
+            self._catalog.target(step).write_bytes(entry["file"], snapshot)
         entries = world.all_gather_object(entry)
         with world.agree(), _as_checkpoint_error(url):
             if world.is_main:

@@ -1,13 +1,10 @@
-"""A rank's part of a checkpoint in host memory, so that training goes on while it is written."""
+"""A rank's part of a checkpoint as it was at one moment, while training goes on."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 
@@ -19,16 +16,16 @@ log = logging.getLogger(__name__)
 
 
 class Snapshot:
-    """A rank's whole file, header and all, in memory that is set aside once and filled anew.
+    """A rank's whole file, header and all; slices of it are its bytes.
 
-    The pieces given at the start say which keys it holds and how large they are.
+    The pieces given at the start say which keys it holds and how large they are. It is a copy in
+    host memory that is set aside once and filled anew, unless the `sharers` ranks of a node
+    together would take more than half of what is free: then slices are read from the state itself,
+    which must stand still (`is_copy` is False) until they are.
     """
 
-    def __init__(self, pieces: Mapping[str, Piece]) -> None:
-        header, starts = build_header({k: p.data.numel() for k, p in pieces.items()})
-        num_bytes = len(header) + ITEM_BYTES * sum(p.data.numel() for p in pieces.values())
-        self._bytes = _set_aside(num_bytes)
-        self.data[: len(header)] = header
+    def __init__(self, pieces: Mapping[str, Piece], sharers: int = 1) -> None:
+        self._header, starts = build_header({k: p.data.numel() for k, p in pieces.items()})
         self._places = {
             key: {
                 "shape": piece.shape,
@@ -38,43 +35,82 @@ class Snapshot:
             }
             for key, piece in pieces.items()
         }
+        self._num_bytes = len(self._header) + sum(_num_bytes(p) for p in pieces.values())
+        self._state: Mapping[str, Piece] = {}
+        self._copy: torch.Tensor | None = None
+        if self._num_bytes * sharers <= available_memory() // 2:
+            self._copy = _set_aside(self._num_bytes)
+            self._copy.numpy()[: len(self._header)] = memoryview(self._header)
+        else:
+            log.warning(
+                "memory is short: training will stand still while %.1f GB are saved",
+                self._num_bytes / 1e9,
+            )
 
     @property
-    def data(self) -> memoryview:
-        """The bytes of the file, a valid safetensors file."""
-        return self._bytes.numpy().data
+    def is_copy(self) -> bool:
+        """Whether the state may change after `take`."""
+        return self._copy is not None
 
     def take(self, state: Mapping[str, Piece]) -> None:
-        """Copy the state as it is now; what `data` showed before is gone."""
+        """Hold the state as it is now; what was held before is gone."""
         for key, place in self._places.items():
-            start, piece = place["start_byte"], state[key]
-            assert (piece.offset, piece.data.numel()) == (place["offset"], place["numel"]), key
-            room = self._bytes[start : start + ITEM_BYTES * place["numel"]]
-            room.view(torch.float32).copy_(piece.data, non_blocking=True)
+            held = (place["offset"], place["numel"])
+            assert (state[key].offset, state[key].data.numel()) == held, key
+        if self._copy is None:
+            self._state = state
+            return
+        for key, place in self._places.items():
+            start = place["start_byte"]
+            room = self._copy[start : start + ITEM_BYTES * place["numel"]]
+            room.view(torch.float32).copy_(state[key].data, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
+    def __len__(self) -> int:
+        return self._num_bytes
+
+    def __getitem__(self, part: slice) -> memoryview:
+        start, stop, _ = part.indices(self._num_bytes)
+        if self._copy is not None:
+            return self._copy[start:stop].numpy().data
+        room = torch.empty(max(0, stop - start), dtype=torch.uint8)
+        header = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
+        _copy_overlap(room, start, header, 0)
+        for key, place in self._places.items():
+            _copy_overlap(room, start, self._state[key].data.view(torch.uint8), place["start_byte"])
+        return room.numpy().data
+
     def entry(self, file: str) -> dict[str, Any]:
         """Return what the index says of this rank's file: size, block hashes, pieces."""
-        data, block_bytes = self.data, layout.BLOCK_BYTES
-        # xxh3 lets go of the GIL for each block, and so does the single write after it.
+        # xxh3 lets go of the GIL for each block, as writing does.
         blocks = [
-            xxhash.xxh3_64_hexdigest(data[start : start + block_bytes])
-            for start in range(0, len(data), block_bytes)
+            xxhash.xxh3_64_hexdigest(self[start : start + layout.BLOCK_BYTES])
+            for start in range(0, len(self), layout.BLOCK_BYTES)
         ]
-        return {"file": file, "bytes": len(data), "blocks": blocks, "pieces": self._places}
+        return {"file": file, "bytes": len(self), "blocks": blocks, "pieces": self._places}
+
+
+def _num_bytes(piece: Piece) -> int:
+    return ITEM_BYTES * piece.data.numel()
 
 
 def _set_aside(num_bytes: int) -> torch.Tensor:
-    """Return uint8 [num_bytes]; where memory is short, of a file that the kernel may write out."""
-    if num_bytes > available_memory() // 2:
-        log.info("memory is short: saves copy %.1f GB into a temporary file", num_bytes / 1e9)
-        with tempfile.TemporaryFile() as file:
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(num_bytes,)))
+    """Return uint8 [num_bytes]."""
     # Page-locked, or copies from a GPU would be slow and hold up its stream.
     room = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
     return room.zero_()  # touched now: the kernel takes seconds to find 2 GB of pages
+
+
+def _copy_overlap(
+    room: torch.Tensor, room_start: int, source: torch.Tensor, source_start: int
+) -> None:
+    """Copy what two ranges of the file, both uint8, have in common."""
+    start = max(room_start, source_start)
+    stop = min(room_start + len(room), source_start + len(source))
+    if start < stop:
+        found = source[start - source_start : stop - source_start]
+        room[start - room_start : stop - room_start].copy_(found)
 
 
 def available_memory() -> int:

@@ -24,7 +24,7 @@ def store(folder, *pieces_of_ranks):
         snapshot = Snapshot(pieces)
         snapshot.take(pieces)
         entries.append(snapshot.entry(rank_file(rank)))
-        folder.write_bytes(rank_file(rank), snapshot.data)
+        folder.write_bytes(rank_file(rank), snapshot)
     index = layout.build_index(entries, {"step": 1})
     folder.write_bytes(INDEX, index)
     folder.write_bytes(COMPLETE, layout.complete_mark(index))
