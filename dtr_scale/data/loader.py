@@ -29,6 +29,8 @@ from dtr_scale.errors import DataError, DtrScaleError
 from dtr_scale.randomness import keyed_generator
 from dtr_scale.storage import Folder
 
+_LEAVE_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
+
 
 class MicroBatch(NamedTuple):
     """What one micro-step of training needs, n samples."""
@@ -410,8 +412,6 @@ class BatchLoader:
     def _start(self) -> Iterator["MicroBatch | DtrScaleError"]:
         workers: dict[str, Any] = {}
         if self._num_workers:
-            # Started first, because its start would unblock the signals again.
-            resource_tracker.ensure_running()
             workers = {
                 "multiprocessing_context": "spawn",  # s3fs and threads do not survive a fork
                 "prefetch_factor": self._prefetch,
@@ -425,21 +425,24 @@ class BatchLoader:
             pin_memory=torch.cuda.is_available(),
             **workers,
         )
-        with _starting_workers():
+        with _starting_workers() if self._num_workers else contextlib.nullcontext():
             return iter(loader)
 
 
 @contextlib.contextmanager
 def _starting_workers() -> Iterator[None]:
-    """Start workers that SIGINT and SIGTERM do not reach, and keep torch out of SIGCHLD.
+    """Start workers that requests to leave do not reach, and keep torch out of SIGCHLD.
 
-    A launcher signals the whole process tree, the main process decides what that means: workers
-    inherit both signals blocked. torch's SIGCHLD handler would raise a RuntimeError anywhere in
-    the main thread when a worker dies; without it the next batch raises, after 5 s at most.
+    A launcher signals the whole process tree, the main process decides what that means: workers,
+    and Python's resource tracker that comes with them, inherit the signals blocked. torch's
+    SIGCHLD handler would raise a RuntimeError anywhere in the main thread when a worker dies;
+    without it the next batch raises, after 5 s at most.
     """
     on_child_exit = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVE_SIGNALS)
     try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVE_SIGNALS)  # its start unblocks some
         yield
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -114,8 +114,8 @@ def test_workers_change_nothing_and_leave_signals_to_the_parent(reader):
         workers = multiprocessing.active_children()
         assert len(workers) == 2
         for worker in workers:  # as a launcher would: not from their parent
-            subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
-            subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+            for name in ("TERM", "INT", "USR1", "HUP"):
+                subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
         second = _steps(loader, 2)
         assert all(worker.is_alive() for worker in workers)
         assert signal.getsignal(signal.SIGCHLD) == on_child_exit
