@@ -13,7 +13,8 @@ import xxhash
 from dtr_scale.checkpoint.layout import BLOCK_BYTES, ITEM_BYTES, rank_file
 from dtr_scale.config.load import validate
 from dtr_scale.config.schema import Experiment
-from dtr_scale.engines.world import World, join_world, launched_world_size
+from dtr_scale.engines.world import World, join_world
+from dtr_scale.launchers import launched_world_size
 from dtr_scale.storage import Folder
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.build import build_trainer

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from dtr_scale.errors import ConfigError, DtrScaleError
-from dtr_scale.logs import launched_rank, setup_logging
+from dtr_scale.launchers import launched_rank, srun_variables
+from dtr_scale.logs import setup_logging
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
@@ -21,6 +22,7 @@ _OVERRIDES = "any key of the experiment can be overridden: --train.lr=2e-4 or --
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can act on has no traceback."""
+    os.environ.update(srun_variables(os.environ))
     arguments, rest = _parser().parse_known_args(argv)
     rank = launched_rank() if arguments.command in ("train", "bench") else 0
     setup_logging(rank)

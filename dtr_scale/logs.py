@@ -1,16 +1,10 @@
 """Logging: rank 0 tells the story, the other ranks speak up when something is wrong."""
 
 import logging
-import os
 import sys
 from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
-
-
-def launched_rank() -> int:
-    """Return this process's global rank as its launcher set it, 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def without_password(url: str) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from dtr_scale.logs import launched_rank, setup_logging
+from dtr_scale.logs import setup_logging
 
 log = logging.getLogger("dtr_scale.tests")
 
@@ -64,10 +64,3 @@ def test_a_reader_that_is_gone_does_not_stop_the_run():
     assert process.stdout.read() == b"went on\n"
     process.stdout.close()
     assert process.wait() in (0, 120)  # 120: Python could not flush stderr at its end
-
-
-def test_the_rank_is_the_launchers(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert launched_rank() == 0
-    monkeypatch.setenv("RANK", "5")
-    assert launched_rank() == 5

@@ -21,7 +21,7 @@ OWNERS = {
     "xformers": {"models/attention.py"},
     "matplotlib": {"evaluation/heatmaps.py"},
 }
-EVERYWHERE = {"errors", "logs", "storage", "randomness"}
+EVERYWHERE = {"errors", "launchers", "logs", "storage", "randomness"}
 PURE = {"torch", "numpy"}
 MAY_IMPORT = {
     "models": {"models"},

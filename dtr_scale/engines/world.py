@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtr_scale.errors import DtrScaleError, EngineError
-from dtr_scale.logs import launched_rank
+from dtr_scale.launchers import launched_rank, launched_world_size
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -91,13 +91,8 @@ class World:
             dist.destroy_process_group()
 
 
-def launched_world_size() -> int:
-    """Return how many processes the launcher started, 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join_world(*, needs_process_group: bool) -> World:
-    """Return this process's place among the ranks that `deepspeed` or `torchrun` started.
+    """Return this process's place among the ranks that a launcher started.
 
     A plain `python` process is a world of one; DeepSpeed and FSDP want a process group even then
     (`needs_process_group`), so the variables that a launcher sets get their defaults here.
@@ -149,7 +144,10 @@ def _share_cores() -> None:
     """Give each rank of this machine its share of the cores: too many threads are 10x slower."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+        cores = len(os.sched_getaffinity(0))
+        # SLURM counts the job's cores of this node, and may have bound each rank to its share.
+        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE") or cores)
+        torch.set_num_threads(max(1, min(cores, on_node // ranks)))
 
 
 def _free_port() -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import PeerWatch
-from dtr_scale.engines.world import World, join_world, launched_world_size
+from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, EngineError
-from dtr_scale.logs import launched_rank
+from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.build import build_evaluation, build_tracker, build_trainer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dtr_scale.logs import launched_rank
+from dtr_scale.launchers import launched_rank
 
 LAUNCHER_PID = "DTR_SCALE_LAUNCHER_PID"
 """Set by a launch script to its own pid: when it is gone, its ranks leave."""

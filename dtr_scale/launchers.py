@@ -1,0 +1,51 @@
+"""Who this process is among those that a launcher started, as the environment tells.
+
+RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
+`srun` has names of its own.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+
+
+def launched_rank() -> int:
+    """Return this process's global rank as its launcher set it, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world_size() -> int:
+    """Return how many processes the launcher started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what another launcher would have set for this task of an `srun` with several.
+
+    Nothing for any other process: the only task of a step, a batch script, which is in no step,
+    and the ranks of a launcher that `srun` started. MASTER_ADDR and MASTER_PORT can be set by hand.
+    """
+    num_tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks == "1" or "RANK" in environment:
+        return {}
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    # Below the ports that systems give to outgoing connections; a job may run several steps.
+    port = 10000 + (job + 101 * step) % 20000
+    tasks_of_node = environment["SLURM_GTIDS"].split(",")
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": num_tasks,
+        "LOCAL_WORLD_SIZE": str(len(tasks_of_node)),
+        "MASTER_ADDR": environment.get("MASTER_ADDR")
+        or first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first host of SLURM's notation: `gpu003` of `gpu[003-010,12],login`.
+
+    Containers that `srun` starts have no `scontrol` to ask.
+    """
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodelist).partition(",")[0]
