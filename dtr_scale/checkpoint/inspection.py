@@ -30,7 +30,7 @@ def complete_checkpoints(place: str) -> Iterator[CheckpointReader]:
 
     Raises ConfigError where there are none, CheckpointError where none is complete.
     """
-    catalogs = [Catalog(Folder(place)), Catalog(Folder(place).child("checkpoints"))]
+    catalogs = [Catalog(folder) for folder in _folders(Folder(place))]
     places = [(catalog, step) for catalog in catalogs for step in catalog.steps()]
     if not places:
         raise ConfigError(
@@ -40,6 +40,16 @@ def complete_checkpoints(place: str) -> Iterator[CheckpointReader]:
     if not complete:
         raise CheckpointError(f"none of the {len(places)} checkpoints in {place} is complete")
     yield from complete
+
+
+def _folders(place: Folder) -> Iterator[Folder]:
+    """Yield where the checkpoints of a run directory or checkpoint.dir may be."""
+    yield place
+    yield place.child("checkpoints")
+    if place.exists("config.json"):
+        config = place.read_json("config.json")
+        if elsewhere := config["checkpoint"]["dir"]:
+            yield Folder(elsewhere, config["data"]["storage_options"])
 
 
 def describe(reader: CheckpointReader) -> str:

@@ -1,8 +1,8 @@
 """Saving, restoring and retiring the checkpoints of a run, all ranks together."""
 
 import contextlib
+import json
 import logging
-import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,14 +12,15 @@ from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.layout import Piece, rank_file
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.retention import Keep, Retention
-from dtr_scale.checkpoint.snapshot import Snapshot, own_share
+from dtr_scale.checkpoint.snapshot import Snapshot, have_room, own_share
 from dtr_scale.engines.world import World
-from dtr_scale.errors import CheckpointError, DamagedCheckpointError, UnsavedError
+from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnsavedError
 from dtr_scale.storage import Folder
 
 log = logging.getLogger(__name__)
 
 _PROBE = ".probe"
+_OWNER = "owner.json"
 _LAST_SAVE_SECONDS = 60.0
 
 
@@ -46,6 +47,10 @@ class CheckpointManager:
         self._background = Background()
         self._snapshot: Snapshot | None = None
 
+    @property
+    def folder_url(self) -> str:
+        return self._folder.url
+
     def url(self, step: int) -> str:
         return self._catalog.url(step)
 
@@ -71,6 +76,23 @@ class CheckpointManager:
             if self._world.is_main:
                 self._folder.remove(_PROBE)
 
+    def claim(self, owner: str) -> None:
+        """Keep the folder for one run, the one in `owner`; ConfigError if it is another's.
+
+        Runs hold their own directory, not a folder that they share with others by mistake.
+        """
+        with self._world.agree(), _as_checkpoint_error(self._folder.url):
+            if not self._world.is_main:
+                return
+            if not self._folder.exists(_OWNER):
+                self._folder.write_bytes(_OWNER, json.dumps({"run_dir": owner}).encode())
+            found = self._folder.read_json(_OWNER)["run_dir"]
+            if found != owner:
+                raise ConfigError(
+                    f"checkpoint.dir = {self._folder.url!r} belongs to the run in {found!r}; "
+                    f"choose another, or remove {_OWNER} there if that run has moved to {owner!r}"
+                )
+
     def prepare(self, state: Mapping[str, Piece]) -> None:
         """Agree on who stores what and set host memory aside, so that no save has to.
 
@@ -79,8 +101,7 @@ class CheckpointManager:
         if self._snapshot is None:
             with self._world.agree():
                 mine = own_share(state, self._world)
-                nodes = self._world.all_gather_object(socket.gethostname())
-                self._snapshot = Snapshot(mine, sharers=nodes.count(socket.gethostname()))
+                self._snapshot = Snapshot(mine, copied=have_room(mine, self._world))
 
     def save(
         self,
@@ -134,13 +155,13 @@ class CheckpointManager:
     def restore(
         self,
         state: Mapping[str, Piece],
-        accept: Callable[[dict[str, Any], str], Collection[str]] = lambda meta, url: (),
+        accept: Callable[[CheckpointReader], Collection[str]] = lambda reader: (),
     ) -> dict[str, Any] | None:
         """Copy the newest complete checkpoint into `state`'s pieces; return its meta.
 
         Every rank calls it and gets the same verdict. Damaged checkpoints are named and passed
-        over. `accept` is given a checkpoint's meta and URL before anything is read; it raises if
-        this run must not go on from it, and returns the kinds of pieces to leave as they are. None
+        over. `accept` is given a checkpoint before any tensor is read; it raises if this run
+        must not go on from it, and returns the kinds of pieces to leave as they are. None
         if there is no checkpoint at all; CheckpointError, with pieces half restored, if there are
         some and none can be used.
         """
@@ -153,7 +174,7 @@ class CheckpointManager:
             try:
                 with self._world.agree():
                     reader = self._catalog.reader(step)
-                    left = accept(reader.meta, reader.url)
+                    left = accept(reader)
                     reader.read_into({k: p for k, p in state.items() if _kind(k) not in left})
             except DamagedCheckpointError as error:
                 if self._world.is_main:

@@ -1,7 +1,9 @@
 """A rank's part of a checkpoint as it was at one moment, while training goes on."""
 
 import logging
-from collections.abc import Mapping
+import re
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,12 @@ log = logging.getLogger(__name__)
 class Snapshot:
     """A rank's whole file, header and all; slices of it are its bytes.
 
-    The pieces given at the start say which keys it holds and how large they are. It is a copy in
-    host memory that is set aside once and filled anew, unless the `sharers` ranks of a node
-    together would take more than half of what is free: then slices are read from the state itself,
-    which must stand still (`is_copy` is False) until they are.
+    The pieces given at the start say which keys it holds and how large they are. `copied`: into
+    host memory that is set aside once and filled anew. Otherwise slices are read from the state
+    itself, which must stand still until they are.
     """
 
-    def __init__(self, pieces: Mapping[str, Piece], sharers: int = 1) -> None:
+    def __init__(self, pieces: Mapping[str, Piece], *, copied: bool = True) -> None:
         self._header, starts = build_header({k: p.data.numel() for k, p in pieces.items()})
         self._places = {
             key: {
@@ -35,17 +36,11 @@ class Snapshot:
             }
             for key, piece in pieces.items()
         }
-        self._num_bytes = len(self._header) + sum(_num_bytes(p) for p in pieces.values())
+        self._num_bytes = len(self._header) + _num_bytes(pieces)
         self._state: Mapping[str, Piece] = {}
-        self._copy: torch.Tensor | None = None
-        if self._num_bytes * sharers <= available_memory() // 2:
-            self._copy = _set_aside(self._num_bytes)
+        self._copy = _set_aside(self._num_bytes) if copied else None
+        if self._copy is not None:
             self._copy.numpy()[: len(self._header)] = memoryview(self._header)
-        else:
-            log.warning(
-                "memory is short: training will stand still while %.1f GB are saved",
-                self._num_bytes / 1e9,
-            )
 
     @property
     def is_copy(self) -> bool:
@@ -91,8 +86,8 @@ class Snapshot:
         return {"file": file, "bytes": len(self), "blocks": blocks, "pieces": self._places}
 
 
-def _num_bytes(piece: Piece) -> int:
-    return ITEM_BYTES * piece.data.numel()
+def _num_bytes(pieces: Mapping[str, Piece]) -> int:
+    return ITEM_BYTES * sum(piece.data.numel() for piece in pieces.values())
 
 
 def _set_aside(num_bytes: int) -> torch.Tensor:
@@ -113,10 +108,47 @@ def _copy_overlap(
         room[start - room_start : stop - room_start].copy_(found)
 
 
+def have_room(pieces: Mapping[str, Piece], world: World) -> bool:
+    """Tell whether every node has twice the memory that copies of its ranks' pieces take.
+
+    Every rank calls it.
+    """
+    wanted = _num_bytes(pieces)
+    if torch.cuda.is_available():
+        wanted = 1 << (wanted - 1).bit_length()  # page-locked memory comes in powers of two
+    everyone = world.all_gather_object((socket.gethostname(), wanted, available_memory()))
+    short = False
+    for node in {name for name, _, _ in everyone}:
+        of_node = [(wanted, free) for name, wanted, free in everyone if name == node]
+        needed, free = sum(w for w, _ in of_node), min(f for _, f in of_node)
+        if 2 * needed > free and world.is_main:
+            log.warning(
+                "training will stand still while checkpoints are saved: copies of the state would "
+                "take %.1f GB of the %.1f GB free on %s",
+                needed / 1e9,
+                free / 1e9,
+                node,
+            )
+        short |= 2 * needed > free
+    return not short
+
+
 def available_memory() -> int:
-    """Return the bytes that new allocations may take without swapping, as Linux estimates it."""
+    """Return the bytes that this process may still take without swapping, as Linux tells."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Yield what the limits of containers and schedulers (cgroup v2) leave this process."""
+    root = Path("/sys/fs/cgroup")
+    own = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+    for folder in [root / own, *(root / own).parents]:
+        limit, used = folder / "memory.max", folder / "memory.current"
+        if limit.is_file() and (text := limit.read_text().strip()) != "max":
+            cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
+            yield int(text) - int(used.read_text()) + int(cached[1] if cached else 0)
 
 
 def own_share(state: Mapping[str, Piece], world: World) -> dict[str, Piece]:

@@ -85,7 +85,14 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     return data
 
 
-_IDENTITY = ("model.", "diffusion.", "objective.", "train.global_batch_size", "train.seed")
+_IDENTITY = (
+    "model.",
+    "diffusion.",
+    "objective.",
+    "data.horizontal_flip",
+    "train.global_batch_size",
+    "train.seed",
+)
 _CHANGEABLE = ("model.attention", "objective.lr")
 
 

@@ -20,6 +20,7 @@ _ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.offload_optimizer.ratio": ((1.0,), _UNREACHABLE),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _UNREACHABLE),
     "zero_optimization.offload_param.device": (("none", "cpu"), _UNREACHABLE),
+    "bfloat16": ((None,), "DeepSpeed's other name of bf16 would hide what is set"),
     "bf16.bf16_master_weights_and_grads": ((False,), "weights are kept in fp32"),
     "bf16.bf16_optimizer_states": ((False,), "Adam's moments are kept in fp32"),
 }

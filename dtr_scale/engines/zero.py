@@ -31,6 +31,7 @@ from dtr_scale.errors import ConfigError, EngineError
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
 
 import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import logger as deepspeed_logger
 
 
@@ -66,6 +67,9 @@ class DeepSpeedEngine(Engine):
                 f"DeepSpeed {deepspeed.__version__} does not accept {key} in {SECTION}: "
                 f"{problem['msg']}; see https://www.deepspeed.ai/docs/config-json/"
             ) from None
+        except (DeepSpeedConfigError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"DeepSpeed refuses {SECTION}: {reason}") from error
         self._engine = engine
         # DeepSpeed's ZeRO optimizer wraps the one that makes the update.
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)

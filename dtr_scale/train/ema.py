@@ -1,6 +1,6 @@
 """Exponential moving averages of the weights, on each rank's fp32 fragments alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,12 +72,23 @@ class Ema:
         self._masters = [fragment.master for fragment in engine.fragments()]
         self._values = [[master.clone() for master in self._masters] for _ in profiles]
 
+    @property
+    def keys(self) -> list[str]:
+        return [profile.key for profile in self._profiles]
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after training step `step`, the first of which is 1."""
         foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
         for profile, values in zip(self._profiles, self._values, strict=True):
             foreach_lerp_(values, self._masters, 1.0 - profile.decay(step))
+
+    def restart(self, keys: Collection[str]) -> None:
+        """Let the named averages begin at the weights as they are now."""
+        for profile, values in zip(self._profiles, self._values, strict=True):
+            for value, master in zip(values, self._masters, strict=True):
+                if profile.key in keys:
+                    value.copy_(master)
 
     def pieces(self) -> dict[str, Piece]:
         """Return this rank's part of all averages by key, as views."""

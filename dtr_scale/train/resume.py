@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.start import read_start
 from dtr_scale.config.load import Change, changes
 from dtr_scale.config.schema import Experiment
@@ -29,15 +31,30 @@ def take_up(
     what differs.
     """
     trainer.checkpoints.probe()
+    if experiment.checkpoint.dir:
+        trainer.checkpoints.claim(str(experiment.run_path.absolute()))
     if experiment.checkpoint.resume == "never":
         with world.agree():
-            _start_afresh(trainer, experiment, run_dir if world.is_main else None)
+            _start_afresh(trainer, experiment, run_dir)
+    elif _resume(trainer, experiment):
         return
+    else:
+        with world.agree():
+            _refuse_to_forget(trainer, run_dir)
+    if place := experiment.checkpoint.start_from:
+        trainer.start(partial(read_start, Path(place), experiment.checkpoint.start_kind))
+        log.info("starting from %s", place)
+
+
+def _resume(trainer: Trainer, experiment: Experiment) -> bool:
+    """Go on from the newest checkpoint; False if there is none."""
     found: list[Change] = []
+    new_averages: set[str] = set()
     allowed = experiment.checkpoint.allow_changes
 
-    def accept(stored: dict[str, Any], url: str) -> Collection[str]:
-        found[:] = _changes(stored, trainer.meta, url)
+    def accept(reader: CheckpointReader) -> Collection[str]:
+        url = reader.url
+        found[:] = _changes(reader.meta, trainer.meta, url)
         refused = [c for c in found if c.identity and c.key not in allowed]
         if refused:
             keys = ",".join(change.key for change in refused)
@@ -48,38 +65,53 @@ def take_up(
             )
         # The log-variances of other clusters, or of none, say nothing about these.
         another = any(c.identity and c.key.startswith("objective.") for c in found)
-        return ["objective"] if another else []
+        kinds = {key.partition("/")[0] for key in reader.shapes}
+        new_averages.clear()
+        new_averages.update(key for key in trainer.ema.keys if key not in kinds)
+        return [*new_averages, *(["objective"] if another else [])]
 
-    if meta := trainer.resume(accept):
-        url = trainer.checkpoints.url(trainer.step)
-        log.info("resumed %s at step %d", url, trainer.step)
-        _check_probe(trainer, meta, url, lenient=any(change.identity for change in found))
-        for change in found:
-            on_purpose = ", by checkpoint.allow_changes" if change.identity else ""
-            log.info("since then: %s%s", change, on_purpose)
-    elif place := experiment.checkpoint.start_from:
-        with world.agree():
-            trainer.start(read_start(Path(place), experiment.checkpoint.start_kind))
-        log.info("starting from %s", place)
+    meta = trainer.resume(accept)
+    if meta is None:
+        return False
+    trainer.ema.restart(new_averages)
+    url = trainer.checkpoints.url(trainer.step)
+    log.info("resumed %s at step %d", url, trainer.step)
+    _check_probe(trainer, meta, url, lenient=bool(allowed))
+    for change in found:
+        on_purpose = ", by checkpoint.allow_changes" if change.identity else ""
+        log.info("since then: %s%s", change, on_purpose)
+    for key in sorted(new_averages):
+        log.info("since then: the average %s is new and begins at the weights", key)
+    return True
+
+
+def _refuse_to_forget(trainer: Trainer, run_dir: RunDirectory | None) -> None:
+    """Raise CheckpointError where a run that has been saved would begin again unasked."""
+    if run_dir and run_dir.saved_step is not None:
+        raise CheckpointError(
+            f"{run_dir.path} was saved at step {run_dir.saved_step}, but there is no checkpoint in "
+            f"{trainer.checkpoints.folder_url}; bring it back or set checkpoint.dir right, or "
+            "start afresh on purpose with --checkpoint.resume=never"
+        )
 
 
 def _check_probe(trainer: Trainer, meta: dict[str, Any], url: str, *, lenient: bool) -> None:
     """Compare the next samples and their loss with what was stored; CheckpointError if they differ.
 
-    `lenient` where something was changed on purpose, which changes them too.
+    `lenient` where something may be changed on purpose, which changes them too.
     """
     stored, found = meta.get("probe"), trainer.probe()
     if stored is None or found is None:
         log.info("no probe loss to compare with")
         return
     precisions = {m["config"]["engine"]["precision"] for m in (meta, trainer.meta)}
-    try:
-        log.info("%s", compare(stored, found, precisions, url))
-    except CheckpointError as error:
-        if not lenient:
-            error.on_every_rank = True
-            raise
-        log.warning("%s (checkpoint.allow_changes)", error)
+    with trainer.world.agree():
+        try:
+            log.info("%s", compare(stored, found, precisions, url))
+        except CheckpointError as error:
+            if not lenient:
+                raise
+            log.warning("%s (checkpoint.allow_changes)", error)
 
 
 def _start_afresh(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> None:

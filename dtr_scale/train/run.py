@@ -78,22 +78,37 @@ class _MainRecords(_Records):
         write_status(run_dir.path, "running", step=trainer.step)
         self._journal = Journal(run_dir.journal, step=trainer.step)
         self.tracker = build_tracker(experiment, world, run_dir)
+        self._told_saved_step: int | None = None
         self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
 
     def write(self, record: Record) -> None:
         self._journal.write(record)
+        self._tell_of_save()
         self.tracker.log(record)
         self._progress.show(record)
 
     def end(self, outcome: str, reason: str) -> None:
         """Write how the run ended, first of all where launch scripts look for it."""
-        write_status(self._path, outcome, step=self._trainer.step, reason=reason)
+        write_status(
+            self._path,
+            outcome,
+            step=self._trainer.step,
+            saved_step=self._trainer.saved_step,
+            reason=reason,
+        )
         checkpoint = None
         if self._trainer.saved_step is not None:
             checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
         self.close(outcome, checkpoint)
         told = f"leaving on request ({reason})" if reason else outcome
         log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint)
+
+    def _tell_of_save(self) -> None:
+        """Note the newest checkpoint, so that a start without it does not begin again."""
+        saved_step = self._trainer.saved_step
+        if saved_step != self._told_saved_step:
+            write_status(self._path, "running", step=self._trainer.step, saved_step=saved_step)
+            self._told_saved_step = saved_step
 
     def close(self, outcome: str, checkpoint: str | None) -> None:
         self._progress.close()

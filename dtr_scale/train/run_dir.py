@@ -37,6 +37,8 @@ class RunDirectory:
             (path / SAMPLES).mkdir(parents=True, exist_ok=True)
             self._lock = (path / LOCK).open("a+", encoding="utf-8")
         self._take_lock()
+        self.saved_step = _saved_step(path)
+        """Step of the newest checkpoint that earlier jobs have told of, if any."""
         with self._writing():
             write_status(path, "running")
 
@@ -52,7 +54,7 @@ class RunDirectory:
 
         Returns where it is now, a run directory of its own; None if nothing had been trained.
         """
-        if not any((self.path / name).exists() for name in (JOURNAL, CHECKPOINTS)):
+        if not (self.path / JOURNAL).exists() and not Folder(self.path / CHECKPOINTS).names():
             return None
         present = [name for name in _OF_ONE_RUN if (self.path / name).exists()]
         place = self.path / f"replaced_{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
@@ -101,17 +103,31 @@ class RunDirectory:
 
 
 def write_status(
-    run_path: Path, outcome: str, *, step: int | None = None, reason: str = ""
+    run_path: Path,
+    outcome: str,
+    *,
+    step: int | None = None,
+    saved_step: int | None = None,
+    reason: str = "",
 ) -> None:
     """Store how a run stands: running, finished, preempted or failed, and why.
 
-    Without a step it is that of the journal's last line.
+    Without a step it is that of the journal's last line, without a saved step that told before.
     """
     if step is None:
         step = last_step(run_path / JOURNAL)
+    if saved_step is None:
+        saved_step = _saved_step(run_path)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    content = {"outcome": outcome, "reason": reason, "step": step, "time": now}
-    _write_json(run_path, STATUS, content)
+    content = {"outcome": outcome, "reason": reason, "step": step, "saved_step": saved_step}
+    _write_json(run_path, STATUS, content | {"time": now})
+
+
+def _saved_step(run_path: Path) -> int | None:
+    try:
+        return json.loads((run_path / STATUS).read_text(encoding="utf-8")).get("saved_step")
+    except (OSError, ValueError):
+        return None
 
 
 def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:

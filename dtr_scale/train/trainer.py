@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dtr_scale.checkpoint.manager import CheckpointManager
+from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.start import Start, begin
 from dtr_scale.data.loader import BatchLoader, MicroBatch
 from dtr_scale.diffusion.process import GaussianDiffusion
@@ -168,7 +169,7 @@ class Trainer:
             self.checkpoints.wait()
 
     def resume(
-        self, accept: Callable[[dict[str, Any], str], Collection[str]] = lambda meta, url: ()
+        self, accept: Callable[[CheckpointReader], Collection[str]] = lambda reader: ()
     ) -> dict[str, Any] | None:
         """Take up the newest complete checkpoint, if `accept` has it (see `restore`).
 
@@ -182,10 +183,12 @@ class Trainer:
         self.step = meta["step"]
         return meta
 
-    def start(self, start: Start) -> None:
+    def start(self, read: Callable[[], Start]) -> None:
         """Begin with the state of another training; what it does not hold stays fresh."""
-        begin(start, self._state.pieces())
-        self._state.take_over()
+        with self.world.agree():
+            start = read()
+            begin(start, self._state.pieces())
+        self._state.take_over()  # engines talk to each other here
         self.engine.optimizer_step = start.optimizer_step
 
     def probe(self) -> Probe | None:

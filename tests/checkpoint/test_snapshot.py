@@ -9,7 +9,7 @@ from safetensors.torch import load
 from dtr_scale.checkpoint import snapshot
 from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.checkpoint.manager import CheckpointManager
-from dtr_scale.checkpoint.snapshot import Snapshot, available_memory
+from dtr_scale.checkpoint.snapshot import Snapshot, available_memory, have_room
 from dtr_scale.engines.world import World
 
 STATE = {
@@ -18,30 +18,21 @@ STATE = {
 }
 
 
-def taken(free_bytes, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr(snapshot, "available_memory", lambda: free_bytes)
-        held = Snapshot(STATE)
-    held.take(STATE)
+@pytest.fixture(scope="module")
+def both():
+    """The file as a copy, and as it is read from the state."""
+    held = Snapshot(STATE), Snapshot(STATE, copied=False)
+    for each in held:
+        each.take(STATE)
     return held
 
 
-def test_where_memory_is_short_the_file_is_the_same(monkeypatch, warnings_of):
-    copied = taken(10**9, monkeypatch)
-    assert warnings_of("dtr_scale.checkpoint.snapshot") == []
-    read = taken(5000, monkeypatch)
-    assert "training will stand still" in warnings_of("dtr_scale.checkpoint.snapshot")[0]
+def test_without_a_copy_the_file_is_the_same(both):
+    copied, read = both
     assert (copied.is_copy, read.is_copy) == (True, False)
     assert bytes(copied[:]) == bytes(read[:])
     assert torch.equal(load(bytes(read[:]))["ema/b"], STATE["ema/b"].data)
     assert copied.entry("f") == read.entry("f")
-
-
-@pytest.fixture(scope="module")
-def both():
-    """The file as a copy, and as it is read where memory is short."""
-    with pytest.MonkeyPatch.context() as patched:
-        return taken(10**9, patched), taken(0, patched)
 
 
 @given(st.integers(0, 6000), st.integers(0, 6000))
@@ -50,10 +41,23 @@ def test_any_slice_is_that_of_the_whole(both, start, stop):
         assert bytes(held[start:stop]) == bytes(both[0][:])[start:stop]
 
 
-def test_ranks_of_a_node_share_its_memory(monkeypatch):
-    monkeypatch.setattr(snapshot, "available_memory", lambda: 20_000)
-    assert Snapshot(STATE).is_copy
-    assert not Snapshot(STATE, sharers=3).is_copy
+class OtherNodes(World):
+    """A world where ranks 1 and 2 are elsewhere, each with a copy of 4200 bytes to make."""
+
+    places = ("here", "there", "there")
+
+    def all_gather_object(self, value):
+        return [(place, *value[1:]) for place in self.places]
+
+
+@pytest.mark.parametrize(("free", "enough"), [(9000, False), (16_000, False), (17_000, True)])
+def test_the_ranks_of_each_node_share_its_memory(free, enough, monkeypatch, warnings_of):
+    monkeypatch.setattr(snapshot, "available_memory", lambda: free)
+    world = OtherNodes(rank=0, local_rank=0, world_size=3, device=torch.device("cpu"))
+    assert have_room(STATE, world) is enough
+    told = warnings_of("dtr_scale.checkpoint.snapshot")
+    assert enough or "training will stand still" in told[0]
+    assert not enough or not told
 
 
 def test_a_save_without_a_copy_is_stored_when_it_returns(folder, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.checkpoint.start import read_start
+from dtr_scale.checkpoint.start import Start, read_start
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.train.build import build_trainer
@@ -51,7 +51,7 @@ def test_a_run_starts_from_official_weights_and_their_average(digits, tmp_path):
     assert train(digits, run_dir, *OF_RELEASED, *BATCH, *start, "--train.max_steps=1") == 0
     experiment = demo_experiment(digits, tmp_path / "other", *SINGLE, *OF_RELEASED, *BATCH)
     trainer = build_trainer(experiment, ALONE)
-    trainer.start(read_start(tmp_path / "released.pt", "dtr"))
+    trainer.start(lambda: read_start(tmp_path / "released.pt", "dtr"))
     for name, value in weights(trainer).items():
         assert torch.equal(value, model[name].view(-1)), name
     for name, value in weights(trainer, "ema").items():
@@ -79,6 +79,28 @@ def test_a_start_that_does_not_fit_is_refused(digits, tmp_path):
         train(digits, tmp_path / "run", start, *BATCH)
     with pytest.raises(CheckpointError, match="is no universal checkpoint: it has no zero/"):
         read_start(tmp_path, "universal")
+
+
+def start_with_another_head(digits: Path, place: Path) -> str:
+    """Runs on each rank: the last layer alone does not fit, and it is on one of them."""
+    world = join_world(needs_process_group=True)
+    settings = (f"--data.shards={digits}", *BATCH, "--tracking.type=none", "--data.num_workers=0")
+    trainer = build_trainer(demo_experiment(digits, place, *settings), world)
+    shapes = {name: tuple(p.shape) for name, p in trainer.engine.network.named_parameters()}
+    other = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    other["final_layer.linear.weight"] = torch.zeros(3, 3)
+    try:
+        trainer.start(lambda: Start(other, other))
+    except ConfigError as error:
+        return str(error)
+    finally:
+        world.leave()
+    return "started"
+
+
+def test_all_ranks_refuse_a_start_that_does_not_fit_one_of_them(digits, tmp_path):
+    for told in run_on_ranks(2, start_with_another_head, digits, tmp_path, timeout_seconds=120):
+        assert "final_layer.linear.weight is of shape (3, 3)" in told
 
 
 def save_with_deepspeed(digits: Path, place: Path) -> list[dict[str, dict[str, np.ndarray]]]:
@@ -120,7 +142,7 @@ def universal(digits, tmp_path_factory):
 def test_a_run_starts_from_a_universal_checkpoint(digits, tmp_path, universal, stage):
     place, held = universal
     trainer = build_trainer(demo_experiment(digits, tmp_path, *SINGLE, *BATCH), ALONE)
-    trainer.start(read_start(place / f"universal_{stage}", "universal"))
+    trainer.start(lambda: read_start(place / f"universal_{stage}", "universal"))
     assert trainer.engine.optimizer_step == 3
     for kind in ("master", "exp_avg"):
         for name, value in weights(trainer, kind).items():

@@ -60,7 +60,7 @@ def test_a_place_that_cannot_be_written_is_named_with_the_fix(tmp_path):
 def test_status_and_config_are_json(tmp_path):
     run_dir = RunDirectory(tmp_path)
     run_dir.write_config({"name": "Überblick", "train": {"lr": 1e-4}})
-    write_status(tmp_path, "running", step=0)
+    write_status(tmp_path, "running", step=0, saved_step=5)
     write_status(tmp_path, "failed", step=7, reason="step 8: loss nan")
     run_dir.close()
     config = json.loads((tmp_path / "config.json").read_text())
@@ -68,7 +68,8 @@ def test_status_and_config_are_json(tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     time = datetime.fromisoformat(status.pop("time"))
     assert abs(datetime.now(UTC) - time) < timedelta(minutes=1)
-    assert status == {"outcome": "failed", "reason": "step 8: loss nan", "step": 7}
+    expected = {"outcome": "failed", "reason": "step 8: loss nan", "step": 7, "saved_step": 5}
+    assert status == expected
 
 
 def test_an_earlier_run_is_set_aside_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import threading
 import time
 
 import pytest
+import torch
 
+from dtr_scale.checkpoint.inspection import find_checkpoint
 from dtr_scale.data.sources import prepare_digits
 from dtr_scale.errors import CheckpointError, ConfigError, DataError, EngineError
 from dtr_scale.storage import Folder
@@ -93,7 +96,8 @@ def test_shards_and_checkpoints_in_object_storage(digits, tmp_path, s3_url):
     assert train(f"{s3_url}/digits", run_dir, *TINY, *remote) == 0
     tiny(digits, tmp_path / "local")
     assert journal(run_dir) == journal(tmp_path / "local")
-    assert Folder(f"{s3_url}/checkpoints").names() == ["step_00000002", "step_00000004"]
+    kept = ["owner.json", "step_00000002", "step_00000004"]
+    assert Folder(f"{s3_url}/checkpoints").names() == kept
     assert not (run_dir / "checkpoints").exists()
 
 
@@ -187,6 +191,7 @@ def test_a_fresh_start_on_purpose_loses_nothing(digits, tmp_path):
         ("--train.global_batch_size=64", "train.global_batch_size was 32 and is 64"),
         ("--model.depth=3", "model.depth was 2 and is 3; .*--checkpoint.allow_changes=model.depth"),
         ("--objective.type=vanilla", "objective.type was 'ant_uw' and is 'vanilla'"),
+        ("--data.horizontal_flip=true", "data.horizontal_flip was False and is True"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(digits, tmp_path, override, message):
@@ -263,6 +268,53 @@ def test_all_checkpoints_damaged_is_an_error_and_no_fresh_start(digits, tmp_path
     with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
         tiny(digits, tmp_path)
     assert journal(tmp_path) == before
+
+
+def test_checkpoints_that_are_gone_are_an_error_and_no_fresh_start(digits, tmp_path):
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    dir_ = f"--checkpoint.dir={elsewhere}"
+    assert tiny(digits, run_dir, dir_) == 0
+    assert status(run_dir)["saved_step"] == 4
+    before = journal(run_dir)
+    elsewhere.rename(tmp_path / "unmounted")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"saved at step 4, but there is no checkpoint"):
+            tiny(digits, run_dir, dir_)
+    assert journal(run_dir) == before
+    shutil.rmtree(elsewhere)
+    (tmp_path / "unmounted").rename(elsewhere)
+    assert tiny(digits, run_dir, dir_, "--train.max_steps=6") == 0
+    assert len(journal(run_dir)) == 6
+
+
+def test_a_checkpoint_dir_is_that_of_one_run(digits, tmp_path):
+    dir_ = f"--checkpoint.dir={tmp_path / 'shared'}"
+    assert tiny(digits, tmp_path / "one", dir_) == 0
+    with pytest.raises(ConfigError, match=r"belongs to the run in '.*one'; choose another"):
+        tiny(digits, tmp_path / "two", dir_)
+    assert find_checkpoint(str(tmp_path / "one")).meta["step"] == 4
+
+
+def test_a_new_average_begins_at_the_weights(digits, tmp_path, caplog):
+    tiny(digits, tmp_path)
+    caplog.set_level("INFO", "dtr_scale")
+    added = ("--train.ema_decays=[0.5]", "--train.ema_sigma_rel=[0.1]", "--train.max_steps=5")
+    assert tiny(digits, tmp_path, *added) == 0
+    assert "the average ema_0.5 is new and begins at the weights" in caplog.text
+    reader = find_checkpoint(str(tmp_path))
+    before = find_checkpoint(str(tmp_path / "checkpoints" / "step_00000004"))
+    name = "blocks.0.attn.qkv.weight"
+    start = before.read([f"master/{name}"])[f"master/{name}"]
+    after, half = reader.read([f"master/{name}", f"ema_0.5/{name}"]).values()
+    torch.testing.assert_close(half, (start + after) / 2)
+
+
+def test_a_fresh_start_on_purpose_begins_where_it_is_told(digits, tmp_path, caplog):
+    caplog.set_level("INFO", "dtr_scale")
+    never = ("--checkpoint.resume=never", f"--checkpoint.start_from={tmp_path / 'missing.pt'}")
+    with pytest.raises(CheckpointError, match="missing"):
+        tiny(digits, tmp_path / "run", *never)
+    assert "moved" not in caplog.text
 
 
 def copied(digits, tmp_path):
