@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dtr_scale.cli import main
-from dtr_scale.data.shards import read_manifest
+from dtr_scale.data.manifest import read_manifest
 from dtr_scale.storage import Folder
 
 ROOT = Path(__file__).parents[1]

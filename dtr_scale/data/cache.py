@@ -15,7 +15,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from dtr_scale.data.shards import Shard, data_errors, file_sha256
+from dtr_scale.data.manifest import Shard, data_errors
+from dtr_scale.data.shards import file_sha256
 from dtr_scale.errors import DataError, DtrScaleError
 from dtr_scale.storage import Folder
 

@@ -1,195 +1,109 @@
-"""Shards and their manifest: the format on disk, written and described here.
+"""Shards: plain webdataset tars, each with an index beside it, written here.
 
-A split is a row of plain webdataset tars with two members per sample, `<key>.npy` (the array)
-and `<key>.cls` (the class index). `manifest.json`, written last, holds what a tar cannot: how
-many samples there must be, their hashes, and how stored numbers become x_start.
+A sample is `<key>.npy` (the array), `<key>.cls` (the class index) and, where it has captions,
+`<key>.captions.json` and `<key>.context.npy` (their tokens, float16 [captions, L, D]). The index
+is int64 [samples, 4]: where the array's numbers start in the tar, the class, where the tokens'
+numbers start, how many captions there are (both 0 without captions). A reader needs no tar
+parsing, and any other program reads the tars without the index.
 """
 
-import contextlib
 import hashlib
-import itertools
-import json
+import io
+import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from dtr_scale.errors import DataError
+from dtr_scale.data.manifest import Shard
 from dtr_scale.storage import Folder
 
-MANIFEST_NAME = "manifest.json"
 
-Condition = int | np.ndarray
-"""A class index, or a text's tokens float [L, D]."""
+class StoredSample(NamedTuple):
+    """What a shard holds of one sample."""
 
-Sample = tuple[np.ndarray, Condition]
-"""Stored array and condition."""
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Shard(_Record):
-    """One tar of a split: what must be found in it."""
-
-    name: str
-    split: str
-    samples: NonNegativeInt
-    bytes: PositiveInt
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Manifest(_Record):
-    """What a folder of shards holds, and x_start = stored * scale_factor + shift.
-
-    "pixels" stores arrays [C, H, W]; "posterior" stores [2, 2, C, H, W]: for the image and its
-    mirror image the mean and standard deviation of the encoder's posterior.
-    """
-
-    format: Literal[1] = 1
-    encoding: Literal["pixels", "posterior"]
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
-    dtype: Literal["uint8", "float16", "float32"]
-    scale_factor: float = 1.0
-    shift: float = 0.0
-    num_classes: PositiveInt
-    class_names: tuple[str, ...] = ()
-    context_shape: tuple[PositiveInt, PositiveInt] | None = None
-    """Tokens of a text and their width, where conditions are texts."""
-    shards: tuple[Shard, ...]
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """Shape of one stored array."""
-        return self.shape if self.encoding == "pixels" else (2, 2, *self.shape)
-
-    def hash(self, split: str) -> str:
-        """Return the sha256 of the canonical JSON without other splits: it names a run's data."""
-        content = self.model_copy(update={"shards": self.split(split)}).model_dump(mode="json")
-        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
-
-    def split(self, name: str) -> tuple[Shard, ...]:
-        """Return the shards of one split, in the order in which they were written."""
-        return tuple(shard for shard in self.shards if shard.split == name)
-
-    def num_samples(self, split: str) -> int:
-        """Return how many samples a split has."""
-        return sum(shard.samples for shard in self.split(split))
-
-    def decode(
-        self, stored: np.ndarray, *, mirrored: bool, generator: np.random.Generator | None
-    ) -> np.ndarray:
-        """Return x_start, float32 [C, H, W], of a stored array.
-
-        `generator` draws eps of a posterior (x = mean + std * eps); without one x is the mean.
-        """
-        if self.encoding == "posterior":
-            mean, std = stored[int(mirrored)].astype(np.float32)
-            if generator is not None:
-                mean += std * generator.standard_normal(mean.shape, dtype=np.float32)
-            x_start = mean
-        else:
-            x_start = (stored[..., ::-1] if mirrored else stored).astype(np.float32)
-        return x_start * np.float32(self.scale_factor) + np.float32(self.shift)
-
-
-def read_manifest(folder: Folder, split: str = "train") -> Manifest:
-    """Return the manifest of a folder; DataError unless it describes samples of `split`."""
-    with data_errors(folder, MANIFEST_NAME):
-        content = folder.read_bytes(MANIFEST_NAME)
-    where = f"{folder.url}/{MANIFEST_NAME}"
-    fix = "fix: prepare the data again (dtr-scale prepare)"
-    if not content.strip():
-        raise DataError(f"{where} is empty, a JSON manifest is expected; {fix}")
-    try:
-        manifest = Manifest.model_validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise DataError(f"{where}: {field}: {first['msg']}{more}; {fix}") from error
-    if not manifest.shards:
-        raise DataError(f"{where} lists no shards; {fix}")
-    if not manifest.split(split):
-        splits = ", ".join(sorted({shard.split for shard in manifest.shards}))
-        raise DataError(f"{where} has no split {split!r}; accepted: {splits}")
-    if not manifest.num_samples(split):
-        raise DataError(f"{where}: the shards of split {split!r} hold 0 samples; {fix}")
-    return manifest
-
-
-def write_manifest(folder: Folder, manifest: Manifest) -> None:
-    """Write the manifest: the last step, which makes the shards a data set."""
-    folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+    array: np.ndarray
+    label: int = 0
+    captions: tuple[str, ...] = ()
+    context: np.ndarray | None = None  # float16 [captions, L, D]
 
 
 def write_shards(
-    folder: Folder, samples: Iterable[Sample], split: str, samples_per_shard: int
+    folder: Folder, samples: Iterable[StoredSample], split: str, samples_per_shard: int
 ) -> Iterator[Shard]:
-    """Write `<split>-000000.tar`, ... and yield each shard when it is stored.
-
-    The same samples give the same bytes, whoever writes them and whenever.
-    """
-    numbered = enumerate(samples)
-    for shard_index in itertools.count():
-        content = list(itertools.islice(numbered, samples_per_shard))
+    """Write `<split>-000000.tar`, ... and yield each shard when it is stored."""
+    remaining = iter(samples)
+    for number in count():
+        content = list(islice(remaining, samples_per_shard))
         if not content:
             return
-        name = f"{split}-{shard_index:06d}.tar"
-        with tempfile.TemporaryDirectory(prefix="dtr_scale-") as directory:
-            path = Path(directory) / name
-            _write_tar(path, content)
-            shard = Shard(
-                name=name,
-                split=split,
-                samples=len(content),
-                bytes=path.stat().st_size,
-                sha256=file_sha256(path),
-            )
-            folder.put(path, name)
-        yield shard
+        yield write_shard(folder, split, number, content, number * samples_per_shard)
 
 
-def _write_tar(path: Path, content: list[tuple[int, Sample]]) -> None:
+def write_shard(
+    folder: Folder, split: str, number: int, samples: Sequence[StoredSample], first_key: int
+) -> Shard:
+    """Write one shard and its index; the same samples give the same bytes, whenever and by whom."""
+    name = f"{split}-{number:06d}.tar"
+    with tempfile.TemporaryDirectory(prefix="dtr_scale-") as directory:
+        path = Path(directory) / name
+        _write_tar(path, samples, first_key)
+        index = _build_index(path)
+        shard = Shard(
+            name=name,
+            split=split,
+            samples=len(samples),
+            bytes=path.stat().st_size,
+            sha256=file_sha256(path),
+            index_sha256=hashlib.sha256(index).hexdigest(),
+        )
+        folder.put(path, name)
+    folder.write_bytes(shard.index_name, index)
+    return shard
+
+
+def _write_tar(path: Path, samples: Sequence[StoredSample], first_key: int) -> None:
     from webdataset.writer import TarWriter
 
     with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0) as tar:
-        for key, (array, label) in content:
-            tar.write({"__key__": f"{key:09d}", "npy": array, "cls": label})
+        for key, sample in enumerate(samples, first_key):
+            members = {"__key__": f"{key:09d}", "npy": sample.array, "cls": sample.label}
+            if sample.context is not None:
+                members |= {"captions.json": sample.captions, "context.npy": sample.context}
+            tar.write(members)
+
+
+def _build_index(path: Path) -> bytes:
+    """Return the .npy file of a tar's index."""
+    rows: dict[str, list[int]] = {}
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            key, _, kind = member.name.partition(".")
+            row = rows.setdefault(key, [0, 0, 0, 0])
+            file.seek(member.offset_data)
+            if kind == "cls":
+                row[1] = int(file.read(member.size))
+            elif kind.endswith("npy"):
+                shape = _npy_shape(file)
+                if kind == "npy":
+                    row[0] = file.tell()
+                else:
+                    row[2:] = file.tell(), shape[0]
+    content = io.BytesIO()
+    np.save(content, np.array(list(rows.values()), np.int64).reshape(-1, 4))
+    return content.getvalue()
+
+
+def _npy_shape(file: io.BufferedReader) -> tuple[int, ...]:
+    """Read the header of a .npy file, up to where its numbers start."""
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)[0]
 
 
 def file_sha256(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type when it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def data_errors(folder: Folder, name: str) -> Iterator[None]:
-    """Turn what storage raises about a file of the data set into one line that names the fix."""
-    try:
-        yield
-    except OSError as error:
-        reason = one_line(error)
-        if isinstance(error, FileNotFoundError):
-            fix = "fix: check data.shards, or prepare the data (dtr-scale prepare)"
-            message = f"{name} is missing in {folder.url} ({reason}); {fix}"
-        elif isinstance(error, PermissionError):
-            keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or data.storage_options"
-            fix = "the file's permissions" if folder.is_local else keys
-            message = f"no access to {name} in {folder.url} ({reason}); fix: check {fix}"
-        else:
-            server = "AWS_ENDPOINT_URL or data.storage_options.endpoint_url, and the server"
-            fix = "the disk" if folder.is_local else server
-            message = f"cannot read {name} in {folder.url} ({reason}); fix: check {fix}"
-        raise DataError(message) from error

@@ -6,7 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from dtr_scale.data.shards import Manifest, Sample, write_manifest, write_shards
+from dtr_scale.data.manifest import Manifest, write_manifest
+from dtr_scale.data.reader import Sample
+from dtr_scale.data.shards import StoredSample, write_shards
 from dtr_scale.errors import ConfigError
 from dtr_scale.randomness import keyed_generator
 from dtr_scale.storage import Folder
@@ -22,7 +24,7 @@ class Source:
     scale_factor: float
     shift: float
     class_names: tuple[str, ...]
-    splits: Mapping[str, Iterable[Sample]]
+    splits: Mapping[str, Iterable[StoredSample]]
 
 
 def prepare(source: Source, folder: Folder, samples_per_shard: int) -> Manifest:
@@ -57,7 +59,7 @@ def digits() -> Source:
         ) from error
     images, labels = load_digits(return_X_y=True)
     samples = [
-        (image.reshape(1, 8, 8).astype(np.uint8), int(label))
+        StoredSample(image.reshape(1, 8, 8).astype(np.uint8), int(label))
         for image, label in zip(images, labels, strict=True)
     ]
     return Source(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dtr_scale.data.loader import Samples
+from dtr_scale.data.reader import Samples
 from dtr_scale.evaluation.legibility import legibility
 from dtr_scale.evaluation.metrics import frechet_distance
 

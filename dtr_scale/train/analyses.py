@@ -10,8 +10,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dtr_scale.config.schema import Experiment
-from dtr_scale.data.loader import Samples
 from dtr_scale.data.order import GlobalOrder
+from dtr_scale.data.reader import Samples
 from dtr_scale.diffusion.clusters import affinity_clusters
 from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.evaluation.cka import timestep_cka

@@ -19,9 +19,10 @@ from dtr_scale.checkpoint.retention import Keep
 from dtr_scale.config.load import flatten, resolved
 from dtr_scale.config.schema import Experiment, TrainConfig
 from dtr_scale.data.cache import GIB
-from dtr_scale.data.loader import BatchLoader, SampleReader, Samples
+from dtr_scale.data.loader import BatchLoader
+from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.order import GlobalOrder
-from dtr_scale.data.shards import read_manifest
+from dtr_scale.data.reader import SampleReader, Samples
 from dtr_scale.data.sources import SyntheticSource
 from dtr_scale.diffusion.clusters import log_snr_clusters, timestep_clusters
 from dtr_scale.diffusion.process import GaussianDiffusion

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dtr_scale.data.loader import Samples
+from dtr_scale.data.reader import Samples
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DtrScaleError

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dtr_scale.data.cache import ShardCache
-from dtr_scale.data.loader import SampleReader
+from dtr_scale.data.reader import SampleReader
 from dtr_scale.data.sources import prepare_digits
 from dtr_scale.errors import DataError
 from dtr_scale.storage import Folder

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.loader import BatchLoader, MicroBatch, SampleReader
+from dtr_scale.data.loader import BatchLoader, MicroBatch
+from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.order import GlobalOrder
-from dtr_scale.data.shards import read_manifest
+from dtr_scale.data.reader import SampleReader
+from dtr_scale.data.shards import StoredSample
 from dtr_scale.data.sources import Source, SyntheticSource, prepare, prepare_digits
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
@@ -183,7 +185,8 @@ def posterior(tmp_path):
     samples = []
     for label in range(40):
         mean = views * label * np.ones((1, 4, 4))
-        samples.append((np.stack([mean, np.full_like(mean, 0.25)], 1).astype(np.float16), label))
+        array = np.stack([mean, np.full_like(mean, 0.25)], 1).astype(np.float16)
+        samples.append(StoredSample(array, label))
     source = Source(
         encoding="posterior",
         shape=(1, 4, 4),

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from dtr_scale.data.loader import SampleReader
-from dtr_scale.data.shards import MANIFEST_NAME, Manifest, read_manifest, write_shards
+from dtr_scale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from dtr_scale.data.reader import SampleReader
+from dtr_scale.data.shards import StoredSample, write_shards
 from dtr_scale.data.sources import SyntheticSource, digits, prepare_digits
 from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.randomness import keyed_generator
@@ -30,10 +31,11 @@ def test_digits_are_read_back(folder, tmp_path):
     assert manifest == written
     assert (manifest.num_samples("train"), manifest.num_samples("val")) == (1500, 297)
     assert (manifest.num_classes, manifest.class_names[3]) == (10, "3")
-    assert sorted(folder.names()) == [MANIFEST_NAME, *(shard.name for shard in manifest.shards)]
+    stored = [name for shard in manifest.shards for name in (shard.index_name, shard.name)]
+    assert sorted(folder.names()) == [MANIFEST_NAME, *stored]
 
     reader = SampleReader(folder, manifest, "val", cache_dir=tmp_path / "cache")
-    for index, (array, label) in enumerate(digits().splits["val"]):
+    for index, (array, label, *_) in enumerate(digits().splits["val"]):
         stored, stored_label = reader.read(0, index)
         assert stored_label == label
         np.testing.assert_array_equal(stored, array)
@@ -62,7 +64,7 @@ def test_tar_and_webdataset_read_the_shards(digits_folder):
     samples = [(sample["npy"], sample["cls"]) for sample in dataset]
     expected = list(digits().splits["train"])[500:1000]
     assert len(samples) == 500
-    for (array, label), (expected_array, expected_label) in zip(samples, expected, strict=True):
+    for (array, label), (expected_array, expected_label, *_) in zip(samples, expected, strict=True):
         np.testing.assert_array_equal(array, expected_array)
         assert label == expected_label
 
@@ -74,11 +76,35 @@ def test_samples_are_not_held_in_memory_together(tmp_path):
         nonlocal taken
         for _ in range(25):
             taken += 1
-            yield np.zeros((1, 2, 2), np.uint8), 0
+            yield StoredSample(np.zeros((1, 2, 2), np.uint8))
 
     shards = write_shards(Folder(tmp_path), samples(), "train", 10)
     assert (next(shards).samples, taken) == (10, 10)
     assert [shard.samples for shard in shards] == [10, 5]
+
+
+def test_the_index_tells_where_numbers_lie(tmp_path):
+    folder = Folder(tmp_path)
+    generator = keyed_generator(0, "test")
+    samples = [
+        StoredSample(
+            array=generator.standard_normal((2, 3), np.float32),
+            label=7 + i,
+            captions=("one", "two") if i else (),
+            context=generator.standard_normal((2, 5, 4)).astype(np.float16) if i else None,
+        )
+        for i in range(2)
+    ]
+    (shard,) = write_shards(folder, samples, "train", 2)
+    tar = folder.read_bytes(shard.name)
+    index = np.load(folder.local_path / shard.index_name)
+    for row, sample in zip(index, samples, strict=True):
+        stored = np.frombuffer(tar, np.float32, 6, row[0]).reshape(2, 3)
+        np.testing.assert_array_equal(stored, sample.array)
+        assert (row[1], row[3]) == (sample.label, len(sample.captions))
+        if sample.context is not None:
+            context = np.frombuffer(tar, np.float16, 2 * 5 * 4, row[2]).reshape(2, 5, 4)
+            np.testing.assert_array_equal(context, sample.context)
 
 
 def test_posterior_decoding_takes_mean_std_and_mirror():
@@ -102,14 +128,15 @@ def test_posterior_decoding_takes_mean_std_and_mirror():
     assert drawn.dtype == np.float32
 
 
+HASHES = {"sha256": "0" * 64, "index_sha256": "0" * 64}
 GOOD = {
     "encoding": "pixels",
     "shape": [1, 8, 8],
     "dtype": "uint8",
     "num_classes": 10,
     "shards": [
-        {"name": "a.tar", "split": "train", "samples": 0, "bytes": 10, "sha256": "0" * 64},
-        {"name": "b.tar", "split": "val", "samples": 5, "bytes": 10, "sha256": "0" * 64},
+        {"name": "a.tar", "split": "train", "samples": 0, "bytes": 10} | HASHES,
+        {"name": "b.tar", "split": "val", "samples": 5, "bytes": 10} | HASHES,
     ],
 }
 
@@ -121,7 +148,7 @@ GOOD = {
         (b"", "train", "manifest.json is empty.*fix: prepare the data again"),
         (b"not json", "train", "manifest.json: the file: Invalid JSON.*fix"),
         (b"[]", "train", "manifest.json: the file: Input should be an object.*fix"),
-        (GOOD | {"format": 2}, "train", "manifest.json: format: Input should be 1.*fix"),
+        (GOOD | {"format": 1}, "train", "manifest.json: format: Input should be 2.*fix"),
         (GOOD | {"dtype": "int3", "num_classes": 0}, "val", r"dtype: .*\(and 1 more\); fix"),
         (GOOD | {"shards": []}, "train", "manifest.json lists no shards; fix"),
         (GOOD, "test", "has no split 'test'; accepted: train, val"),

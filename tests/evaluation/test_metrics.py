@@ -63,7 +63,7 @@ def test_what_cannot_be_compared_is_refused(shapes):
 def pictures():
     splits = digits().splits
     return {
-        name: (np.stack([image for image, _ in rows]), np.array([label for _, label in rows]))
+        name: (np.stack([row.array for row in rows]), np.array([row.label for row in rows]))
         for name, rows in splits.items()
     }
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.loader import SampleReader
-from dtr_scale.data.shards import read_manifest
+from dtr_scale.data.manifest import read_manifest
+from dtr_scale.data.reader import SampleReader
 from dtr_scale.data.sources import SyntheticSource
 from dtr_scale.data.sources import digits as digits_source
 from dtr_scale.evaluation.report import (
@@ -33,8 +33,8 @@ def test_a_split_is_read_in_order_and_decoded(splits):
     images, labels = read_all(splits["train"])
     assert (images.shape, images.dtype, labels.shape) == ((1500, 1, 8, 8), np.float32, (1500,))
     expected = list(digits_source().splits["train"])
-    np.testing.assert_array_equal(images, np.stack([image for image, _ in expected]) / 8 - 1)
-    np.testing.assert_array_equal(labels, [label for _, label in expected])
+    np.testing.assert_array_equal(images, np.stack([row.array for row in expected]) / 8 - 1)
+    np.testing.assert_array_equal(labels, [row.label for row in expected])
 
 
 def test_real_pictures_report_what_a_perfect_generator_would(splits):

@@ -1,0 +1,166 @@
+"""The manifest of prepared data: what a folder of shards holds, described and checked here."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from dtr_scale.errors import DataError
+from dtr_scale.storage import Folder
+
+MANIFEST_NAME = "manifest.json"
+NULL_CONTEXT_NAME = "null_context.npy"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(_Record):
+    """One tar of a split: what must be found in it and in its index."""
+
+    name: str
+    split: str
+    samples: NonNegativeInt
+    bytes: PositiveInt
+    sha256: Sha256
+    index_sha256: Sha256
+
+    @property
+    def index_name(self) -> str:
+        """Name of the file that tells where in the tar the samples' numbers lie."""
+        return f"{self.name.removesuffix('.tar')}.index.npy"
+
+
+class Encoder(_Record):
+    """The network that made stored numbers of pictures or captions."""
+
+    name: str
+    sha256: Sha256
+    """Of its weights."""
+
+
+class Manifest(_Record):
+    """What a folder of shards holds, and x_start = stored * scale_factor + shift.
+
+    "pixels" stores arrays [C, H, W]; "posterior" stores [2, 2, C, H, W]: for the image and its
+    mirror image the mean and standard deviation of the encoder's posterior.
+    """
+
+    format: Literal[2] = 2
+    encoding: Literal["pixels", "posterior"]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    dtype: Literal["uint8", "float16", "float32"]
+    scale_factor: float = 1.0
+    shift: float = 0.0
+    num_classes: PositiveInt
+    class_names: tuple[str, ...] = ()
+    context_shape: tuple[PositiveInt, PositiveInt] | None = None
+    """Tokens of a caption and their width, where conditions are texts."""
+    null_context_sha256: Sha256 | None = None
+    """Of `null_context.npy`, the tokens of the empty caption, float16 of `context_shape`."""
+    encoder: Encoder | None = None
+    text_encoder: Encoder | None = None
+    channel_mean: tuple[float, ...] = ()
+    """Of x_start over split "train", without draws."""
+    channel_std: tuple[float, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    """What the source listed and no decoder could read."""
+    shards: tuple[Shard, ...]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of one stored array."""
+        return self.shape if self.encoding == "pixels" else (2, 2, *self.shape)
+
+    def hash(self, split: str) -> str:
+        """Return the sha256 of the canonical JSON without other splits: it names a run's data."""
+        content = self.model_copy(update={"shards": self.split(split)}).model_dump(mode="json")
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def split(self, name: str) -> tuple[Shard, ...]:
+        """Return the shards of one split, in the order in which they were written."""
+        return tuple(shard for shard in self.shards if shard.split == name)
+
+    def num_samples(self, split: str) -> int:
+        """Return how many samples a split has."""
+        return sum(shard.samples for shard in self.split(split))
+
+    def decode(
+        self, stored: np.ndarray, *, mirrored: bool, generator: np.random.Generator | None
+    ) -> np.ndarray:
+        """Return x_start, float32 [C, H, W], of a stored array.
+
+        `generator` draws eps of a posterior (x = mean + std * eps); without one x is the mean.
+        """
+        if self.encoding == "posterior":
+            mean, std = stored[int(mirrored)].astype(np.float32)
+            if generator is not None:
+                mean += std * generator.standard_normal(mean.shape, dtype=np.float32)
+            x_start = mean
+        else:
+            x_start = (stored[..., ::-1] if mirrored else stored).astype(np.float32)
+        return x_start * np.float32(self.scale_factor) + np.float32(self.shift)
+
+
+def read_manifest(folder: Folder, split: str = "train") -> Manifest:
+    """Return the manifest of a folder; DataError unless it describes samples of `split`."""
+    with data_errors(folder, MANIFEST_NAME):
+        content = folder.read_bytes(MANIFEST_NAME)
+    where = f"{folder.url}/{MANIFEST_NAME}"
+    fix = "fix: prepare the data again (dtr-scale prepare)"
+    if not content.strip():
+        raise DataError(f"{where} is empty, a JSON manifest is expected; {fix}")
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise DataError(f"{where}: {field}: {first['msg']}{more}; {fix}") from error
+    if not manifest.shards:
+        raise DataError(f"{where} lists no shards; {fix}")
+    if not manifest.split(split):
+        splits = ", ".join(sorted({shard.split for shard in manifest.shards}))
+        raise DataError(f"{where} has no split {split!r}; accepted: {splits}")
+    if not manifest.num_samples(split):
+        raise DataError(f"{where}: the shards of split {split!r} hold 0 samples; {fix}")
+    return manifest
+
+
+def write_manifest(folder: Folder, manifest: Manifest) -> None:
+    """Write the manifest: the last step, which makes the shards a data set."""
+    folder.write_bytes(MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type when it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def data_errors(folder: Folder, name: str) -> Iterator[None]:
+    """Turn what storage raises about a file of the data set into one line that names the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = one_line(error)
+        if isinstance(error, FileNotFoundError):
+            fix = "fix: check data.shards, or prepare the data (dtr-scale prepare)"
+            message = f"{name} is missing in {folder.url} ({reason}); {fix}"
+        elif isinstance(error, PermissionError):
+            keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or data.storage_options"
+            fix = "the file's permissions" if folder.is_local else keys
+            message = f"no access to {name} in {folder.url} ({reason}); fix: check {fix}"
+        else:
+            server = "AWS_ENDPOINT_URL or data.storage_options.endpoint_url, and the server"
+            fix = "the disk" if folder.is_local else server
+            message = f"cannot read {name} in {folder.url} ({reason}); fix: check {fix}"
+        raise DataError(message) from error
