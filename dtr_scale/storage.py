@@ -4,12 +4,13 @@ The only module that knows fsspec, s3fs and botocore. What goes wrong is raised 
 family (`FileNotFoundError`, `PermissionError`, `ConnectionError`, ...) for both kinds of folder.
 """
 
+import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ _OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "max_attempts")
 _PART = ".part"  # ending of temporary names, never listed
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # of one system call
 _S3_PART_BYTES = 32 * 2**20  # what one request uploads
+_S3_REQUEST_SECONDS = 300.0  # for one request with its retries; refused ones give up after 55
 _WRITE_BYTES = 16 * 2**20
 
 
@@ -271,12 +273,10 @@ class _S3Folder(Folder):
 
     def _connect(self) -> Any:  # noqa: ANN401
         """Return the file system of this process: s3fs keeps one per process and options."""
-        import s3fs
-
         options = dict(self._options)
         max_attempts = options.pop("max_attempts", 10)
         region = options.pop("region", None)
-        connection = s3fs.S3FileSystem(
+        connection = _file_system()(
             **options,
             client_kwargs={"region_name": region} if region else {},
             config_kwargs={
@@ -291,22 +291,57 @@ class _S3Folder(Folder):
         return connection
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Call s3fs; retry a connection lost in mid-stream; raise nothing but OSErrors."""
+        """Call s3fs and raise nothing but OSErrors."""
         from aiohttp import ClientError as LostConnection
-        from botocore.exceptions import BotoCoreError, NoCredentialsError
+        from botocore import exceptions as botocore
 
-        for wait_seconds in (0.5, 2.0, 8.0, None):
-            try:
-                return getattr(self._connect(), method)(*args, **kwargs)
-            except LostConnection as error:
-                if wait_seconds is None:
-                    raise ConnectionError(f"{self.url}: {error}") from error
-                time.sleep(wait_seconds)
-            except NoCredentialsError as error:
-                raise PermissionError(f"{self.url}: {error}") from error
-            except BotoCoreError as error:
+        try:
+            return getattr(self._connect(), method)(*args, **kwargs)
+        except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
+            raise PermissionError(f"{self.url}: {error}") from error
+        except (botocore.BotoCoreError, LostConnection) as error:
+            raise ConnectionError(f"{self.url}: {error}") from error
+        except OSError as error:
+            if isinstance(error.__cause__, botocore.ClientError):
+                raise self._refusal(error, error.__cause__.response) from error
+            if isinstance(error, ConnectionError):
                 raise ConnectionError(f"{self.url}: {error}") from error
-        raise AssertionError("unreachable")
+            raise
+
+    def _refusal(self, error: OSError, response: Mapping[str, Any]) -> OSError:
+        """Return what s3fs made of a server's answer with the folder and the server's reason."""
+        # Ceph gives a code and no message, which s3fs leaves out.
+        details = (response["Error"].get(name) for name in ("Code", "Message"))
+        reason = f"{self.url}: {': '.join(filter(None, details))}"
+        if response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            return ConnectionError(reason)
+        return type(error)(*error.args[:-1], reason)
+
+
+@functools.cache
+def _file_system() -> type:
+    """Return s3fs's file system with an end to every request, importing it at first use."""
+    import aiohttp
+    import s3fs.core
+    from botocore.exceptions import HTTPClientError
+
+    # A body can also be lost as a ClientConnectionError, which s3fs does not try again by itself.
+    s3fs.core.add_retryable_error(aiohttp.ClientError)
+
+    class FileSystem(s3fs.S3FileSystem):
+        async def _call_s3(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            # aiohttp's timeouts do not cover an upload that the server stops reading, and retries
+            # of s3fs multiply those of botocore: a silent server would be asked for hours.
+            try:
+                async with asyncio.timeout(_S3_REQUEST_SECONDS):
+                    return await super()._call_s3(*args, **kwargs)
+            except TimeoutError as error:
+                limit = f"no success within {_S3_REQUEST_SECONDS:g} s"
+                raise ConnectionError(f"{self.endpoint_url or 'the server'}: {limit}") from error
+            except HTTPClientError as error:  # not to be tried again by the callers, too
+                raise ConnectionError(str(error)) from error
+
+    return FileSystem
 
 
 class _Parts:

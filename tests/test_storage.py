@@ -114,7 +114,7 @@ def test_urls_and_options_are_checked():
 def test_s3_errors_are_os_errors(s3_url):
     with pytest.raises(PermissionError):
         Folder(s3_url, {"key": "nobody", "secret": "wrong"}).read_bytes("a")
-    with pytest.raises(FileNotFoundError, match="bucket does not exist"):
+    with pytest.raises(FileNotFoundError, match="NoSuchBucket"):
         Folder("s3://nobucket/x").read_bytes("a")
     away = Folder(s3_url, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1})
     with pytest.raises(ConnectionError, match="Could not connect"):

@@ -170,7 +170,7 @@ def test_a_bad_manifest_is_one_line_with_the_fix(tmp_path, content, split, messa
     [
         (None, {"key": "nobody", "secret": "wrong"}, "no access to .*AWS_ACCESS_KEY_ID"),
         (None, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1}, "fix: check AWS_ENDPOI"),
-        ("s3://nobucket/x", {}, r"missing in s3://nobucket/x \(The specified bucket does not exi"),
+        ("s3://nobucket/x", {}, r"missing in s3://nobucket/x \(.*NoSuchBucket"),
     ],
 )
 def test_unreachable_storage_is_one_line_with_the_fix(s3_url, bucket, options, message):
