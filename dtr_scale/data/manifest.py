@@ -44,6 +44,18 @@ class Encoder(_Record):
     name: str
     sha256: Sha256
     """Of its weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of its matrix products and convolutions."""
+
+
+class Origin(_Record):
+    """The pictures that a split was made of, and how they were dealt out to shards."""
+
+    source: str
+    pictures: PositiveInt
+    listing_sha256: Sha256
+    """Of every picture's name, class and captions, in the source's order."""
+    samples_per_shard: PositiveInt
 
 
 class Manifest(_Record):
@@ -71,7 +83,9 @@ class Manifest(_Record):
     """Of x_start over split "train", without draws."""
     channel_std: tuple[float, ...] = ()
     unreadable: tuple[str, ...] = ()
-    """What the source listed and no decoder could read."""
+    """What the source listed and no decoder could read: <split>/<name in the source>."""
+    origins: dict[str, Origin] = {}
+    """By split, where it was made of a listing of pictures."""
     shards: tuple[Shard, ...]
 
     @property
@@ -80,8 +94,13 @@ class Manifest(_Record):
         return self.shape if self.encoding == "pixels" else (2, 2, *self.shape)
 
     def hash(self, split: str) -> str:
-        """Return the sha256 of the canonical JSON without other splits: it names a run's data."""
-        content = self.model_copy(update={"shards": self.split(split)}).model_dump(mode="json")
+        """Return the sha256 of the canonical JSON without other splits: it names a run's data.
+
+        What is told about the numbers, but does not change them, may change later.
+        """
+        told = {"origins", "unreadable", "channel_mean", "channel_std"}
+        data = self.model_copy(update={"shards": self.split(split)})
+        content = data.model_dump(mode="json", exclude=told)
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -110,8 +129,8 @@ class Manifest(_Record):
         return x_start * np.float32(self.scale_factor) + np.float32(self.shift)
 
 
-def read_manifest(folder: Folder, split: str = "train") -> Manifest:
-    """Return the manifest of a folder; DataError unless it describes samples of `split`."""
+def read_manifest(folder: Folder, split: str | None = "train") -> Manifest:
+    """Return the manifest of a folder; DataError unless it describes samples of `split`, if any."""
     with data_errors(folder, MANIFEST_NAME):
         content = folder.read_bytes(MANIFEST_NAME)
     where = f"{folder.url}/{MANIFEST_NAME}"
@@ -127,6 +146,8 @@ def read_manifest(folder: Folder, split: str = "train") -> Manifest:
         raise DataError(f"{where}: {field}: {first['msg']}{more}; {fix}") from error
     if not manifest.shards:
         raise DataError(f"{where} lists no shards; {fix}")
+    if split is None:
+        return manifest
     if not manifest.split(split):
         splits = ", ".join(sorted({shard.split for shard in manifest.shards}))
         raise DataError(f"{where} has no split {split!r}; accepted: {splits}")

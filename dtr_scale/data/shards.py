@@ -10,7 +10,6 @@ parsing, and any other program reads the tars without the index.
 import hashlib
 import io
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -43,32 +42,41 @@ def write_shards(
         yield write_shard(folder, split, number, content, number * samples_per_shard)
 
 
+def shard_name(split: str, number: int) -> str:
+    """Return the name of a split's shard."""
+    return f"{split}-{number:06d}.tar"
+
+
 def write_shard(
     folder: Folder, split: str, number: int, samples: Sequence[StoredSample], first_key: int
 ) -> Shard:
-    """Write one shard and its index; the same samples give the same bytes, whenever and by whom."""
-    name = f"{split}-{number:06d}.tar"
-    with tempfile.TemporaryDirectory(prefix="dtr_scale-") as directory:
-        path = Path(directory) / name
-        _write_tar(path, samples, first_key)
-        index = _build_index(path)
+    """Write one shard and its index; the same samples give the same bytes, whenever and by whom.
+
+    The tar is made in memory: a killed process leaves nothing behind in a temporary folder.
+    """
+    file = io.BytesIO()
+    _write_tar(file, samples, first_key)
+    index = _build_index(file)
+    with file.getbuffer() as content:
         shard = Shard(
-            name=name,
+            name=shard_name(split, number),
             split=split,
             samples=len(samples),
-            bytes=path.stat().st_size,
-            sha256=file_sha256(path),
+            bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
-        folder.put(path, name)
+        folder.write_bytes(shard.name, content)
+    if (stored := folder.size(shard.name)) != shard.bytes:
+        raise OSError(f"{folder.url}/{shard.name} has {stored} bytes after writing {shard.bytes}")
     folder.write_bytes(shard.index_name, index)
     return shard
 
 
-def _write_tar(path: Path, samples: Sequence[StoredSample], first_key: int) -> None:
+def _write_tar(file: io.BytesIO, samples: Sequence[StoredSample], first_key: int) -> None:
     from webdataset.writer import TarWriter
 
-    with path.open("wb") as file, TarWriter(file, user="", group="", mtime=0) as tar:
+    with TarWriter(file, user="", group="", mtime=0) as tar:
         for key, sample in enumerate(samples, first_key):
             members = {"__key__": f"{key:09d}", "npy": sample.array, "cls": sample.label}
             if sample.context is not None:
@@ -76,10 +84,11 @@ def _write_tar(path: Path, samples: Sequence[StoredSample], first_key: int) -> N
             tar.write(members)
 
 
-def _build_index(path: Path) -> bytes:
+def _build_index(file: io.BytesIO) -> bytes:
     """Return the .npy file of a tar's index."""
     rows: dict[str, list[int]] = {}
-    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, _, kind = member.name.partition(".")
             row = rows.setdefault(key, [0, 0, 0, 0])
@@ -97,7 +106,7 @@ def _build_index(path: Path) -> bytes:
     return content.getvalue()
 
 
-def _npy_shape(file: io.BufferedReader) -> tuple[int, ...]:
+def _npy_shape(file: io.BytesIO) -> tuple[int, ...]:
     """Read the header of a .npy file, up to where its numbers start."""
     np.lib.format.read_magic(file)
     return np.lib.format.read_array_header_1_0(file)[0]
