@@ -1,0 +1,79 @@
+"""Pictures as arrays: decoded, cropped as ADM does, and read ahead by threads."""
+
+import io
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
+
+
+class UnreadablePictureError(Exception):
+    """No decoder makes a picture of these bytes."""
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the centre [size, size] of a picture whose shorter side is scaled to `size`.
+
+    As guided-diffusion's center_crop_arr: halved with a box filter as long as the shorter side is
+    at least twice the size, then bicubic.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    scaled = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_picture(path: str | Path, size: int, offset: int = 0, length: int = -1) -> np.ndarray:
+    """Return a picture as uint8 [3, size, size], of a file or of `length` bytes inside of one.
+
+    Raises UnreadablePictureError, whatever the decoder's complaint.
+    """
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(offset)
+            content = file.read(length)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data and palettes: nothing is wrong with x
+            image = Image.open(io.BytesIO(content)).convert("RGB")
+        pixels = np.asarray(center_crop(image, size))
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = str(error).partition(" <_io.")[0]
+        raise UnreadablePictureError(f"{type(error).__name__}: {reason}") from error
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def read_ahead(
+    batches: Iterable[list[_Asked]],
+    read: Callable[[_Asked], _Answer],
+    *,
+    num_workers: int,
+    ahead: int = 3,
+) -> Generator[list[_Answer]]:
+    """Yield the answers to one batch after the other, while threads work `ahead` batches on.
+
+    Threads do: Pillow decodes and scales without the interpreter's lock.
+    """
+    waiting: deque[list[Future[_Answer]]] = deque()
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="picture")
+    try:
+        for batch in batches:
+            waiting.append([pool.submit(read, asked) for asked in batch])
+            if len(waiting) > ahead:
+                yield [answer.result() for answer in waiting.popleft()]
+        while waiting:
+            yield [answer.result() for answer in waiting.popleft()]
+    finally:
+        pool.shutdown(cancel_futures=True)
