@@ -20,6 +20,8 @@ OWNERS = {
     "s3fs": {"storage.py"},
     "xformers": {"models/attention.py"},
     "matplotlib": {"evaluation/heatmaps.py"},
+    "diffusers": {"data/encode.py"},
+    "open_clip": {"data/encode.py"},
 }
 EVERYWHERE = {"errors", "launchers", "logs", "storage", "randomness"}
 PURE = {"torch", "numpy"}
