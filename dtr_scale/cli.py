@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dtr_scale.cli_arguments import positive_integer
+from dtr_scale.cli_prepare import PREPARE_EXAMPLES, add_prepare
 from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.launchers import launched_rank, srun_variables
 from dtr_scale.logs import setup_logging
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can act on has no traceback."""
     os.environ.update(srun_variables(os.environ))
     arguments, rest = _parser().parse_known_args(argv)
-    rank = launched_rank() if arguments.command in ("train", "bench") else 0
+    rank = launched_rank() if arguments.command in ("train", "bench", "prepare") else 0
     setup_logging(rank)
     try:
         if arguments.takes_overrides:
@@ -184,17 +186,14 @@ def _add_measured(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[_Parser]") -> None:
-    parser = _command(
-        commands,
-        "prepare",
-        "write a data set as webdataset shards with a manifest",
-        "dtr-scale prepare digits --out s3://my-bucket/digits/",
+    add_prepare(
+        _command(
+            commands,
+            "prepare",
+            "write a data set as webdataset shards with a manifest, or look into one",
+            PREPARE_EXAMPLES,
+        )
     )
-    parser.add_argument(
-        "source", choices=["digits"], help="digits: scikit-learn's, 8x8, 10 classes"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
-    parser.set_defaults(run=_prepare)
 
 
 def _add_plan(commands: "argparse._SubParsersAction[_Parser]") -> None:
@@ -320,13 +319,6 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     checkpoint.set_defaults(run=_bench_checkpoint)
 
 
-def positive_integer(text: str) -> int:
-    """Return a whole number from 1, as argparse's type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give a whole number from 1")
-    return int(text)
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from dtr_scale.config.load import load_experiment
 
@@ -381,23 +373,6 @@ def _affinity(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps({"objective": objective}))
     print(*paths, sep="\n", file=sys.stderr)
-    return 0
-
-
-def _prepare(arguments: argparse.Namespace) -> int:
-    from dtr_scale.data.sources import prepare_digits
-    from dtr_scale.storage import Folder
-
-    try:
-        manifest = prepare_digits(Folder(arguments.out))
-    except OSError as error:
-        raise ConfigError(
-            f"--out={arguments.out} cannot be written: {error.strerror or error}; choose another"
-        ) from None
-    for split in ("train", "val"):
-        shards, samples = manifest.split(split), manifest.num_samples(split)
-        print(f"{split}: {samples} samples in {len(shards)} shards")
-    print(f"manifest: {arguments.out.rstrip('/')}/manifest.json")
     return 0
 
 
