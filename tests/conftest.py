@@ -8,6 +8,8 @@ import pytest
 
 # Before torch is imported: bit-identical runs need the same number of threads everywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before a hub's library is imported: nothing is fetched, and nobody waits for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from dtr_scale.data.sources import prepare_digits
 from dtr_scale.storage import Folder

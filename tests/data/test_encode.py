@@ -141,8 +141,7 @@ def test_weights_are_known_by_their_numbers(vae_path, tmp_path):
         (lambda path: TextEncoder(str(path), "x", CPU), "config file missing"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_line(vae_path, make, message, capfd, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_be_loaded_is_one_line(vae_path, make, message, capfd):
     with pytest.raises(ConfigError, match=message) as caught:
         make(vae_path)
     assert "\n" not in str(caught.value)
@@ -187,7 +186,7 @@ def test_openais_weights_get_the_activation_they_were_trained_with(tmp_path):
     )
     ended = subprocess.run(
         [sys.executable, "-c", program],
-        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HOME": str(tmp_path)},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
