@@ -4,14 +4,16 @@ import gzip
 import io
 import json
 import tarfile
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
+EMOJI = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 
 
 def noise_picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
@@ -105,3 +107,19 @@ def small_clip(path: Path, width: int = 32) -> Path:
     save_file(open_clip.CLIP(**config).state_dict(), path / "open_clip_model.safetensors")
     (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
     return path
+
+
+def emoji(count: int) -> dict[str, tuple[bytes, list[str]]]:
+    """Return emoji as PNGs of 136x128 with five captions each, made of their Unicode names."""
+    assert EMOJI.is_file(), "emoji are missing; fix: apt-get install fonts-noto-color-emoji"
+    font = ImageFont.truetype(EMOJI, 109)  # the one size that its pictures have
+    found: dict[str, tuple[bytes, list[str]]] = {}
+    for code in range(0x1F400, 0x1F400 + count):  # animals, food, people, things
+        picture = Image.new("RGB", (136, 128), "white")
+        ImageDraw.Draw(picture).text((0, 0), chr(code), font=font, embedded_color=True)
+        name = unicodedata.name(chr(code)).lower()
+        captions = [
+            f"{form} of a {name}." for form in ("A drawing", "An emoji", "A picture", "An icon")
+        ]
+        found[f"{code:05x}.png"] = as_bytes(picture), [name, *captions]
+    return found
