@@ -225,14 +225,19 @@ def _picture_names(root: Path) -> list[str]:
     """Return the sorted paths of all pictures below a folder, relative to it."""
     pictures: list[str] = []
     others: list[str] = []
-    for folder, _, names in os.walk(root, followlinks=True):
-        below = folder[len(str(root)) :].lstrip("/")
-        for name in names:
-            kind = pictures if name.lower().endswith(PICTURE_ENDINGS) else others
-            kind.append(f"{below}/{name}" if below else name)
+    with _reading(root, "folders that can be read"):
+        for folder, _, names in os.walk(root, onerror=_raise, followlinks=True):
+            below = folder[len(str(root)) :].lstrip("/")
+            for name in names:
+                kind = pictures if name.lower().endswith(PICTURE_ENDINGS) else others
+                kind.append(f"{below}/{name}" if below else name)
     if others:
         log.warning("%s: %d files have no picture's ending: %s", root, len(others), min(others))
     return sorted(pictures)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would go on without what it cannot read
 
 
 def _all_or_none(
