@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtr_scale.cli_arguments import fraction, positive_integer, positive_number, split_name
 from dtr_scale.errors import ConfigError, DataError, DtrScaleError
-from dtr_scale.logs import launched_rank
+from dtr_scale.launchers import launched_rank
 
 if TYPE_CHECKING:
     from dtr_scale.data.encode import PictureEncoder, TextEncoder
