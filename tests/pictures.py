@@ -7,6 +7,7 @@ import tarfile
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,13 +85,14 @@ def small_autoencoder(path: Path) -> Path:
     """Save an AutoencoderKL with random weights: 4 channels, a quarter of the size."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "norm_num_groups": 4,
+    }
     torch.manual_seed(0)
-    AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
-        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
-        norm_num_groups=4,
-    ).save_pretrained(path)
+    AutoencoderKL(**config).save_pretrained(path)
     return path
 
 

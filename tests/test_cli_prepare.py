@@ -182,6 +182,23 @@ def test_too_many_unreadable_pictures_exit_2(tmp_path, capsys):
     assert "unreadable: 1 pictures, listed in the manifest" in capsys.readouterr().out
 
 
+def test_rank_0_alone_writes_the_digits(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert prepare("--local_rank=1", "digits", "--out", tmp_path / "out") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_is_not_the_last_says_so(source, tmp_path, monkeypatch, capsys):
+    arguments = ("imagefolder", source, "--out", tmp_path, "--pixels", "--shard-mb", 0.5)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert prepare(*arguments) == 0
+    told = "1 of 2 shards are stored; the rank that stores the last one writes the manifest\n"
+    assert capsys.readouterr().err.endswith(told)
+    monkeypatch.setenv("RANK", "1")
+    assert prepare(*arguments) == 0
+    assert capsys.readouterr().out.startswith("train: 64 samples in 2 shards\n")
+
+
 def wait_for(path, process):
     deadline = time.monotonic() + 60
     while not path.exists():

@@ -5,6 +5,7 @@ its index. They let a killed run go on, and ranks work without talking: whoever 
 shard writes the manifest, which replaces them.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -68,7 +69,9 @@ class Ledger:
         """
         with data_errors(self._folder, PLAN_NAME):
             names = self._folder.names()
-            if PLAN_NAME in names:
+        if PLAN_NAME in names:
+            # Another rank may write the manifest, and remove the plan, at this very moment.
+            with contextlib.suppress(FileNotFoundError):
                 begun = Manifest.model_validate_json(self._folder.read_bytes(PLAN_NAME))
                 self._must_be_alike(begun, "unfinished ", begun.origins | self._plan.origins)
         present: set[str] = set()
@@ -95,12 +98,8 @@ class Ledger:
             except FileNotFoundError:  # another rank has just written the manifest
                 continue
             record = ShardRecord.model_validate_json(content)
-            whole = self._folder.size(shard_name) == record.shard.bytes
-            if (
-                whole
-                and record.fingerprint == self._fingerprint
-                and record.shard.index_name in names
-            ):
+            stored = record.fingerprint == self._fingerprint and record.shard.index_name in names
+            if stored and self._folder.size(shard_name) == record.shard.bytes:
                 records[shard_name] = record
         return records
 

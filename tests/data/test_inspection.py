@@ -25,8 +25,9 @@ def captions_data(tmp_path_factory):
     listing = coco(root / "images", root / "captions.json")
     text_encoder = TextEncoder(str(small_clip(path / "clip")), "", torch.device("cpu"))
     folder = Folder(path / "out")
-    options = {"shard_bytes": 10**5, "batch_size": 4}
-    assert Preparation(listing, folder, PixelEncoder(16), text_encoder, **options).run().manifest
+    encoders = PixelEncoder(16), text_encoder
+    made = Preparation(listing, folder, *encoders, shard_bytes=10**5, batch_size=4).run()
+    assert made.manifest is not None
     return folder
 
 
