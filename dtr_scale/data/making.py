@@ -44,6 +44,12 @@ class MadeShard:
         self.sums = np.zeros(self.channels)  # float64 [C], of stored numbers
         self.squares = np.zeros(self.channels)
 
+    def count(self, numbers: np.ndarray) -> None:
+        """Add one sample's [C, H, W] to the sums: one by one, they do not leave the cache."""
+        channels = numbers.reshape(self.channels, -1).astype(np.float64)
+        self.sums += channels.sum(1)
+        self.squares += np.einsum("cn,cn->c", channels, channels)
+
 
 class ShardMaker:
     """Makes shards one after the other; batches never reach over the end of a shard.
@@ -111,9 +117,8 @@ class ShardMaker:
         if not pictures:
             return
         stored = self._encoder.encode(np.stack(arrays))
-        numbers = self._encoder.means(stored).astype(np.float64)
-        shard.sums += numbers.sum((0, 2, 3))
-        shard.squares += np.square(numbers).sum((0, 2, 3))
+        for numbers in self._encoder.means(stored):
+            shard.count(numbers)
         for array, picture, context in zip(stored, pictures, self._contexts(pictures), strict=True):
             shard.samples.append(StoredSample(array, picture.label, picture.captions, context))
 
