@@ -128,6 +128,7 @@ def _add_sample(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument(
         "--out", type=Path, help="PNG, .npz of latents (default RUN_DIR/samples/grid.png)"
     )
+    parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
     parser.set_defaults(run=_sample, takes_overrides=True)
 
 
@@ -331,7 +332,13 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from dtr_scale.train.from_run import sample_run
 
-    path = sample_run(arguments.run_dir, num=arguments.num, out=arguments.out, overrides=overrides)
+    path = sample_run(
+        arguments.run_dir,
+        num=arguments.num,
+        out=arguments.out,
+        vae=arguments.vae,
+        overrides=overrides,
+    )
     print(path)
     return 0
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dtr_scale.cli_arguments import fraction, positive_integer, positive_number, split_name
-from dtr_scale.errors import ConfigError, DataError, DtrScaleError
+from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.launchers import launched_rank
 
 if TYPE_CHECKING:
@@ -313,6 +313,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from dtr_scale.data.encode import decoder_of
     from dtr_scale.data.inspection import describe, draw_samples
     from dtr_scale.data.manifest import read_manifest
     from dtr_scale.storage import Folder
@@ -321,11 +322,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     manifest = read_manifest(folder, arguments.split)
     print(*describe(folder, manifest), sep="\n")
     try:
-        encoder = _decoder(manifest, arguments.vae)
+        encoder = decoder_of(manifest, arguments.vae, _device())
     except DtrScaleError as error:
         if arguments.vae is not None:
             raise
-        print(f"no contact sheet: {error}; give --vae")
+        print(f"no contact sheet: {error}")
         return 0
     import torch
 
@@ -333,19 +334,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     split = arguments.split or manifest.shards[0].split
     x_start, _ = draw_samples(folder, manifest, split, arguments.num)
-    images = encoder.decode(torch.from_numpy(x_start)) if encoder else torch.from_numpy(x_start)
+    images = encoder.decode(torch.from_numpy(x_start))
     save_grid(arguments.sheet, images, columns=grid_columns(1))
     print(f"contact sheet of {split}: {arguments.sheet}")
     return 0
-
-
-def _decoder(manifest: "Manifest", vae: str | None) -> "PictureEncoder | None":
-    """Return what decodes latents; None where pictures are stored as they are."""
-    if manifest.encoding == "pixels":
-        return None
-    from dtr_scale.data.encode import PosteriorEncoder
-
-    if vae is None and manifest.encoder is None:
-        raise DataError("the manifest names no encoder")
-    name = vae or (manifest.encoder.name if manifest.encoder else "")
-    return PosteriorEncoder(name, 256, _device(), local_only=vae is None)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_scale.data.manifest import Encoder, one_line
+from dtr_scale.data.manifest import Encoder, Manifest, one_line
 from dtr_scale.errors import ConfigError
 
 
@@ -79,8 +79,9 @@ class PosteriorEncoder(PictureEncoder):
     dtype = "float16"
 
     def __init__(
-        self, name: str, size: int, device: torch.device, *, local_only: bool = False
+        self, name: str, size: int | None, device: torch.device, *, local_only: bool = False
     ) -> None:
+        """Without a `size` it decodes alone."""
         with _loading("the autoencoder", name, "a name of the hub, or a folder of save_pretrained"):
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -89,12 +90,13 @@ class PosteriorEncoder(PictureEncoder):
             )
         config = self._vae.config
         factor = 2 ** (len(config["block_out_channels"]) - 1)
-        if size % factor:
+        side = size or factor
+        if side % factor:
             raise ConfigError(
-                f"--size={size} is not accepted by {name}; give a multiple of {factor}"
+                f"--size={side} is not accepted by {name}; give a multiple of {factor}"
             )
-        self.size = size
-        self.shape = (config["latent_channels"], size // factor, size // factor)
+        self.size = side
+        self.shape = (config["latent_channels"], side // factor, side // factor)
         self.scale_factor = float(config["scaling_factor"])
         self.shift = 0.0 - self.scale_factor * float(config["shift_factor"] or 0.0)
         self._device = device
@@ -121,6 +123,29 @@ class PosteriorEncoder(PictureEncoder):
         with _autocast(self._device):
             parts = [self._vae.decode(part).sample.float() for part in latents.split(8)]
         return torch.cat(parts).cpu()
+
+
+def decoder_of(manifest: Manifest, vae: str | None, device: torch.device) -> PictureEncoder:
+    """Return what decodes x_start: the encoder of the data, or the autoencoder `vae` in its place.
+
+    ConfigError if it cannot be loaded; without a `vae` nothing is downloaded.
+    """
+    channels, height, _ = manifest.shape
+    if manifest.encoding == "pixels":
+        return PixelEncoder(height)
+    name = vae or (manifest.encoder.name if manifest.encoder else None)
+    if name is None:
+        raise ConfigError("the manifest names no encoder; give --vae NAME_OR_FOLDER")
+    try:
+        decoder = PosteriorEncoder(name, None, device, local_only=vae is None)
+    except ConfigError as error:
+        raise error if vae else ConfigError(f"{error}; give --vae NAME_OR_FOLDER") from None
+    if decoder.shape[0] != channels:
+        raise ConfigError(
+            f"--vae={name} decodes latents of {decoder.shape[0]} channels, these have {channels}; "
+            "give the one that encoded them"
+        )
+    return decoder
 
 
 class TextEncoder:

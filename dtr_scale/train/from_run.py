@@ -1,6 +1,7 @@
 """What a trained run is good for: samples and metrics, from its newest complete checkpoint."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from dtr_scale.config.load import load_experiment, parse_overrides
 from dtr_scale.config.schema import Experiment
+from dtr_scale.data.encode import decoder_of
 from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError, EvaluationError
 from dtr_scale.evaluation.report import has_pixel_metrics, pixel_report, write_report
@@ -26,6 +28,8 @@ from dtr_scale.train.build import (
 )
 from dtr_scale.train.run_dir import CONFIG, SAMPLES
 from dtr_scale.train.state import persistent_buffers
+
+log = logging.getLogger(__name__)
 
 
 class TrainedRun(NamedTuple):
@@ -44,22 +48,47 @@ class TrainedRun(NamedTuple):
 
 
 def sample_run(
-    run_dir: Path, *, num: int, out: Path | None = None, overrides: Sequence[str] = ()
+    run_dir: Path,
+    *,
+    num: int,
+    out: Path | None = None,
+    vae: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Draw samples 0 to `num` of a run into one picture; return its path.
 
-    Latents, which need a decoder to be seen, go into an .npz. `overrides` are those of evaluation.
+    Latents are decoded by the autoencoder that made the data, if it is on this disk, or by `vae`;
+    otherwise, or where `out` is an .npz, they are stored. `overrides` are those of evaluation.
     """
     run = load_run(run_dir, overrides)
-    is_picture = run.network.in_channels in (1, 3)
-    path = out or run_dir / SAMPLES / ("grid.png" if is_picture else "latents.npz")
-    check_output(path, ".png" if is_picture else ".npz")
+    decode = None if out and out.suffix == ".npz" else _decoder(run, vae, needed=out is not None)
+    path = out or run_dir / SAMPLES / ("grid.png" if decode else "latents.npz")
+    check_output(path, ".png" if decode else ".npz")
     images = _draw(run, num)
-    if is_picture:
-        save_grid(path, images, columns=grid_columns(run.network.num_classes))
+    if decode:
+        save_grid(path, decode(images), columns=grid_columns(run.network.num_classes))
     else:
         np.savez(path, latents=images.numpy())
     return path
+
+
+_Decode = Callable[[Tensor], Tensor]
+
+
+def _decoder(run: TrainedRun, vae: str | None, *, needed: bool) -> _Decode | None:
+    """Return what makes pictures of samples; None where there is nothing unless it is `needed`."""
+    if run.network.in_channels in (1, 3) and vae is None:
+        return lambda images: images
+    if run.experiment.data.type == "synthetic" and vae is None:
+        return None
+    try:
+        device = next(run.network.parameters()).device
+        return decoder_of(open_samples(run.experiment).manifest, vae, device).decode
+    except ConfigError as error:
+        if needed or vae:
+            raise
+        log.info("samples stay latents: %s", error)
+        return None
 
 
 def check_output(path: Path, suffix: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from webdataset.compat import WebDataset
 
 from dtr_scale.cli import main
@@ -122,6 +123,20 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
     losses = [record["loss"] for record in journal(run_dir)]
     assert len(losses) == 200
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
+
+    draw = ["sample", str(run_dir), "--num", "20", "--evaluation.num_sampling_steps=5"]
+    assert main(draw) == 0
+    with Image.open(run_dir / "samples" / "grid.png") as picture:
+        assert picture.mode == "RGB"
+    assert main([*draw, "--out", str(tmp_path / "latents.npz")]) == 0
+    assert np.load(tmp_path / "latents.npz")["latents"].shape == (20, 4, 8, 8)
+    vae.rename(tmp_path / "elsewhere")
+    assert main([*draw, "--out", str(tmp_path / "grid.png")]) == 2
+    assert "give --vae NAME_OR_FOLDER" in capsys.readouterr().err
+    again = ("--out", str(tmp_path / "grid.png"), "--vae", str(tmp_path / "elsewhere"))
+    assert main([*draw, *again]) == 0
+    drawn = (tmp_path / "grid.png").read_bytes()
+    assert drawn == (run_dir / "samples" / "grid.png").read_bytes()
 
 
 @pytest.mark.slow
