@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dtr_scale.randomness import keyed_generator
+from dtr_scale.randomness import KeyedStream, keyed_generator
 
 
 def timestep_strata(timesteps: range, num_strata: int) -> np.ndarray:
@@ -51,15 +51,13 @@ class TimestepSampler:
         last = np.ceil(high) - 1
         return np.minimum(np.floor(low + u * (high - low)), last).astype(np.int64)
 
-    def draw(self, step: int, places: range, salt: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return the timesteps t and the clusters of `places`, int64 [n] each.
+    def draw(self, step: int, places: np.ndarray, salt: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the timesteps t and the clusters of `places` int [n], int64 [n] each.
 
         t is uniform inside its cluster; `salt` gives another draw for the same places.
         """
-        cluster = self.clusters(step)[places.start : places.stop : places.step]
-        positions = (step * self.global_batch_size + place for place in places)
-        u = [
-            keyed_generator(self.seed, "timestep", position, salt).random()
-            for position in positions
-        ]
-        return self.at(cluster, np.array(u)), cluster
+        places = np.asarray(places, np.int64)
+        cluster = self.clusters(step)[places]
+        positions = step * self.global_batch_size + places
+        u = KeyedStream(self.seed, "timestep").uniform(positions, salt)
+        return self.at(cluster, u), cluster
