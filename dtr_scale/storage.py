@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -94,8 +95,16 @@ class Folder:
         """Return the size of a file in bytes."""
         raise NotImplementedError
 
+    def sizes(self) -> dict[str, int]:
+        """Return the size in bytes of every file directly in the folder; {} if there is none."""
+        raise NotImplementedError
+
     def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Return bytes [start, end) of a file."""
+        raise NotImplementedError
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Return bytes [start, end) of each (name, start, end), all asked for at once."""
         raise NotImplementedError
 
     def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
@@ -115,6 +124,10 @@ class Folder:
 
     def get(self, name: str, local_path: Path) -> None:
         """Fetch a file to `local_path`, which appears only when it is whole."""
+        raise NotImplementedError
+
+    def get_into(self, name: str, file: FileIO) -> None:
+        """Fetch a file into an open one; what arrives after an interruption is the missing rest."""
         raise NotImplementedError
 
     def remove(self, name: str) -> None:
@@ -155,10 +168,19 @@ class _LocalFolder(Folder):
     def size(self, name: str) -> int:
         return (self.local_path / name).stat().st_size
 
+    def sizes(self) -> dict[str, int]:
+        if not self.local_path.is_dir():
+            return {}
+        with os.scandir(self.local_path) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
     def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         with (self.local_path / name).open("rb") as file:
             file.seek(start)
             return file.read(-1 if end is None else end - start)
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        return [self.read_bytes(*each) for each in ranges]
 
     def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
         with (self.local_path / name).open("rb", buffering=0) as file:
@@ -184,6 +206,9 @@ class _LocalFolder(Folder):
     def get(self, name: str, local_path: Path) -> None:
         with _replacing(local_path) as temporary:
             shutil.copyfile(self.local_path / name, temporary)
+
+    def get_into(self, name: str, file: FileIO) -> None:
+        shutil.copyfile(self.local_path / name, f"/proc/self/fd/{file.fileno()}")
 
     def remove(self, name: str) -> None:
         path = self.local_path / name
@@ -225,6 +250,14 @@ class _S3Folder(Folder):
     def size(self, name: str) -> int:
         return self._call("info", self._path(name))["size"]
 
+    def sizes(self) -> dict[str, int]:
+        try:
+            found = self._call("ls", self.url, detail=True)
+        except FileNotFoundError:
+            return {}
+        files = [file for file in found if file["type"] == "file"]
+        return {file["name"].rpartition("/")[2]: file["size"] for file in files}
+
     def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
             return b""  # S3 has no empty range
@@ -232,6 +265,11 @@ class _S3Folder(Folder):
         return self._call(
             "cat_file", self._path(name), start=start or None, end=end, max_concurrency=1
         )
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        names, starts, ends = zip(*ranges, strict=True)
+        paths = [self._path(name) for name in names]
+        return self._call("cat_ranges", paths, list(starts), list(ends), on_error="raise")
 
     def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
         num_bytes = sum(map(len, buffers))
@@ -251,7 +289,14 @@ class _S3Folder(Folder):
 
     def get(self, name: str, local_path: Path) -> None:
         with _replacing(local_path) as temporary:
-            self._call("get_file", self._path(name), str(temporary), max_concurrency=1)
+            self._get_file(name, str(temporary))
+
+    def get_into(self, name: str, file: FileIO) -> None:
+        self._get_file(name, f"/proc/self/fd/{file.fileno()}")
+
+    def _get_file(self, name: str, local_path: str) -> None:
+        # One stream, which s3fs takes up where it was cut; it does not mend several.
+        self._call("get_file", self._path(name), local_path, max_concurrency=1)
 
     def remove(self, name: str) -> None:
         # One by one: some servers refuse a bulk DeleteObjects without Content-MD5.
