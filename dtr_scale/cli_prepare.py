@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dtr_scale.cli_arguments import fraction, positive_integer, positive_number, split_name
 from dtr_scale.errors import ConfigError, DtrScaleError
-from dtr_scale.launchers import launched_rank
+from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 
 if TYPE_CHECKING:
     from dtr_scale.data.encode import PictureEncoder, TextEncoder
@@ -197,7 +197,6 @@ def _list_webdataset(arguments: argparse.Namespace) -> "Listing":
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from dtr_scale.data.prepare import Preparation
-    from dtr_scale.engines.world import launched_world_size
     from dtr_scale.storage import Folder
     from dtr_scale.train.signals import LeaveRequest
 
@@ -258,8 +257,7 @@ def _device() -> Any:  # noqa: ANN401
 
 
 def _own_cores() -> int:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return min(16, max(1, len(os.sched_getaffinity(0)) // ranks))
+    return min(16, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
 def _digits(arguments: argparse.Namespace) -> int:

@@ -19,6 +19,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Return how many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what another launcher would have set for this task of an `srun` with several.
 

@@ -89,9 +89,11 @@ _IDENTITY = (
     "model.",
     "diffusion.",
     "objective.",
-    "data.horizontal_flip",
     "train.global_batch_size",
     "train.seed",
+    "data.num_lanes",
+    "data.window_shards",
+    "data.horizontal_flip",
 )
 _CHANGEABLE = ("model.attention", "objective.lr")
 
@@ -113,7 +115,8 @@ def changes(stored: dict[str, Any], wanted: dict[str, Any], source: str) -> list
     """Return where two resolved experiments differ.
 
     Engine, ranks, micro-batches, learning rates, logging and the like may change from one job of a
-    run to the next; network, diffusion, objective, batch size and seed are what the run is.
+    run to the next; network, diffusion, objective, batch size, seed, order of samples and mirroring
+    are what the run is.
     """
     # Keys that came after `stored` was written had their default's effect then.
     before, after = flatten(resolved(validate(stored, source))), flatten(wanted)

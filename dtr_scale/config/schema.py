@@ -223,9 +223,18 @@ class DataConfig(Section):
     shards: str | None = None
     """Folder or s3:// prefix that holds manifest.json and the shards."""
     num_workers: Count = 4
+    num_lanes: PositiveInt = 1
+    """Parts of an epoch that are read side by side; a node reads those of its ranks' places alone.
+    Divides train.global_batch_size; the order of samples depends on it, for the whole run."""
+    window_shards: PositiveInt = 8
+    """Shards of a lane whose samples are mixed with each other; a rank holds two windows of each
+    of its lanes. The order of samples depends on it."""
     cache_dir: str | None = None
-    """Where shards from object storage are kept; default: a folder under the temporary one."""
-    cache_gb: PositiveFloat = 64
+    """Where the processes of a node keep shards from object storage, and note which files they
+    have verified; default: a folder under the temporary one."""
+    cache_gb: Annotated[float, Field(ge=0.0)] = 64
+    """Most that is kept there, more than a node's windows; what is needed last goes first.
+    0: no local disk is used, each process holds the shards of its windows in memory."""
     horizontal_flip: bool = True
     storage_options: dict[str, Any] = {}
     """For s3fs: endpoint_url, key, secret, ...; better given by the usual AWS environment."""
@@ -404,6 +413,11 @@ class Experiment(Section):
             raise _refuse(
                 f"evaluation.cfg_channels = {sampling.cfg_channels} exceeds model.in_channels = "
                 f"{self.model.in_channels}; choose at most that, or null for all"
+            )
+        if self.train.global_batch_size % self.data.num_lanes:
+            raise _refuse(
+                f"data.num_lanes = {self.data.num_lanes} does not divide train.global_batch_size = "
+                f"{self.train.global_batch_size}; choose a divisor of it"
             )
         if self.model.expert is not None and sampling.every_steps:
             raise _refuse(

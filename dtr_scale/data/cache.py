@@ -1,23 +1,23 @@
-"""Verified local copies of shards, shared by the processes of a node.
+"""Verified shards as files of this machine, shared by the processes of a node.
 
 A shard in a local folder is used where it lies. A shard in object storage is fetched whole, once
-per node, into a bounded folder under a name made of its hash, so jobs may share that folder.
+per node, into a bounded folder under a name made of its hash, so jobs may share that folder; or,
+without a local disk, into this process's memory, as a file without a name.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import tempfile
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
+from dtr_scale.data.eviction import CacheFolder
 from dtr_scale.data.manifest import Shard, data_errors
-from dtr_scale.data.shards import file_sha256
-from dtr_scale.errors import DataError, DtrScaleError
+from dtr_scale.errors import DataError
 from dtr_scale.storage import Folder
 
 GIB = 2**30
@@ -31,9 +31,9 @@ def default_cache_dir() -> Path:
 class ShardCache:
     """Opens the shards of a split as local files whose size and sha256 are the manifest's.
 
-    `max_bytes` bounds what `cache_dir` holds, besides downloads under way and files still open;
-    the shard used longest ago goes first. Each process hashes a shard once, when it first opens
-    it: a copy that rotted on the local disk is fetched again.
+    `max_bytes` bounds what `cache_dir` holds (see `CacheFolder` for what goes first), besides
+    downloads under way; 0: no local disk is used at all. A file is hashed by the first process
+    that opens it, and again when its size, its time or the file itself is another one.
     """
 
     def __init__(
@@ -45,115 +45,154 @@ class ShardCache:
     ) -> None:
         self.folder = folder
         self.shards = tuple(shards)
-        self.cache_dir = cache_dir or default_cache_dir()
-        self.max_bytes = max_bytes
-        self._verified: set[int] = set()
+        self.files = CacheFolder(cache_dir or default_cache_dir(), max_bytes)
+        self._verified: set[Shard] = set()  # without a local disk, where no file can tell
         largest = max(self.shards, key=lambda shard: shard.bytes)
-        if not folder.is_local and largest.bytes > max_bytes:
+        if not folder.is_local and 0 < max_bytes < largest.bytes:
             raise DataError(
                 f"shard {largest.name} of {folder.url} has {largest.bytes} bytes, the cache "
-                f"{self.cache_dir} may hold {max_bytes}; fix: raise data.cache_gb"
+                f"{self.files.path} may hold {max_bytes}; fix: raise data.cache_gb"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_verified": set()}  # another process checks for itself
+    def at_hand(self, shard_id: int) -> bool:
+        """Tell whether a shard can be opened without fetching it."""
+        return self._path(self.shards[shard_id]).exists()
 
-    def open(self, shard_id: int) -> FileIO:
+    def open(self, shard_id: int, *, wait: bool = True) -> FileIO:
         """Return a shard's verified file, open for reading; it stays readable when evicted.
 
-        DataError names the shard, what the manifest says and what was found.
+        DataError names the shard, what the manifest says and what was found. With `wait` False,
+        BlockingIOError if another process is about to fetch or verify it.
         """
         shard = self.shards[shard_id]
-        if self.folder.is_local:
-            path = self.folder.local_path / shard.name
-            with data_errors(self.folder, _described(shard)):
-                self._verify_once(shard_id, path)
-                return FileIO(path)
+        if not self.files.max_bytes:
+            return self._open_alone(shard)
         try:
-            return self._open_cached(shard_id)
+            self.files.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with _locked(self.files.path / f"{shard.sha256}.lock", wait) as seal:
+                return self._open_shared(shard, seal)
+        except BlockingIOError:
+            raise
         except OSError as error:
-            raise self._no_room(shard, error) from error
+            raise self._cannot_keep(shard, error) from error
 
-    def prefetch(self, shard_ids: Iterable[int]) -> None:
-        """Fetch and verify shards in the background; errors wait for whoever opens the shard."""
-
-        def fetch() -> None:
-            for shard_id in shard_ids:
-                with contextlib.suppress(DtrScaleError, OSError):
-                    self.open(shard_id).close()
-
-        threading.Thread(target=fetch, name="shard-prefetch", daemon=True).start()
-
-    def _open_cached(self, shard_id: int) -> FileIO:
+    def index(self, shard_id: int) -> bytes:
+        """Return the verified .npy file that tells where a shard's samples lie."""
         shard = self.shards[shard_id]
-        path = self.cache_dir / f"{shard.sha256}.tar"
-        self.cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(path.with_suffix(".lock")):
-            try:
-                self._verify_once(shard_id, path)
-            except (FileNotFoundError, DataError):
-                self._verified.discard(shard_id)
-                self._make_room(shard.bytes)
-                self._fetch(shard, path)
-                try:
-                    self._verify_once(shard_id, path)
-                except DataError:
-                    path.unlink()
-                    raise
-            os.utime(path)
-            return FileIO(path)
+        copy = self._path(shard).with_suffix(".index.npy")
+        is_copied = not self.folder.is_local and self.files.max_bytes
+        with contextlib.suppress(FileNotFoundError):
+            if is_copied and _sha256(content := copy.read_bytes()) == shard.index_sha256:
+                return content
+        with data_errors(self.folder, shard.index_name):
+            content = self.folder.read_bytes(shard.index_name)
+        if (found := _sha256(content)) != shard.index_sha256:
+            raise self.mismatch(shard.index_name, f"sha256 {shard.index_sha256}", found)
+        if is_copied:
+            with contextlib.suppress(OSError):  # a second copy is a convenience
+                Folder(copy.parent).write_bytes(copy.name, content)
+        return content
 
-    def _fetch(self, shard: Shard, path: Path) -> None:
+    def mismatch(self, name: str, expected: str, found: object) -> DataError:
+        """Return the error of a file that is not what the manifest says."""
+        return DataError(
+            f"shard {name} in {self.folder.url}: the manifest says {expected}, found {found}; "
+            "fix: store the shard again, or prepare the data again (dtr-scale prepare)"
+        )
+
+    def _path(self, shard: Shard) -> Path:
+        if self.folder.is_local:
+            return self.folder.local_path / shard.name
+        return self.files.path / f"{shard.sha256}.tar"
+
+    def _open_alone(self, shard: Shard) -> FileIO:
         with data_errors(self.folder, _described(shard)):
+            if self.folder.is_local:
+                file = FileIO(self._path(shard))
+            else:
+                file = FileIO(os.memfd_create(shard.name), "r+")
+                self.folder.get_into(shard.name, file)
+        if not self.folder.is_local or shard not in self._verified:
+            self._verify(shard, file)
+            self._verified.add(shard)
+        return file
+
+    def _open_shared(self, shard: Shard, seal: FileIO) -> FileIO:
+        if self.folder.is_local:
+            with data_errors(self.folder, _described(shard)):
+                return self._open_sealed(shard, seal)
+        try:
+            file = self._open_sealed(shard, seal)
+        except (FileNotFoundError, DataError):
+            self._fetch(shard)
             try:
-                self.folder.get(shard.name, path)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise self._no_room(shard, error) from error
+                file = self._open_sealed(shard, seal)
+            except DataError:
+                self._path(shard).unlink()
                 raise
+        self.files.use(file)
+        return file
 
-    def _verify_once(self, shard_id: int, path: Path) -> None:
-        shard = self.shards[shard_id]
-        found_bytes = path.stat().st_size
+    def _open_sealed(self, shard: Shard, seal: FileIO) -> FileIO:
+        """Open a file that the seal knows, or verify it and write the seal."""
+        file = FileIO(self._path(shard))
+        stat = os.fstat(file.fileno())
+        state = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}".encode()
+        if seal.read() != state:
+            self._verify(shard, file)
+            seal.truncate(0)
+            seal.write(state)
+        return file
+
+    def _verify(self, shard: Shard, file: FileIO) -> None:
+        """Compare a file with the manifest; close it and raise a DataError where they differ."""
+        found_bytes = os.fstat(file.fileno()).st_size
+        file.seek(0)
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        if (found_bytes, found) == (shard.bytes, shard.sha256):
+            return
+        file.close()
         if found_bytes != shard.bytes:
-            raise self._mismatch(shard, "bytes", shard.bytes, found_bytes)
-        if shard_id not in self._verified:
-            found_sha256 = file_sha256(path)
-            if found_sha256 != shard.sha256:
-                raise self._mismatch(shard, "sha256", shard.sha256, found_sha256)
-            self._verified.add(shard_id)
+            raise self.mismatch(shard.name, f"bytes {shard.bytes}", found_bytes)
+        raise self.mismatch(shard.name, f"sha256 {shard.sha256}", found)
 
-    def _mismatch(self, shard: Shard, what: str, expected: object, found: object) -> DataError:
+    def _fetch(self, shard: Shard) -> None:
+        """Fetch a shard; where the disk is full, after others were evicted."""
+        path = self._path(shard)
+        for left_over in path.parent.glob(f".{path.name}.*"):  # of a killed process
+            left_over.unlink(missing_ok=True)
+        self.files.make_room(shard.bytes)
+        while True:
+            with data_errors(self.folder, _described(shard)):
+                try:
+                    return self.folder.get(shard.name, path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    full = error
+            if not self.files.evict(shard.bytes):
+                raise self._cannot_keep(shard, full) from full
+
+    def _cannot_keep(self, shard: Shard, error: OSError) -> DataError:
         return DataError(
-            f"shard {shard.name} in {self.folder.url}: the manifest says {what} {expected}, found "
-            f"{found}; fix: store the shard again, or prepare the data again (dtr-scale prepare)"
+            f"cannot keep shard {shard.name} in the cache {self.files.path} ({error}); fix: set "
+            "data.cache_dir to a disk with room, or lower data.cache_gb (0: none is used)"
         )
-
-    def _no_room(self, shard: Shard, error: OSError) -> DataError:
-        return DataError(
-            f"cannot keep shard {shard.name} in the cache {self.cache_dir} ({error}); fix: set "
-            "data.cache_dir to a disk with room, or lower data.cache_gb"
-        )
-
-    def _make_room(self, num_bytes: int) -> None:
-        """Delete what was used longest ago until `num_bytes` more fit."""
-        with _locked(self.cache_dir / "evict.lock"):
-            files = [(path, path.stat()) for path in self.cache_dir.glob("*.tar")]
-            total = num_bytes + sum(stat.st_size for _, stat in files)
-            for path, stat in sorted(files, key=lambda file: file[1].st_mtime_ns):
-                if total <= self.max_bytes:
-                    return
-                path.unlink(missing_ok=True)
-                total -= stat.st_size
 
 
 def _described(shard: Shard) -> str:
     return f"shard {shard.name} ({shard.samples} samples, {shard.bytes} bytes in the manifest)"
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, wait: bool) -> Iterator[FileIO]:
     """Hold a lock among threads and processes; the kernel drops it when the holder dies."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with FileIO(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        file.seek(0)
+        yield file

@@ -1,25 +1,34 @@
-"""Reading single samples of prepared shards."""
+"""Reading samples of prepared shards at their offsets; no tar is parsed here."""
 
+import hashlib
 import io
 import os
-import tarfile
-from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from dtr_scale.data.cache import GIB, ShardCache
-from dtr_scale.data.manifest import Manifest, data_errors
+from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, data_errors
+from dtr_scale.data.shelf import OpenShard, OpenShards
 from dtr_scale.errors import DataError
 from dtr_scale.storage import Folder
 
 Condition = int | np.ndarray
-"""A class index, or a text's tokens float [L, D]."""
+"""A class index, or a text's tokens float32 [L, D]."""
 
 Sample = tuple[np.ndarray, Condition]
 """Stored array and condition."""
+
+
+class Views(NamedTuple):
+    """What a batch of n samples is made of."""
+
+    stored: np.ndarray  # [n, C, H, W]; of a posterior [n, 2, C, H, W], mean and standard deviation
+    conditions: np.ndarray  # int64 [n], or float32 [n, L, D]
 
 
 class Samples(Protocol):
@@ -29,11 +38,23 @@ class Samples(Protocol):
     shard_samples: tuple[int, ...]
 
     def read(self, shard: int, index: int) -> Sample:
-        """Return the stored array and the condition of a sample."""
+        """Return the stored array and the condition (the first caption) of a sample."""
         ...
 
-    def prefetch(self, shards: tuple[int, ...]) -> None:
-        """Start fetching shards that will be read soon."""
+    def read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
+        """Return the samples at `located` int [n, 2], valid until the next call.
+
+        Of a posterior it is the image's or, where `mirrored` bool [n], its mirror image's. Of its
+        captions it is the one at the fraction `caption` in [0, 1), float64 [n].
+        """
+        ...
+
+    def null_condition(self) -> np.ndarray:
+        """Return what stands for no text, float32 [L, D]."""
+        ...
+
+    def prefetch(self, wanted: Sequence[int], next_uses: Callable[[], Sequence[int]]) -> None:
+        """Hold these shards ready; `next_uses` tells in which order shards are needed again."""
         ...
 
     def close(self) -> None:
@@ -41,17 +62,12 @@ class Samples(Protocol):
         ...
 
 
-class _OpenShard(NamedTuple):
-    file: FileIO
-    offsets: np.ndarray  # int64 [samples], where each array's numbers start
-    labels: np.ndarray  # int64 [samples]
-
-
 class SampleReader:
     """The samples of one split of a prepared folder, by (shard, index in the shard).
 
-    Keeps the shards of two windows open; their tar headers are parsed once, then a sample is one
-    read at a known offset. A shard that is not what the manifest says raises a DataError.
+    A sample is one read at a known offset of a whole, verified shard. Only where reading begins,
+    before whole shards have come from object storage, samples are fetched one by one; their shard
+    is verified when it arrives. What is not as the manifest says raises a DataError.
     """
 
     def __init__(
@@ -69,98 +85,187 @@ class SampleReader:
         self.shard_samples = tuple(shard.samples for shard in shards)
         self.cache = ShardCache(folder, shards, cache_dir, cache_max_bytes)
         self._max_open = 2 * window_shards
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._dtype = np.dtype(manifest.dtype)
-        self._sample_bytes = self._dtype.itemsize * int(np.prod(manifest.stored_shape))
+        self._num_views = 2 if manifest.encoding == "posterior" else 1
+        self._view_shape = manifest.stored_shape[self._num_views - 1 :]
+        self._view_bytes = self._dtype.itemsize * int(np.prod(self._view_shape))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._shelf = OpenShards(self._open_shard, self._max_open)
+        self._indexes: dict[int, np.ndarray] = {}  # of shards that have not come yet
+        self._first_wanted: frozenset[int] | None = None
+        self._buffers: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": OrderedDict()}  # files do not cross processes
+        return self.__dict__ | {"_shelf": None}  # threads and files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     def read(self, shard: int, index: int) -> Sample:
-        """Return (stored array, class index) of a sample."""
-        opened = self._opened(shard)
-        offset = int(opened.offsets[index])
-        content = os.pread(opened.file.fileno(), self._sample_bytes, offset)
-        if len(content) != self._sample_bytes:
-            raise self._error(
-                shard, f"{self._sample_bytes} bytes at {offset}", f"{len(content)}: it was cut"
-            )
-        array = np.frombuffer(content, self._dtype).reshape(self.manifest.stored_shape)
-        return array, int(opened.labels[index])
+        """Return the stored array and the condition (the first caption) of a sample."""
+        self._shelf.get(shard)
+        located, zero = np.array([[shard, index]]), np.zeros(1)
+        found = [
+            self.read_views(located, np.array([view]), zero) for view in range(self._num_views)
+        ]
+        stored = np.concatenate([views.stored for views in found])
+        return stored.reshape(self.manifest.stored_shape), found[0].conditions[0]
+
+    def read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
+        """Return the samples at `located` int [n, 2], valid until the next call (see `Samples`)."""
+        try:
+            return self._read_views(located, mirrored, caption)
+        except OSError:
+            # The whole shard tells what is wrong, and with which of them.
+            self._first_wanted = frozenset()
+        with data_errors(self.cache.folder, "a shard"):
+            return self._read_views(located, mirrored, caption)
+
+    def null_condition(self) -> np.ndarray:
+        """Return the empty caption's tokens, zeros where the data has none, float32 [L, D]."""
+        shape, expected = self.manifest.context_shape, self.manifest.null_context_sha256
+        assert shape is not None
+        if expected is None:
+            return np.zeros(shape, np.float32)
+        with data_errors(self.cache.folder, NULL_CONTEXT_NAME):
+            content = self.cache.folder.read_bytes(NULL_CONTEXT_NAME)
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise self.cache.mismatch(NULL_CONTEXT_NAME, f"sha256 {expected}", found)
+        return np.load(io.BytesIO(content)).reshape(shape).astype(np.float32)
 
     def check_sizes(self) -> None:
         """Look at every shard's size before training: DataError for one missing or cut short."""
         folder = self.cache.folder
-        for shard_id, shard in enumerate(self.cache.shards):
-            with data_errors(folder, f"shard {shard.name}"):
-                size = folder.size(shard.name)
-            if size != shard.bytes:
-                raise self._error(shard_id, f"{shard.bytes} bytes", f"{size}")
+        with data_errors(folder, "the list of shards"):
+            sizes = folder.sizes()
+        for shard in self.cache.shards:
+            for name in (shard.name, shard.index_name):
+                with data_errors(folder, f"shard {name}"):
+                    if name not in sizes:
+                        raise FileNotFoundError(f"not among the {len(sizes)} files there")
+            if sizes[shard.name] != shard.bytes:
+                raise self.cache.mismatch(shard.name, f"bytes {shard.bytes}", sizes[shard.name])
 
-    def prefetch(self, shards: tuple[int, ...]) -> None:
-        """Fetch and verify shards in the background."""
-        self.cache.prefetch([shard for shard in shards if shard not in self._open])
+    def prefetch(self, wanted: Sequence[int], next_uses: Callable[[], Sequence[int]]) -> None:
+        """Hold these shards ready; `next_uses` tells in which order shards are needed again."""
+        shards = self.cache.shards
+
+        def hashes() -> list[str]:
+            order = dict.fromkeys(chain(next_uses(), range(len(shards))))
+            return [shards[shard].sha256 for shard in order]
+
+        if self._first_wanted is None:
+            self._first_wanted = frozenset(wanted)
+        self.cache.files.next_uses = hashes
+        self._shelf.plan(wanted)
 
     def close(self) -> None:
         """Close the shards; they are opened again when needed."""
-        while self._open:
-            self._close_oldest()
+        self._shelf.close()
+        self.cache.files.next_uses = tuple
+        self._first_wanted = None
 
-    def _opened(self, shard: int) -> _OpenShard:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
-        while len(self._open) >= self._max_open:
-            self._close_oldest()
-        file = self.cache.open(shard)
+    def _read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
+        shards = located[:, 0].tolist()
+        files: dict[int, FileIO | None] = {}
+        rows = np.empty((len(located), 4), np.int64)
+        for shard in set(shards):
+            files[shard], index = self._find(shard)
+            here = located[:, 0] == shard
+            rows[here] = index[located[here, 1]]
+        offsets = rows[:, 0]
+        if self._num_views > 1:
+            offsets = offsets + mirrored * self._view_bytes
+        content = self._fill("stored", shards, files, offsets, self._view_bytes)
+        stored = content.view(self._dtype).reshape(-1, *self._view_shape)
+        if self.manifest.context_shape is None:
+            return Views(stored, rows[:, 1])
+        num_bytes = 2 * int(np.prod(self.manifest.context_shape))
+        offsets = rows[:, 2] + np.floor(caption * rows[:, 3]).astype(np.int64) * num_bytes
+        tokens = self._fill("context", shards, files, offsets, num_bytes).view(np.float16)
+        return Views(stored, tokens.reshape(-1, *self.manifest.context_shape).astype(np.float32))
+
+    def _fill(
+        self,
+        name: str,
+        shards: list[int],
+        files: dict[int, FileIO | None],
+        offsets: np.ndarray,
+        num_bytes: int,
+    ) -> np.ndarray:
+        """Return the bytes at offsets [n] of shards [n], uint8 [n, num_bytes]."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape[1] != num_bytes or len(buffer) < len(shards):
+            buffer = self._buffers[name] = np.empty((len(shards), num_bytes), np.uint8)
+        buffer = buffer[: len(shards)]
+        away = []
+        for row, shard, offset in zip(buffer, shards, offsets.tolist(), strict=True):
+            file = files[shard]
+            if file is None:
+                away.append((row, shard, offset))
+            elif (found := os.preadv(file.fileno(), [row], offset)) != num_bytes:
+                raise self._error(shard, f"{num_bytes} bytes at {offset}", f"{found}")
+        if away:
+            names = [self.cache.shards[shard].name for _, shard, _ in away]
+            ranges = [(n, at, at + num_bytes) for n, (_, _, at) in zip(names, away, strict=True)]
+            contents = self.cache.folder.read_ranges(ranges)
+            for (row, shard, offset), content in zip(away, contents, strict=True):
+                if len(content) != num_bytes:
+                    raise self._error(shard, f"{num_bytes} bytes at {offset}", f"{len(content)}")
+                row[:] = np.frombuffer(content, np.uint8)
+        return buffer
+
+    def _find(self, shard: int) -> tuple[FileIO | None, np.ndarray]:
+        """Return a shard's file, None while its samples are to be fetched alone, and its index."""
+        opened = self._shelf.ready(shard)
+        if opened is None and self._is_still_away(shard):
+            if shard not in self._indexes:
+                self._indexes[shard] = self._load_index(shard)
+            return None, self._indexes[shard]
+        self._indexes.pop(shard, None)
+        return opened or self._shelf.get(shard)
+
+    def _is_still_away(self, shard: int) -> bool:
+        """Tell whether reading begins here and the shard has not come yet."""
+        begins = self._first_wanted is None or shard in self._first_wanted
+        away = not self.cache.folder.is_local and not self.cache.at_hand(shard)
+        return begins and away and not self._shelf.has_failed(shard)
+
+    def _open_shard(self, shard: int, wait: bool) -> OpenShard:
+        index = self._load_index(shard)
+        file = self.cache.open(shard, wait=wait)
         try:
-            self._open[shard] = self._index(shard, file)
+            self._check_header(shard, file, int(index[0, 0]))
         except BaseException:
             file.close()
             raise
-        return self._open[shard]
+        return OpenShard(file, index)
 
-    def _close_oldest(self) -> None:
-        self._open.popitem(last=False)[1].file.close()
+    def _load_index(self, shard: int) -> np.ndarray:
+        """Return where a shard's samples lie, int64 [samples, 4], checked against the manifest."""
+        described, manifest = self.cache.shards[shard], self.manifest
+        index = np.load(io.BytesIO(self.cache.index(shard)))
+        if len(index) != described.samples:
+            raise self._error(shard, f"{described.samples} samples", f"{len(index)}")
+        labels, captions = index[:, 1], index[:, 3]
+        if not np.all((labels >= 0) & (labels < manifest.num_classes)):
+            raise self._error(shard, f"{manifest.num_classes} classes", f"class {labels.max()}")
+        if manifest.context_shape is not None and not np.all(captions):
+            raise self._error(shard, "captions", f"sample {captions.argmin()} without one")
+        return index
 
-    def _index(self, shard: int, file: FileIO) -> _OpenShard:
-        """Parse the tar's headers, once; check what it holds against the manifest."""
-        arrays: dict[str, tarfile.TarInfo] = {}
-        labels: dict[str, int] = {}
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, _, kind = member.name.rpartition(".")
-                if kind == "npy":
-                    arrays[key] = member
-                elif kind == "cls":
-                    labels[key] = int(os.pread(file.fileno(), member.size, member.offset_data))
-        expected = self.cache.shards[shard].samples
-        if arrays.keys() != labels.keys() or len(arrays) != expected:
-            found = f"{len(arrays)} arrays and {len(labels)} labels"
-            raise self._error(shard, f"{expected} samples", found)
-        header_bytes = self._check_header(shard, file, next(iter(arrays.values())))
-        for key, member in arrays.items():
-            if member.size != header_bytes + self._sample_bytes:
-                found = f"{member.size} in {key}.npy"
-                raise self._error(shard, f"{header_bytes + self._sample_bytes} bytes", found)
-            if not 0 <= labels[key] < self.manifest.num_classes:
-                found = f"class {labels[key]} in {key}.cls"
-                raise self._error(shard, f"{self.manifest.num_classes} classes", found)
-        offsets = [member.offset_data + header_bytes for member in arrays.values()]
-        return _OpenShard(file, np.array(offsets), np.array([labels[key] for key in arrays]))
-
-    def _check_header(self, shard: int, file: FileIO, member: tarfile.TarInfo) -> int:
-        """Return the length of the .npy header, after a look at its shape and dtype."""
-        content = io.BytesIO(os.pread(file.fileno(), member.size, member.offset_data))
-        np.lib.format.read_magic(content)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(content)
+    def _check_header(self, shard: int, file: FileIO, offset: int) -> None:
+        """Look at the shape and dtype before the first sample's numbers."""
+        before = os.pread(file.fileno(), min(offset, 512), max(0, offset - 512))
+        header = io.BytesIO(before[before.rfind(b"\x93NUMPY") :])
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
         if (shape, dtype) != (self.manifest.stored_shape, self._dtype):
             expected = f"arrays {self._dtype} {self.manifest.stored_shape}"
             raise self._error(shard, expected, f"{dtype} {shape}")
-        return content.tell()
 
     def _error(self, shard: int, expected: str, found: str) -> DataError:
-        return DataError(
-            f"shard {self.cache.shards[shard].name} in {self.cache.folder.url}: the manifest says "
-            f"{expected}, found {found}; fix: prepare the data again (dtr-scale prepare)"
-        )
+        return self.cache.mismatch(self.cache.shards[shard].name, expected, found)

@@ -1,13 +1,13 @@
 """Where samples come from: pictures to be written as shards, and samples made up on the fly."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from dtr_scale.data.manifest import Manifest, write_manifest
-from dtr_scale.data.reader import Sample
+from dtr_scale.data.reader import Sample, Views
 from dtr_scale.data.shards import StoredSample, write_shards
 from dtr_scale.errors import ConfigError
 from dtr_scale.randomness import keyed_generator
@@ -113,7 +113,16 @@ class SyntheticSource:
             return array, label
         return array, generator.standard_normal(self.manifest.context_shape, dtype=np.float32)
 
-    def prefetch(self, shards: tuple[int, ...]) -> None:
+    def read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
+        """Return the samples at `located` int [n, 2]."""
+        stored, conditions = zip(*(self.read(*place) for place in located.tolist()), strict=True)
+        return Views(np.stack(stored), np.stack(conditions))
+
+    def null_condition(self) -> np.ndarray:
+        """Return zeros, float32 [L, D]."""
+        return np.zeros(self.manifest.context_shape or (), np.float32)
+
+    def prefetch(self, wanted: Sequence[int], next_uses: Callable[[], Sequence[int]]) -> None:
         """Nothing has to be fetched."""
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dtr_scale.errors import DtrScaleError, EngineError
-from dtr_scale.launchers import launched_rank, launched_world_size
+from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -37,6 +37,12 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def node_ranks(self) -> range:
+        """The ranks of this machine, which launchers number one after the other."""
+        first = self.rank - self.local_rank
+        return range(first, min(first + local_world_size(), self.world_size))
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over all ranks, in place, and return it."""
@@ -143,11 +149,10 @@ def _own_gpu(local_rank: int) -> torch.device:
 def _share_cores() -> None:
     """Give each rank of this machine its share of the cores: too many threads are 10x slower."""
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         cores = len(os.sched_getaffinity(0))
         # SLURM counts the job's cores of this node, and may have bound each rank to its share.
         on_node = int(os.environ.get("SLURM_CPUS_ON_NODE") or cores)
-        torch.set_num_threads(max(1, min(cores, on_node // ranks)))
+        torch.set_num_threads(max(1, min(cores, on_node // local_world_size())))
 
 
 def _free_port() -> int:

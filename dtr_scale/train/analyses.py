@@ -125,7 +125,8 @@ def _open_held_out(experiment: Experiment) -> tuple[Samples, str]:
 def _read(run: TrainedRun, samples: Samples, num: int) -> tuple[Tensor, Tensor]:
     """Return x_start [n, C, H, W] and y [n, ...] of up to `num` samples, mixed as in training."""
     order = GlobalOrder(samples.shard_samples, run.experiment.train.seed)
-    stored = [samples.read(*at) for at in order.samples(0, min(num, order.num_samples))]
+    located = order.samples(range(min(num, order.num_samples)))
+    stored = [samples.read(*place) for place in located.tolist()]
     samples.close()
     decode = samples.manifest.decode
     x_start = np.stack([decode(array, mirrored=False, generator=None) for array, _ in stored])

@@ -184,6 +184,7 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
         folder,
         manifest,
         split,
+        window_shards=data.window_shards,
         cache_dir=Path(data.cache_dir) if data.cache_dir else None,
         cache_max_bytes=int(data.cache_gb * GIB),
     )
@@ -244,20 +245,21 @@ def _build_loader(
     timesteps: TimestepSampler,
     micro_batch_size: int,
 ) -> BatchLoader:
-    train = experiment.train
+    train, data = experiment.train, experiment.data
     return BatchLoader(
         samples,
-        GlobalOrder(samples.shard_samples, train.seed),
+        GlobalOrder(samples.shard_samples, train.seed, data.window_shards, data.num_lanes),
         seed=train.seed,
         global_batch_size=train.global_batch_size,
         micro_batch_size=micro_batch_size,
         draw_timesteps=timesteps,
         rank=world.rank,
         world_size=world.world_size,
-        num_workers=experiment.data.num_workers,
+        node_ranks=world.node_ranks,
+        num_workers=data.num_workers,
         conditioning=experiment.model.conditioning,
         class_dropout_prob=experiment.model.class_dropout_prob,
-        horizontal_flip=experiment.data.horizontal_flip,
+        horizontal_flip=data.horizontal_flip,
     )
 
 

@@ -1,6 +1,8 @@
 """The cache gives verified files, fetches a shard once, stays bounded and names what is wrong."""
 
 import io
+import os
+import subprocess
 import tarfile
 import threading
 import time
@@ -25,12 +27,21 @@ def _cache(prepared, tmp_path, **options):
     return ShardCache(folder, manifest.split("train"), tmp_path / "cache", **options)
 
 
-def test_a_shard_opens_as_a_local_file(prepared, tmp_path):
+def _kept(cache):
+    hashes = [shard.sha256 for shard in cache.shards]
+    return {hashes.index(path.stem) for path in cache.files.path.glob("*.tar")}
+
+
+@pytest.mark.parametrize("max_bytes", [2**30, 0])
+def test_a_shard_opens_as_a_local_file(prepared, tmp_path, max_bytes):
     folder, _ = prepared
-    cache = _cache(prepared, tmp_path)
+    cache = _cache(prepared, tmp_path, max_bytes=max_bytes)
+    assert cache.at_hand(1) == folder.is_local
     with cache.open(1) as file:
         assert file.read() == folder.read_bytes("train-000001.tar")
-    assert (tmp_path / "cache").exists() == (not folder.is_local)  # local files are not copied
+    assert cache.index(1) == folder.read_bytes("train-000001.index.npy")
+    assert _kept(cache) == (set() if folder.is_local or not max_bytes else {1})
+    assert (tmp_path / "cache").exists() == bool(max_bytes)
 
 
 def _truncate_at_a_record(content):
@@ -44,6 +55,7 @@ def _alter_one_byte(content):
     return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
 
 
+@pytest.mark.parametrize("max_bytes", [2**30, 0])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -52,19 +64,28 @@ def _alter_one_byte(content):
         (_alter_one_byte, "train-000001.tar .* manifest says sha256 [0-9a-f]{64}, found [0-9a-f]"),
     ],
 )
-def test_a_damaged_shard_is_named(prepared, tmp_path, damage, message):
+def test_a_damaged_shard_is_named(prepared, tmp_path, damage, message, max_bytes):
     folder, _ = prepared
     if damage is None:
         folder.remove("train-000001.tar")
     else:
         folder.write_bytes("train-000001.tar", damage(folder.read_bytes("train-000001.tar")))
-    cache = _cache(prepared, tmp_path)
+    cache = _cache(prepared, tmp_path, max_bytes=max_bytes)
     cache.open(0).close()
     for _ in range(2):
         with pytest.raises(DataError, match=message) as caught:
             cache.open(1)
         assert "\n" not in str(caught.value)
         assert "fix: " in str(caught.value)
+    assert _kept(cache) <= {0}
+
+
+def test_an_altered_index_is_named(prepared, tmp_path):
+    folder, _ = prepared
+    content = folder.read_bytes("train-000001.index.npy")
+    folder.write_bytes("train-000001.index.npy", content[:-1] + b"\x01")
+    with pytest.raises(DataError, match=r"000001\.index\.npy .* manifest says sha256 [0-9a-f]{64}"):
+        _cache(prepared, tmp_path).index(1)
 
 
 @pytest.fixture
@@ -73,9 +94,22 @@ def on_s3(s3_url):
     return folder, prepare_digits(folder)
 
 
-def test_a_shard_is_fetched_once_per_node(on_s3, tmp_path, monkeypatch):
-    fetched = []
-    monkeypatch.setattr(type(on_s3[0]), "get", _counting(type(on_s3[0]).get, fetched))
+@pytest.fixture
+def fetched(on_s3, monkeypatch):
+    """The names of the shards that are fetched whole."""
+    names = []
+    get = type(on_s3[0]).get
+
+    def counted(self, name, local_path):
+        names.append(name)
+        time.sleep(0.05)  # time enough for others to come
+        get(self, name, local_path)
+
+    monkeypatch.setattr(type(on_s3[0]), "get", counted)
+    return names
+
+
+def test_a_shard_is_fetched_once_per_node(on_s3, tmp_path, fetched):
     caches = [_cache(on_s3, tmp_path) for _ in range(4)]
     threads = [threading.Thread(target=lambda c=c: c.open(0).close()) for c in caches]
     for thread in threads:
@@ -85,52 +119,109 @@ def test_a_shard_is_fetched_once_per_node(on_s3, tmp_path, monkeypatch):
     assert fetched == ["train-000000.tar"]
 
 
-def _counting(get, fetched):
-    def counted(self, name, local_path):
-        fetched.append(name)
-        time.sleep(0.05)  # time enough for the others to come
-        get(self, name, local_path)
+def test_whoever_does_not_wait_is_told_that_another_has_it_in_hand(on_s3, tmp_path, fetched):
+    first, second = _cache(on_s3, tmp_path), _cache(on_s3, tmp_path)
+    thread = threading.Thread(target=lambda: first.open(0).close())
+    thread.start()
+    while not fetched:
+        time.sleep(0.001)
+    with pytest.raises(BlockingIOError):
+        second.open(0, wait=False)
+    thread.join()
+    second.open(0, wait=False).close()
 
-    return counted
 
-
-def test_the_cache_is_bounded_and_drops_the_oldest(on_s3, tmp_path):
+def test_the_cache_is_bounded_and_drops_what_is_needed_last(on_s3, tmp_path):
     _, manifest = on_s3
     shards = manifest.split("train")
     cache = _cache(on_s3, tmp_path, max_bytes=2 * shards[0].bytes)
-    with cache.open(0) as first:
+    cache.open(0).close()
+    cache.open(1).close()
+    cache.files.next_uses = lambda: [shards[i].sha256 for i in (2, 0, 1)]
+    cache.open(2).close()
+    assert _kept(cache) == {0, 2}  # 0 was used before 1, and will be again
+    cache.files.next_uses = lambda: [shards[i].sha256 for i in (1, 2, 0)]
+    with cache.open(0) as held:
         cache.open(1).close()
-        cache.open(0).close()
-        cache.open(2).close()
-        kept = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
-        assert kept == {shards[0].sha256, shards[2].sha256}
-        cache.open(1).close()
-        assert not (tmp_path / "cache" / f"{shards[0].sha256}.tar").exists()
-        assert len(first.read()) == shards[0].bytes  # an open file outlives its eviction
+        assert _kept(cache) == {0, 1}  # 0 is needed last, but now too
+        with cache.open(1):
+            cache.open(2).close()
+            assert len(_kept(cache)) == 2
+        assert len(held.read()) == shards[0].bytes  # an open file outlives its eviction
+    assert len(list(cache.files.path.glob("*.index.npy"))) <= 2
 
 
-def test_a_copy_that_rotted_is_fetched_again(on_s3, tmp_path):
-    _, manifest = on_s3
-    with _cache(on_s3, tmp_path).open(0) as file:
-        content = file.read()
-    copy = tmp_path / "cache" / f"{manifest.split('train')[0].sha256}.tar"
+def test_another_jobs_shards_go_first_when_idle_and_last_otherwise(on_s3, tmp_path):
+    folder, manifest = on_s3
+    shards = manifest.split("train")
+    mine = ShardCache(folder, shards[:2], tmp_path / "cache", 2 * shards[0].bytes)
+    other = ShardCache(folder, shards[2:], tmp_path / "cache", 2 * shards[0].bytes)
+    mine.files.next_uses = lambda: [shard.sha256 for shard in shards[:2]]
+    whole = _cache(on_s3, tmp_path)
+    other.open(0).close()
+    mine.open(0).close()
+    mine.open(1).close()
+    assert _kept(whole) == {1, 2}  # two jobs on one cache: each drops its own
+    copy = mine.files.path / f"{shards[2].sha256}.tar"
+    os.utime(copy, (0, copy.stat().st_mtime))
+    mine.open(0).close()
+    assert _kept(whole) == {0, 1}
+
+
+def test_a_copy_is_hashed_once_and_again_when_it_changed(on_s3, tmp_path, fetched, monkeypatch):
+    hashed = []
+    verify = ShardCache._verify
+    monkeypatch.setattr(
+        ShardCache, "_verify", lambda *args: (hashed.append(args[1].name), verify(*args))
+    )
+    for _ in range(2):
+        _cache(on_s3, tmp_path).open(0).close()
+    content = on_s3[0].read_bytes("train-000000.tar")
+    assert hashed == fetched == ["train-000000.tar"]
+    copy = tmp_path / "cache" / f"{on_s3[1].split('train')[0].sha256}.tar"
     copy.write_bytes(_alter_one_byte(content))
     with _cache(on_s3, tmp_path).open(0) as file:
         assert file.read() == content
+    assert fetched == 2 * ["train-000000.tar"]
 
 
-def test_prefetch_brings_shards_in_the_background(on_s3, tmp_path):
-    folder, _ = on_s3
-    folder.remove("train-000001.tar")  # its error waits for whoever opens it
+def test_what_a_killed_process_left_is_removed(on_s3, tmp_path):
     cache = _cache(on_s3, tmp_path)
-    cache.prefetch([1, 0, 2])
-    deadline = time.monotonic() + 10
-    while len(list((tmp_path / "cache").glob("*.tar"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    folder.remove("train-000002.tar")
-    cache.open(2).close()
-    with pytest.raises(DataError, match="missing"):
+    cache.files.path.mkdir()
+    left_over = cache.files.path / f".{cache.shards[0].sha256}.tar.123-456.part"
+    left_over.write_bytes(b"half a shard")
+    cache.open(0).close()
+    assert not left_over.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2.5 MB: two shards, not three."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", path]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_on_a_full_disk_others_go_or_an_error_says_so(on_s3, small_disk):
+    folder, manifest = on_s3
+    cache = ShardCache(folder, manifest.split("train"), small_disk / "cache")
+    for shard in (0, 1, 2, 0):
+        cache.open(shard).close()
+    assert _kept(cache) == {0, 2}
+    with (
+        cache.open(0),
+        cache.open(2),
+        pytest.raises(
+            DataError, match=r"cannot keep shard train-000001\.tar .* No space"
+        ) as caught,
+    ):
         cache.open(1)
+    assert "fix: set data.cache_dir" in str(caught.value)
+    cache.open(1).close()
 
 
 def test_a_cache_that_cannot_hold_a_shard_or_be_written_says_so(on_s3, tmp_path):
@@ -144,10 +235,11 @@ def test_a_cache_that_cannot_hold_a_shard_or_be_written_says_so(on_s3, tmp_path)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 3}, "manifest says 3 classes, found class 3 in 000000003.cls; fix"),
+        ({"num_classes": 3}, "manifest says 3 classes, found class 9; fix"),
         ({"shape": (1, 16, 4)}, r"arrays uint8 \(1, 16, 4\), found uint8 \(1, 8, 8\); fix"),
         ({"dtype": "float16"}, r"arrays float16 \(1, 8, 8\), found uint8 \(1, 8, 8\); fix"),
-        ("samples", "manifest says 499 samples, found 500 arrays and 500 labels; fix"),
+        ({"context_shape": (3, 4)}, "says captions, found sample 0 without one; fix"),
+        ("samples", "manifest says 499 samples, found 500; fix"),
     ],
 )
 def test_a_manifest_of_other_samples_is_refused(tmp_path, change, message):
@@ -159,3 +251,16 @@ def test_a_manifest_of_other_samples_is_refused(tmp_path, change, message):
     reader = SampleReader(folder, manifest.model_copy(update=change))
     with pytest.raises(DataError, match=message):
         reader.read(0, 0)
+
+
+def test_sizes_are_checked_before_training(prepared):
+    folder, manifest = prepared
+    SampleReader(folder, manifest).check_sizes()
+    content = folder.read_bytes("train-000002.tar")
+    folder.write_bytes("train-000002.tar", content[:-512])
+    with pytest.raises(DataError, match=r"train-000002\.tar .* says bytes 1034240, found 1033728"):
+        SampleReader(folder, manifest).check_sizes()
+    folder.write_bytes("train-000002.tar", content)
+    folder.remove("train-000000.index.npy")
+    with pytest.raises(DataError, match=r"shard train-000000\.index\.npy is missing"):
+        SampleReader(folder, manifest).check_sizes()

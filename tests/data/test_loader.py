@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.loader import BatchLoader, MicroBatch
+from dtr_scale.data.assembly import MicroBatch
+from dtr_scale.data.loader import BatchLoader
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader

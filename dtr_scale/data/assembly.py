@@ -1,0 +1,140 @@
+"""What a training step needs of its samples: decoded, with every draw made.
+
+All of it is a function of (seed, position, salt), position = step * B + place in the global batch
+of B: the same at any world size, micro-batch size and number of workers.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dtr_scale.data.order import GlobalOrder
+from dtr_scale.data.reader import Samples
+from dtr_scale.randomness import KeyedStream
+
+
+class MicroBatch(NamedTuple):
+    """What one micro-step of training needs, n samples."""
+
+    x_start: Tensor  # float32 [n, C, H, W]
+    noise: Tensor  # float32 [n, C, H, W]
+    t: Tensor  # int64 [n], timestep
+    cluster: Tensor  # int64 [n], cluster of the timestep
+    y: Tensor  # int64 [n], class index (num_classes: none); or tokens float32 [n, L, D]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return it on a device; pinned memory is copied without waiting."""
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class TimestepDraw(Protocol):
+    """Timesteps of places in the global batch; picklable."""
+
+    def draw(self, step: int, places: np.ndarray, salt: int = 0) -> tuple[Any, Any]:
+        """Return (t, cluster), each int64 [len(places)]."""
+        ...
+
+
+class BatchAssembler:
+    """Puts together what places of a global batch hold."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: GlobalOrder,
+        *,
+        seed: int,
+        global_batch_size: int,
+        draw_timesteps: TimestepDraw,
+        conditioning: str,
+        class_dropout_prob: float,
+        horizontal_flip: bool,
+    ) -> None:
+        self.samples = samples
+        self.order = order
+        self.global_batch_size = global_batch_size
+        self._draw_timesteps = draw_timesteps
+        self._conditioning = conditioning
+        self._drop_prob = class_dropout_prob
+        self._flip_prob = 0.5 if horizontal_flip else 0.0
+        streams = ("flip", "caption", "label_drop", "posterior", "noise")
+        self._streams = {stream: KeyedStream(seed, stream) for stream in streams}
+        self._null: np.ndarray | int | None = None
+
+    def empty(self, *size: int) -> MicroBatch:
+        """Return a micro-batch of any numbers; all its tensors begin with `size`."""
+        manifest = self.samples.manifest
+        x_start, noise = (torch.empty(*size, *manifest.shape) for _ in range(2))
+        t, cluster, y = (torch.empty(size, dtype=torch.int64) for _ in range(3))
+        if self._is_text:
+            y = torch.empty(*size, *(manifest.context_shape or ()))
+        return MicroBatch(x_start, noise, t, cluster, y)
+
+    def assemble(
+        self, step: int, places: np.ndarray, salt: int, out: MicroBatch | None = None
+    ) -> MicroBatch:
+        """Return what `places` int [n] of the global batch of a step hold, in `out` if given."""
+        out = out or self.empty(len(places))
+        positions = step * self.global_batch_size + places
+        mirrored = self._chosen("flip", self._flip_prob, positions, salt)
+        caption = np.zeros(len(places))
+        if self._is_text:
+            caption = self._streams["caption"].uniform(positions, salt)
+        located = self.order.samples(positions)
+        stored, y = self.samples.read_views(located, mirrored, caption)
+        if self._conditioning == "none":
+            y = np.zeros(len(places), np.int64)
+        else:
+            y[self._chosen("label_drop", self._drop_prob, positions, salt)] = self._null_condition()
+        out.y.copy_(torch.from_numpy(y))
+        self._decode(stored, mirrored, positions, salt, out.x_start)
+        self._normals("noise", positions, salt, out.noise)
+        t, cluster = self._draw_timesteps.draw(step, places, salt)
+        out.t.copy_(torch.from_numpy(t))
+        out.cluster.copy_(torch.from_numpy(cluster))
+        return out
+
+    @property
+    def _is_text(self) -> bool:
+        return self._conditioning == "text"
+
+    def _null_condition(self) -> np.ndarray | int:
+        if self._null is None:
+            is_text, manifest = self._is_text, self.samples.manifest
+            self._null = self.samples.null_condition() if is_text else manifest.num_classes
+        return self._null
+
+    def _decode(
+        self,
+        stored: np.ndarray,
+        mirrored: np.ndarray,
+        positions: np.ndarray,
+        salt: int,
+        x_start: Tensor,
+    ) -> None:
+        """Fill x_start as `Manifest.decode` does, for all samples at once."""
+        manifest = self.samples.manifest
+        numbers = torch.from_numpy(stored)
+        if manifest.encoding == "posterior":
+            mean, std = numbers.unbind(1)
+            self._normals("posterior", positions, salt, x_start)
+            x_start.mul_(std.float()).add_(mean.float())
+        else:
+            x_start.copy_(numbers)
+            flipped = torch.from_numpy(mirrored)
+            x_start[flipped] = x_start[flipped].flip(-1)
+        x_start.mul_(manifest.scale_factor).add_(manifest.shift)
+
+    def _normals(self, stream: str, positions: np.ndarray, salt: int, out: Tensor) -> None:
+        """Fill out float32 [n, ...] with each position's own numbers."""
+        keyed = self._streams[stream]
+        for numbers, position in zip(out.numpy(), positions.tolist(), strict=True):
+            keyed.at(position, salt).standard_normal(out=numbers, dtype=np.float32)
+
+    def _chosen(self, stream: str, prob: float, positions: np.ndarray, salt: int) -> np.ndarray:
+        """Return bool [n], each True with probability `prob`."""
+        if not prob:
+            return np.zeros(len(positions), bool)
+        return self._streams[stream].uniform(positions, salt) < prob
