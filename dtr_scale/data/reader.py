@@ -1,7 +1,5 @@
 """Reading samples of prepared shards at their offsets; no tar is parsed here."""
 
-import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from io import FileIO
@@ -12,9 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dtr_scale.data.cache import GIB, ShardCache
-from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, data_errors
-from dtr_scale.data.shelf import OpenShard, OpenShards
-from dtr_scale.errors import DataError
+from dtr_scale.data.manifest import Manifest, data_errors
+from dtr_scale.data.shelf import OpenShards
+from dtr_scale.data.split import Split
 from dtr_scale.storage import Folder
 
 Condition = int | np.ndarray
@@ -84,6 +82,7 @@ class SampleReader:
         shards = manifest.split(split)
         self.shard_samples = tuple(shard.samples for shard in shards)
         self.cache = ShardCache(folder, shards, cache_dir, cache_max_bytes)
+        self._split = Split(manifest, self.cache)
         self._max_open = 2 * window_shards
         self._dtype = np.dtype(manifest.dtype)
         self._num_views = 2 if manifest.encoding == "posterior" else 1
@@ -92,8 +91,8 @@ class SampleReader:
         self._begin()
 
     def _begin(self) -> None:
-        self._shelf = OpenShards(self._open_shard, self._max_open)
-        self._indexes: dict[int, np.ndarray] = {}  # of shards that have not come yet
+        self._shelf = OpenShards(self._split.open, self._max_open)
+        self._rows: dict[int, np.ndarray] = {}  # of shards that have not come yet
         self._first_wanted: frozenset[int] | None = None
         self._buffers: dict[str, np.ndarray] = {}
 
@@ -108,11 +107,12 @@ class SampleReader:
         """Return the stored array and the condition (the first caption) of a sample."""
         self._shelf.get(shard)
         located, zero = np.array([[shard, index]]), np.zeros(1)
-        found = [
-            self.read_views(located, np.array([view]), zero) for view in range(self._num_views)
-        ]
-        stored = np.concatenate([views.stored for views in found])
-        return stored.reshape(self.manifest.stored_shape), found[0].conditions[0]
+        stored, condition = [], 0
+        for view in range(self._num_views):
+            views = self.read_views(located, np.array([view]), zero)
+            stored.append(views.stored.copy())
+            condition = views.conditions[0]
+        return np.concatenate(stored).reshape(self.manifest.stored_shape), condition
 
     def read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
         """Return the samples at `located` int [n, 2], valid until the next call (see `Samples`)."""
@@ -126,28 +126,11 @@ class SampleReader:
 
     def null_condition(self) -> np.ndarray:
         """Return the empty caption's tokens, zeros where the data has none, float32 [L, D]."""
-        shape, expected = self.manifest.context_shape, self.manifest.null_context_sha256
-        assert shape is not None
-        if expected is None:
-            return np.zeros(shape, np.float32)
-        with data_errors(self.cache.folder, NULL_CONTEXT_NAME):
-            content = self.cache.folder.read_bytes(NULL_CONTEXT_NAME)
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
-            raise self.cache.mismatch(NULL_CONTEXT_NAME, f"sha256 {expected}", found)
-        return np.load(io.BytesIO(content)).reshape(shape).astype(np.float32)
+        return self._split.null_condition()
 
     def check_sizes(self) -> None:
         """Look at every shard's size before training: DataError for one missing or cut short."""
-        folder = self.cache.folder
-        with data_errors(folder, "the list of shards"):
-            sizes = folder.sizes()
-        for shard in self.cache.shards:
-            for name in (shard.name, shard.index_name):
-                with data_errors(folder, f"shard {name}"):
-                    if name not in sizes:
-                        raise FileNotFoundError(f"not among the {len(sizes)} files there")
-            if sizes[shard.name] != shard.bytes:
-                raise self.cache.mismatch(shard.name, f"bytes {shard.bytes}", sizes[shard.name])
+        self._split.check_sizes()
 
     def prefetch(self, wanted: Sequence[int], next_uses: Callable[[], Sequence[int]]) -> None:
         """Hold these shards ready; `next_uses` tells in which order shards are needed again."""
@@ -207,14 +190,16 @@ class SampleReader:
             if file is None:
                 away.append((row, shard, offset))
             elif (found := os.preadv(file.fileno(), [row], offset)) != num_bytes:
-                raise self._error(shard, f"{num_bytes} bytes at {offset}", f"{found}")
+                raise self._split.error(shard, f"{num_bytes} bytes at {offset}", f"{found}")
         if away:
             names = [self.cache.shards[shard].name for _, shard, _ in away]
             ranges = [(n, at, at + num_bytes) for n, (_, _, at) in zip(names, away, strict=True)]
             contents = self.cache.folder.read_ranges(ranges)
             for (row, shard, offset), content in zip(away, contents, strict=True):
                 if len(content) != num_bytes:
-                    raise self._error(shard, f"{num_bytes} bytes at {offset}", f"{len(content)}")
+                    raise self._split.error(
+                        shard, f"{num_bytes} bytes at {offset}", f"{len(content)}"
+                    )
                 row[:] = np.frombuffer(content, np.uint8)
         return buffer
 
@@ -222,10 +207,10 @@ class SampleReader:
         """Return a shard's file, None while its samples are to be fetched alone, and its index."""
         opened = self._shelf.ready(shard)
         if opened is None and self._is_still_away(shard):
-            if shard not in self._indexes:
-                self._indexes[shard] = self._load_index(shard)
-            return None, self._indexes[shard]
-        self._indexes.pop(shard, None)
+            if shard not in self._rows:
+                self._rows[shard] = self._split.rows(shard)
+            return None, self._rows[shard]
+        self._rows.pop(shard, None)
         return opened or self._shelf.get(shard)
 
     def _is_still_away(self, shard: int) -> bool:
@@ -233,39 +218,3 @@ class SampleReader:
         begins = self._first_wanted is None or shard in self._first_wanted
         away = not self.cache.folder.is_local and not self.cache.at_hand(shard)
         return begins and away and not self._shelf.has_failed(shard)
-
-    def _open_shard(self, shard: int, wait: bool) -> OpenShard:
-        index = self._load_index(shard)
-        file = self.cache.open(shard, wait=wait)
-        try:
-            self._check_header(shard, file, int(index[0, 0]))
-        except BaseException:
-            file.close()
-            raise
-        return OpenShard(file, index)
-
-    def _load_index(self, shard: int) -> np.ndarray:
-        """Return where a shard's samples lie, int64 [samples, 4], checked against the manifest."""
-        described, manifest = self.cache.shards[shard], self.manifest
-        index = np.load(io.BytesIO(self.cache.index(shard)))
-        if len(index) != described.samples:
-            raise self._error(shard, f"{described.samples} samples", f"{len(index)}")
-        labels, captions = index[:, 1], index[:, 3]
-        if not np.all((labels >= 0) & (labels < manifest.num_classes)):
-            raise self._error(shard, f"{manifest.num_classes} classes", f"class {labels.max()}")
-        if manifest.context_shape is not None and not np.all(captions):
-            raise self._error(shard, "captions", f"sample {captions.argmin()} without one")
-        return index
-
-    def _check_header(self, shard: int, file: FileIO, offset: int) -> None:
-        """Look at the shape and dtype before the first sample's numbers."""
-        before = os.pread(file.fileno(), min(offset, 512), max(0, offset - 512))
-        header = io.BytesIO(before[before.rfind(b"\x93NUMPY") :])
-        np.lib.format.read_magic(header)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-        if (shape, dtype) != (self.manifest.stored_shape, self._dtype):
-            expected = f"arrays {self._dtype} {self.manifest.stored_shape}"
-            raise self._error(shard, expected, f"{dtype} {shape}")
-
-    def _error(self, shard: int, expected: str, found: str) -> DataError:
-        return self.cache.mismatch(self.cache.shards[shard].name, expected, found)

@@ -30,14 +30,16 @@ def cfg_model(
     cfg_scale: float = 1.5,
     cfg_channels: int | Literal["all"] | None = None,
     cfg_interval: tuple[float, float] | None = None,
+    null_condition: Tensor | None = None,
 ) -> ConditionalFn:
     """Return the guided network f(x, t, y) -> [N, 2C or C, H, W], one doubled forward.
 
     eps = eps(null) + cfg_scale (eps(y) - eps(null)) in the first `cfg_channels` channels of eps
     (None or "all": in all of them); the other channels are those of y. DiT guides 3 of 4 channels,
     the released DTR code all 4. With `cfg_interval` = (lo, hi), samples at original timesteps
-    lo <= t < hi alone are guided (Kynkäänniemi et al., 2024). Raises ConfigError for a model
-    without a null condition and for channels or an interval that cannot be.
+    lo <= t < hi alone are guided (Kynkäänniemi et al., 2024). `null_condition` [L, D] is the text
+    that training put in the place of dropped ones, where that is not `model.null_like`. Raises
+    ConfigError for a model without a null condition and for channels or an interval that cannot be.
     """
     if cfg_scale == 1.0:
         return model
@@ -59,7 +61,8 @@ def cfg_model(
         )
 
     def guided_model(x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
-        conditions = torch.cat([y, model.null_like(y)])
+        null_y = model.null_like(y) if null_condition is None else null_condition.expand_as(y)
+        conditions = torch.cat([y, null_y.to(y)])
         # fp32: the difference of two near outputs loses most of bf16's digits.
         both = model(torch.cat([x, x]), torch.cat([t, t]), conditions, step).float()
         conditional, null = both.chunk(2)

@@ -89,14 +89,16 @@ def draw_samples(
     *,
     batch_size: int,
     conditions: Callable[[range], Tensor] | None = None,
+    null_condition: Tensor | None = None,
     step: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Return samples `indices` as fp32 [n, C, H, W] on the CPU, the same for any batch_size.
 
     `conditions` returns labels int [n] or text tokens [n, L, D] of given samples; without it the
-    classes go round. `step` is the training step, for masks that change with it. Raises ConfigError
-    for guidance that the network or its channels do not allow.
+    classes go round. `null_condition` is that of `cfg_model`. `step` is the training step, for
+    masks that change with it. Raises ConfigError for guidance that the network or its channels do
+    not allow.
     """
     diffusion = GaussianDiffusion(
         settings.noise_schedule,
@@ -104,7 +106,13 @@ def draw_samples(
         timestep_respacing=str(settings.num_sampling_steps),
         learn_sigma=network.learn_sigma,
     )
-    guided = cfg_model(network, settings.cfg_scale, settings.cfg_channels, settings.cfg_interval)
+    guided = cfg_model(
+        network,
+        settings.cfg_scale,
+        settings.cfg_channels,
+        settings.cfg_interval,
+        null_condition,
+    )
     shape = (network.in_channels, network.input_size, network.input_size)
     device = next(network.parameters()).device
     batches: list[Tensor] = [torch.empty(0, *shape)]

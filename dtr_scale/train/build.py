@@ -190,10 +190,15 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
     )
 
 
-def sampling_conditions(experiment: Experiment) -> Callable[[range], Tensor] | None:
-    """Return what gives the texts of samples: the held-out split's, in order; None for classes."""
+def sampling_conditions(
+    experiment: Experiment,
+) -> tuple[Callable[[range], Tensor], Tensor] | tuple[None, None]:
+    """Return what gives the texts of samples, the held-out split's in order, and the null text.
+
+    None for classes.
+    """
     if experiment.model.conditioning != "text":
-        return None
+        return None, None
     samples = open_samples(experiment, "val")
     places = [(shard, i) for shard, size in enumerate(samples.shard_samples) for i in range(size)]
 
@@ -201,7 +206,7 @@ def sampling_conditions(experiment: Experiment) -> Callable[[range], Tensor] | N
         tokens = [samples.read(*places[index % len(places)])[1] for index in indices]
         return torch.from_numpy(np.stack(tokens))
 
-    return texts
+    return texts, torch.from_numpy(samples.null_condition())
 
 
 def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
@@ -380,6 +385,9 @@ def build_evaluation(
 ) -> PeriodicEvaluation:
     """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to."""
     evaluation = experiment.evaluation
+    conditions, null_condition = None, None
+    if evaluation.every_steps:
+        conditions, null_condition = sampling_conditions(experiment)
     return PeriodicEvaluation(
         world=trainer.world,
         engine=trainer.engine,
@@ -387,7 +395,8 @@ def build_evaluation(
         settings=sampling_settings(experiment),
         num_samples=evaluation.num_samples,
         batch_size=evaluation.batch_size,
-        conditions=sampling_conditions(experiment) if evaluation.every_steps else None,
+        conditions=conditions,
+        null_condition=null_condition,
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
         tracker=NotingTracker(tracker, trainer.checkpoints.note),

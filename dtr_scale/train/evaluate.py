@@ -44,6 +44,7 @@ class PeriodicEvaluation:
         num_samples: int,
         batch_size: int,
         conditions: Callable[[range], torch.Tensor] | None,
+        null_condition: torch.Tensor | None,
         held_out: Samples | None,
         folder: Path | None,
         tracker: Tracker,
@@ -55,6 +56,7 @@ class PeriodicEvaluation:
         self._num_samples = num_samples
         self._batch_size = batch_size
         self._conditions = conditions
+        self._null_condition = null_condition
         self._held_out = held_out
         self._folder = folder
         self._tracker = tracker
@@ -73,6 +75,7 @@ class PeriodicEvaluation:
                 range(first, first + share),
                 batch_size=self._batch_size,
                 conditions=self._conditions,
+                null_condition=self._null_condition,
                 step=step - 1,  # the masks that were trained last, if they roam
             )
         images = torch.cat(self._world.all_gather_object(part))[: self._num_samples]

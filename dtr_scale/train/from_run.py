@@ -201,12 +201,14 @@ def _load_one(run_dir: Path, overrides: Sequence[str]) -> TrainedRun:
 
 
 def _draw(run: TrainedRun, num: int) -> Tensor:
+    conditions, null_condition = sampling_conditions(run.experiment)
     return draw_samples(
         run.network,
         sampling_settings(run.experiment),
         range(num),
         batch_size=run.experiment.evaluation.batch_size,
-        conditions=sampling_conditions(run.experiment),
+        conditions=conditions,
+        null_condition=null_condition,
         step=run.mask_step,
         progress=lambda steps: tqdm(steps, desc="sampling", leave=False, disable=None),
     )

@@ -1,5 +1,7 @@
 """Micro-batches are functions of (seed, position): however split, wherever started, by whomever."""
 
+import hashlib
+import io
 import itertools
 import multiprocessing
 import signal
@@ -12,13 +14,14 @@ import torch
 
 from dtr_scale.data.assembly import MicroBatch
 from dtr_scale.data.loader import BatchLoader
-from dtr_scale.data.manifest import read_manifest
+from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader
-from dtr_scale.data.shards import StoredSample
+from dtr_scale.data.shards import StoredSample, write_shards
 from dtr_scale.data.sources import Source, SyntheticSource, prepare, prepare_digits
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
+from dtr_scale.randomness import KeyedStream, keyed_generator
 from dtr_scale.storage import Folder
 
 SEED, BATCH = 11, 24
@@ -38,12 +41,12 @@ def reader(digits_folder):
     reader.close()
 
 
-def _loader(samples, *, seed=SEED, batch=BATCH, **options):
+def _loader(samples, *, seed=SEED, batch=BATCH, num_lanes=1, **options):
     boundaries = np.linspace(0, 1000, 9).astype(np.int64)
     options = {"micro_batch_size": batch, "class_dropout_prob": 0.2} | options
     return BatchLoader(
         samples,
-        GlobalOrder(samples.shard_samples, seed, window_shards=2),
+        GlobalOrder(samples.shard_samples, seed, window_shards=2, num_lanes=num_lanes),
         seed=seed,
         global_batch_size=batch,
         draw_timesteps=TimestepSampler(seed, boundaries, batch),
@@ -71,13 +74,13 @@ def test_fields_have_their_shapes_and_types(reader):
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 8), (2, 12), (3, 4), (4, 1)])
-@pytest.mark.parametrize("salt", [0, 3])
-def test_the_split_changes_nothing(reader, world_size, micro_batch_size, salt):
-    options = {"horizontal_flip": True}
+@pytest.mark.parametrize(("salt", "num_lanes"), [(0, 1), (3, 1), (3, 4), (0, 12)])
+def test_the_split_changes_nothing(reader, world_size, micro_batch_size, salt, num_lanes):
+    options = {"horizontal_flip": True, "num_lanes": num_lanes}
     whole = _loader(reader, **options)
     whole.seek(1488, salt)  # two steps before the end of the epoch: this batch spans two epochs
-    expected = next(whole)
-    parts = []
+    expected = _in_place(whole, next(whole))
+    parts, places = [], []
     for rank in range(world_size):
         part = _loader(
             reader,
@@ -88,7 +91,15 @@ def test_the_split_changes_nothing(reader, world_size, micro_batch_size, salt):
         )
         part.seek(1488, salt)
         parts.append(_steps(part, 1))
-    _assert_equal([torch.cat(tensors) for tensors in zip(*parts, strict=True)], expected)
+        places.append(part.places.ravel())
+    found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    order = np.argsort(np.concatenate(places))
+    _assert_equal([tensor[order] for tensor in found], expected)
+
+
+def _in_place(loader, batch):
+    """Return a whole batch in the order of its places."""
+    return [tensor[np.argsort(loader.places.ravel())] for tensor in batch]
 
 
 def test_seeking_equals_running_there(reader):
@@ -216,3 +227,69 @@ def test_a_posterior_is_sampled_afresh_from_the_view_that_was_drawn(posterior):
     assert abs(eps.std() - 1) < 0.03
     one = batch.x_start[(batch.y == 30) & ~mirrored]
     assert len(torch.unique(one[:, 0, 0, 0])) == len(one) > 3
+
+
+@pytest.fixture(params=[True, False], ids=["null text", "no null text"])
+def texts(request, tmp_path):
+    """30 samples of 1 to 3 captions, whose tokens tell sample and caption."""
+    samples = []
+    for i in range(30):
+        context = np.array([[[i, k + 1]] * 3 for k in range(i % 3 + 1)], np.float16)
+        captions = tuple(f"caption {k}" for k in range(len(context)))
+        samples.append(StoredSample(np.full((1, 2, 2), i, np.uint8), 0, captions, context))
+    folder = Folder(tmp_path)
+    shards = tuple(write_shards(folder, samples, "train", 10))
+    null_hash = None
+    if request.param:
+        content = io.BytesIO()
+        np.save(content, np.full((3, 2), -7, np.float16))
+        folder.write_bytes("null_context.npy", content.getvalue())
+        null_hash = hashlib.sha256(content.getvalue()).hexdigest()
+    manifest = Manifest(
+        encoding="pixels",
+        shape=(1, 2, 2),
+        dtype="uint8",
+        num_classes=1,
+        context_shape=(3, 2),
+        null_context_sha256=null_hash,
+        shards=shards,
+    )
+    reader = SampleReader(folder, manifest)
+    yield reader
+    reader.close()
+
+
+def test_a_caption_is_drawn_for_each_position(texts):
+    options = {"batch": 30, "conditioning": "text"}
+    batch = _steps(_loader(texts, class_dropout_prob=0.0, **options), 40)
+    sample, caption = batch.x_start[:, 0, 0, 0], batch.y[:, 0, 1]
+    assert batch.y.dtype == torch.float32
+    assert torch.equal(batch.y[:, :, 0], sample[:, None].expand(-1, 3))
+    for captions in (1, 2, 3):
+        drawn = caption[sample % 3 == captions - 1].long().bincount(minlength=4)[1:]
+        assert (drawn > 0).sum() == captions
+        assert (drawn[:captions] / drawn.sum() - 1 / captions).abs().max() < 0.1
+    dropped = _steps(_loader(texts, class_dropout_prob=0.5, **options), 20).y
+    null = torch.from_numpy(texts.null_condition())
+    assert torch.equal(null, torch.full((3, 2), -7.0 if texts.manifest.null_context_sha256 else 0))
+    assert 0.4 < (dropped == null).flatten(1).all(1).float().mean() < 0.6
+
+
+def test_an_altered_null_text_is_refused(texts, tmp_path):
+    if texts.manifest.null_context_sha256:
+        Folder(tmp_path).write_bytes("null_context.npy", b"something else")
+        with pytest.raises(DataError, match=r"null_context\.npy .* the manifest says sha256"):
+            texts.null_condition()
+
+
+def test_decoding_a_batch_is_decoding_its_samples(posterior):
+    loader = _loader(posterior, batch=40, horizontal_flip=True)
+    batch, positions = next(loader), np.arange(40)
+    mirrored = KeyedStream(SEED, "flip").uniform(positions) < 0.5
+    located = GlobalOrder(posterior.shard_samples, SEED, window_shards=2).samples(positions)
+    for x_start, (shard, index), position in zip(batch.x_start, located, positions, strict=True):
+        stored, _ = posterior.read(shard, index)
+        generator = keyed_generator(SEED, "posterior", int(position))
+        flipped = bool(mirrored[position])
+        expected = posterior.manifest.decode(stored, mirrored=flipped, generator=generator)
+        np.testing.assert_array_equal(x_start.numpy(), expected)

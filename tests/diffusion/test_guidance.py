@@ -55,6 +55,15 @@ def test_the_first_channels_of_eps_are_guided(cfg_channels, guided):
     assert out[0].tolist() == eps + [10.0] * 4
 
 
+def test_texts_are_guided_away_from_the_null_text_of_the_data():
+    x, t, _ = INPUT
+    y, null = torch.full((2, 3, 5), 2.0), torch.ones(3, 5)
+    zeros = cfg_model(ToyModel(), cfg_scale=3.0)(x, t, y)[:, 0, 0, 0]
+    given = cfg_model(ToyModel(), cfg_scale=3.0, null_condition=null)(x, t, y)[:, 0, 0, 0]
+    assert zeros.tolist() == [0 + 3 * 30.0] * 2
+    assert given.tolist() == [15 + 3 * 15.0] * 2
+
+
 def test_scale_1_costs_one_plain_forward():
     model = ToyModel()
     assert cfg_model(model, cfg_scale=1.0) is model
