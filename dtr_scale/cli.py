@@ -307,17 +307,30 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     parser = _command(
         commands,
         "bench",
-        "measure saving and restoring on this machine; for several ranks, start it with a launcher",
-        "dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch",
+        "measure saving and restoring, or reading samples, on this machine",
+        "dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch\n"
+        "  dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8",
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    checkpoint = actions.add_parser("checkpoint", help="print a table", allow_abbrev=False)
+    checkpoint = actions.add_parser(
+        "checkpoint",
+        help="saving and restoring; for several ranks, start it with a launcher",
+        allow_abbrev=False,
+    )
     checkpoint.add_argument("--model", default="DiT-B/2", metavar="VARIANT")
     checkpoint.add_argument("--rounds", type=positive_integer, default=5)
     checkpoint.add_argument(
         "--dir", metavar="DIR_OR_S3", help="where to save (default: the temporary folder)"
     )
     checkpoint.set_defaults(run=_bench_checkpoint)
+    data = actions.add_parser(
+        "data",
+        help=f"an experiment's samples, beside webdataset and tarfile; {_OVERRIDES}",
+        allow_abbrev=False,
+    )
+    data.add_argument("--config", required=True, metavar="FILE", help="the experiment's JSON")
+    data.add_argument("--seconds", type=positive_integer, default=5, help="of each measurement")
+    data.set_defaults(run=_bench_data, takes_overrides=True)
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -502,6 +515,14 @@ def _bench_checkpoint(arguments: argparse.Namespace) -> int:
     table = bench_checkpoint(arguments.model, rounds=arguments.rounds, place=arguments.dir)
     if launched_rank() == 0:
         print(table)
+    return 0
+
+
+def _bench_data(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+    from dtr_scale.data_benchmarks import bench_data
+
+    print(bench_data(load_experiment(arguments.config, overrides), arguments.seconds))
     return 0
 
 

@@ -344,7 +344,8 @@ class _S3Folder(Folder):
             return getattr(self._connect(), method)(*args, **kwargs)
         except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
             raise PermissionError(f"{self.url}: {error}") from error
-        except (botocore.BotoCoreError, LostConnection) as error:
+        except (botocore.BotoCoreError, LostConnection, RuntimeError) as error:
+            # RuntimeError: aiohttp's, of a session that was closed.
             raise ConnectionError(f"{self.url}: {error}") from error
         except OSError as error:
             if isinstance(error.__cause__, botocore.ClientError):

@@ -4,6 +4,8 @@ All of it is a function of (seed, position, salt), position = step * B + place i
 of B: the same at any world size, micro-batch size and number of workers.
 """
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,7 +40,7 @@ class TimestepDraw(Protocol):
 
 
 class BatchAssembler:
-    """Puts together what places of a global batch hold."""
+    """Puts together what places of a global batch hold. With `conditioning` "none" labels are 0."""
 
     def __init__(
         self,
@@ -48,10 +50,11 @@ class BatchAssembler:
         seed: int,
         global_batch_size: int,
         draw_timesteps: TimestepDraw,
-        conditioning: str,
-        class_dropout_prob: float,
-        horizontal_flip: bool,
+        conditioning: str = "class",
+        class_dropout_prob: float = 0.0,
+        horizontal_flip: bool = False,
     ) -> None:
+        assert order.shard_samples == samples.shard_samples
         self.samples = samples
         self.order = order
         self.global_batch_size = global_batch_size
@@ -78,6 +81,8 @@ class BatchAssembler:
         """Return what `places` int [n] of the global batch of a step hold, in `out` if given."""
         out = out or self.empty(len(places))
         positions = step * self.global_batch_size + places
+        # Most of the time goes into two fields of normals, which are drawn outside Python's lock.
+        noise = self._beside.submit(self._normals, "noise", positions, salt, out.noise)
         mirrored = self._chosen("flip", self._flip_prob, positions, salt)
         caption = np.zeros(len(places))
         if self._is_text:
@@ -90,11 +95,18 @@ class BatchAssembler:
             y[self._chosen("label_drop", self._drop_prob, positions, salt)] = self._null_condition()
         out.y.copy_(torch.from_numpy(y))
         self._decode(stored, mirrored, positions, salt, out.x_start)
-        self._normals("noise", positions, salt, out.noise)
         t, cluster = self._draw_timesteps.draw(step, places, salt)
         out.t.copy_(torch.from_numpy(t))
         out.cluster.copy_(torch.from_numpy(cluster))
+        noise.result()
         return out
+
+    @functools.cached_property
+    def _beside(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_beside"}
 
     @property
     def _is_text(self) -> bool:

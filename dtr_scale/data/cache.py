@@ -76,6 +76,11 @@ class ShardCache:
         except OSError as error:
             raise self._cannot_keep(shard, error) from error
 
+    def fetch(self, shard_id: int) -> Path:
+        """Return where a verified shard lies."""
+        self.open(shard_id).close()
+        return self._path(self.shards[shard_id])
+
     def index(self, shard_id: int) -> bytes:
         """Return the verified .npy file that tells where a shard's samples lie."""
         shard = self.shards[shard_id]

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dtr_scale.data.assembly import BatchAssembler, MicroBatch, TimestepDraw
+from dtr_scale.data.assembly import BatchAssembler, MicroBatch
 from dtr_scale.data.manifest import one_line
-from dtr_scale.data.order import GlobalOrder, lane_major
-from dtr_scale.data.reader import Samples
+from dtr_scale.data.order import lane_major
 from dtr_scale.data.workers import obey_parent_only, starting_workers
 from dtr_scale.errors import DataError, DtrScaleError
 
@@ -92,48 +91,32 @@ class BatchLoader:
     The ranks share the places of each global batch in the order of `lane_major`; `node_ranks` are
     those that share this node's cache. `num_workers` 0 reads in this process; otherwise spawned
     processes read ahead, `prefetch` micro-batches each. They leave signals to this process, which
-    must call `close()` (or use the loader in `with`). With `conditioning` "none" labels are 0.
+    must call `close()` (or use the loader in `with`).
     """
 
     def __init__(
         self,
-        samples: Samples,
-        order: GlobalOrder,
+        assembler: BatchAssembler,
         *,
-        seed: int,
-        global_batch_size: int,
         micro_batch_size: int,
-        draw_timesteps: TimestepDraw,
         rank: int = 0,
         world_size: int = 1,
         node_ranks: range | None = None,
         num_workers: int = 0,
-        conditioning: str = "class",
-        class_dropout_prob: float = 0.0,
-        horizontal_flip: bool = False,
         prefetch: int = 4,
     ) -> None:
+        global_batch_size, num_lanes = assembler.global_batch_size, assembler.order.num_lanes
         rank_batch_size = global_batch_size // world_size
         assert rank_batch_size * world_size == global_batch_size
         assert rank_batch_size % micro_batch_size == 0
-        assert order.shard_samples == samples.shard_samples
-        self.samples = samples
+        self.samples = assembler.samples
         self.grad_accum_steps = rank_batch_size // micro_batch_size
         self.global_batch_size = global_batch_size
-        by_rank = lane_major(global_batch_size, order.num_lanes).reshape(world_size, -1)
+        by_rank = lane_major(global_batch_size, num_lanes).reshape(world_size, -1)
         self.places = by_rank[rank].reshape(self.grad_accum_steps, micro_batch_size)
         node_ranks = node_ranks or range(rank, rank + 1)
-        self._node_lanes = np.unique(by_rank[node_ranks] % order.num_lanes).tolist()
-        self._assembler = BatchAssembler(
-            samples,
-            order,
-            seed=seed,
-            global_batch_size=global_batch_size,
-            draw_timesteps=draw_timesteps,
-            conditioning=conditioning,
-            class_dropout_prob=class_dropout_prob,
-            horizontal_flip=horizontal_flip,
-        )
+        self._node_lanes = np.unique(by_rank[node_ranks] % num_lanes).tolist()
+        self._assembler = assembler
         self._num_workers = num_workers
         self._prefetch = prefetch
         # One more than workers may be told to fill: the one that is being copied out.

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, util
 
 _LEAVE_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
@@ -42,3 +42,5 @@ def obey_parent_only(parent_pid: int, _worker_id: int) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+    # Last of all, and at once: what threads are fetching would fail loudly while Python shuts down.
+    util.Finalize(None, os._exit, args=(0,), exitpriority=-1000)

@@ -18,6 +18,7 @@ from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.retention import Keep
 from dtr_scale.config.load import flatten, resolved
 from dtr_scale.config.schema import Experiment, TrainConfig
+from dtr_scale.data.assembly import BatchAssembler
 from dtr_scale.data.cache import GIB
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.data.manifest import read_manifest
@@ -60,12 +61,14 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         if world.is_main and isinstance(samples, SampleReader):
             samples.check_sizes()
     diffusion = build_diffusion(experiment)
-    timesteps = TimestepSampler(
-        seed=train.seed,
-        boundaries=_cluster_boundaries(experiment, diffusion),
-        global_batch_size=train.global_batch_size,
+    loader = BatchLoader(
+        build_assembler(experiment, samples),
+        micro_batch_size=micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        node_ranks=world.node_ranks,
+        num_workers=experiment.data.num_workers,
     )
-    loader = _build_loader(experiment, world, samples, timesteps, micro_batch_size)
     engine = _build_engine(experiment, world, micro_batch_size, loader.grad_accum_steps)
     return Trainer(
         world=world,
@@ -80,7 +83,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
             lr=objective.lr,
         ),
         diffusion=diffusion,
-        timesteps=timesteps,
+        timesteps=build_timesteps(experiment, diffusion),
         loader=loader,
         ema=Ema(engine, _ema_profiles(train)),
         checkpoints=open_checkpoints(experiment, world),
@@ -226,6 +229,15 @@ def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
     )
 
 
+def build_timesteps(experiment: Experiment, diffusion: GaussianDiffusion) -> TimestepSampler:
+    """Return what draws an experiment's timesteps."""
+    return TimestepSampler(
+        seed=experiment.train.seed,
+        boundaries=_cluster_boundaries(experiment, diffusion),
+        global_batch_size=experiment.train.global_batch_size,
+    )
+
+
 def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) -> np.ndarray:
     """Return what `TimestepSampler` draws in: ant_uw's clusters, equal strata for the others."""
     model, objective = experiment.model, experiment.objective
@@ -243,27 +255,19 @@ def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) ->
     return timesteps.start + timestep_clusters(len(timesteps), num_clusters)
 
 
-def _build_loader(
-    experiment: Experiment,
-    world: World,
-    samples: Samples,
-    timesteps: TimestepSampler,
-    micro_batch_size: int,
-) -> BatchLoader:
-    train, data = experiment.train, experiment.data
-    return BatchLoader(
+def build_assembler(
+    experiment: Experiment, samples: Samples, kind: type[BatchAssembler] = BatchAssembler
+) -> BatchAssembler:
+    """Return what makes the micro-batches of an experiment."""
+    train, data, model = experiment.train, experiment.data, experiment.model
+    return kind(
         samples,
         GlobalOrder(samples.shard_samples, train.seed, data.window_shards, data.num_lanes),
         seed=train.seed,
         global_batch_size=train.global_batch_size,
-        micro_batch_size=micro_batch_size,
-        draw_timesteps=timesteps,
-        rank=world.rank,
-        world_size=world.world_size,
-        node_ranks=world.node_ranks,
-        num_workers=data.num_workers,
-        conditioning=experiment.model.conditioning,
-        class_dropout_prob=experiment.model.class_dropout_prob,
+        draw_timesteps=build_timesteps(experiment, build_diffusion(experiment)),
+        conditioning=model.conditioning,
+        class_dropout_prob=model.class_dropout_prob,
         horizontal_flip=data.horizontal_flip,
     )
 

@@ -7,12 +7,13 @@ import multiprocessing
 import signal
 import subprocess
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.assembly import MicroBatch
+from dtr_scale.data.assembly import BatchAssembler, MicroBatch
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.data.order import GlobalOrder
@@ -25,6 +26,7 @@ from dtr_scale.randomness import KeyedStream, keyed_generator
 from dtr_scale.storage import Folder
 
 SEED, BATCH = 11, 24
+DRAWS = ("class_dropout_prob", "horizontal_flip", "conditioning")
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +45,19 @@ def reader(digits_folder):
 
 def _loader(samples, *, seed=SEED, batch=BATCH, num_lanes=1, **options):
     boundaries = np.linspace(0, 1000, 9).astype(np.int64)
-    options = {"micro_batch_size": batch, "class_dropout_prob": 0.2} | options
-    return BatchLoader(
+    what: dict[str, Any] = {"class_dropout_prob": 0.2} | {
+        k: options.pop(k) for k in DRAWS if k in options
+    }
+    assembler = BatchAssembler(
         samples,
         GlobalOrder(samples.shard_samples, seed, window_shards=2, num_lanes=num_lanes),
         seed=seed,
         global_batch_size=batch,
         draw_timesteps=TimestepSampler(seed, boundaries, batch),
-        **options,
+        **what,
     )
+    options: dict[str, Any] = {"micro_batch_size": batch} | options
+    return BatchLoader(assembler, **options)
 
 
 def _steps(loader, num_steps):
