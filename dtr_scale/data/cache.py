@@ -116,10 +116,12 @@ class ShardCache:
                 file = FileIO(self._path(shard))
             else:
                 file = FileIO(os.memfd_create(shard.name), "r+")
-                self.folder.get_into(shard.name, file)
-        if not self.folder.is_local or shard not in self._verified:
-            self._verify(shard, file)
-            self._verified.add(shard)
+            with closed_on_error(file):
+                if not self.folder.is_local:
+                    self.folder.get_into(shard.name, file)
+                if not self.folder.is_local or shard not in self._verified:
+                    self._verify(shard, file)
+        self._verified.add(shard)
         return file
 
     def _open_shared(self, shard: Shard, seal: FileIO) -> FileIO:
@@ -140,27 +142,25 @@ class ShardCache:
 
     def _open_sealed(self, shard: Shard, seal: FileIO) -> FileIO:
         """Open a file that the seal knows, or verify it and write the seal."""
-        file = FileIO(self._path(shard))
-        stat = os.fstat(file.fileno())
-        state = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}".encode()
-        if seal.read() != state:
-            self._verify(shard, file)
-            seal.truncate(0)
-            seal.write(state)
+        with closed_on_error(FileIO(self._path(shard))) as file:
+            stat = os.fstat(file.fileno())
+            state = f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}".encode()
+            if seal.read() != state:
+                self._verify(shard, file)
+                seal.truncate(0)
+                seal.write(state)
         return file
 
     def _verify(self, shard: Shard, file: FileIO) -> None:
-        """Compare a file with the manifest; close it and raise a DataError where they differ."""
+        """Compare a file with the manifest; DataError where they differ."""
         found_bytes = os.fstat(file.fileno()).st_size
         file.seek(0)
         found = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        if (found_bytes, found) == (shard.bytes, shard.sha256):
-            return
-        file.close()
         if found_bytes != shard.bytes:
             raise self.mismatch(shard.name, f"bytes {shard.bytes}", found_bytes)
-        raise self.mismatch(shard.name, f"sha256 {shard.sha256}", found)
+        if found != shard.sha256:
+            raise self.mismatch(shard.name, f"sha256 {shard.sha256}", found)
 
     def _fetch(self, shard: Shard) -> None:
         """Fetch a shard; where the disk is full, after others were evicted."""
@@ -192,6 +192,16 @@ def _described(shard: Shard) -> str:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def closed_on_error(file: FileIO) -> Iterator[FileIO]:
+    """Close a file if the block that looks into it fails."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from io import FileIO
 
 import numpy as np
 
-from dtr_scale.data.cache import ShardCache
+from dtr_scale.data.cache import ShardCache, closed_on_error
 from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, data_errors
 from dtr_scale.data.shelf import OpenShard
 from dtr_scale.errors import DataError
@@ -48,13 +48,9 @@ class Split:
     def open(self, shard: int, wait: bool = True) -> OpenShard:
         """Return a shard, verified; for `wait` see `ShardCache.open`."""
         rows = self.rows(shard)
-        file = self.cache.open(shard, wait=wait)
-        try:
+        with closed_on_error(self.cache.open(shard, wait=wait)) as file:
             if len(rows):
                 self._check_header(shard, file, int(rows[0, 0]))
-        except BaseException:
-            file.close()
-            raise
         return OpenShard(file, rows)
 
     def rows(self, shard: int) -> np.ndarray:
