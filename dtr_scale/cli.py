@@ -330,6 +330,7 @@ def _add_bench(commands: "argparse._SubParsersAction[_Parser]") -> None:
     )
     data.add_argument("--config", required=True, metavar="FILE", help="the experiment's JSON")
     data.add_argument("--seconds", type=positive_integer, default=5, help="of each measurement")
+    data.add_argument("--shards", type=positive_integer, default=16, help="how many are read")
     data.set_defaults(run=_bench_data, takes_overrides=True)
 
 
@@ -522,7 +523,8 @@ def _bench_data(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from dtr_scale.config.load import load_experiment
     from dtr_scale.data_benchmarks import bench_data
 
-    print(bench_data(load_experiment(arguments.config, overrides), arguments.seconds))
+    experiment = load_experiment(arguments.config, overrides)
+    print(bench_data(experiment, arguments.seconds, arguments.shards))
     return 0
 
 

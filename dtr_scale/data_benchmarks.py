@@ -28,10 +28,11 @@ class _WithoutDraws(BatchAssembler):
         out.zero_()
 
 
-def bench_data(experiment: Experiment, seconds: float) -> str:
-    """Return the table for an experiment's data; each row is measured for so many seconds.
+def bench_data(experiment: Experiment, seconds: float, num_shards: int) -> str:
+    """Return the table for the first shards of an experiment's data.
 
-    "cold" begins with an empty cache, which is made beside the experiment's own and removed.
+    Each row is measured for so many seconds, "cold" for an epoch over these shards from the first
+    batch on, beginning with an empty cache, which is made in the experiment's own and removed.
     """
     data = experiment.data
     if data.type == "synthetic":
@@ -39,83 +40,99 @@ def bench_data(experiment: Experiment, seconds: float) -> str:
     if data.cache_dir:
         Path(data.cache_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=data.cache_dir) as cache_dir:
-        own_cache = data.model_copy(update={"cache_dir": cache_dir})
-        return _table(experiment.model_copy(update={"data": own_cache}), seconds)
+        return "\n".join(_Table(experiment, Path(cache_dir), num_shards, seconds).lines())
 
 
-def _table(experiment: Experiment, seconds: float) -> str:
-    num_workers = max(1, experiment.data.num_workers)
-    reader = open_samples(experiment)
-    assert isinstance(reader, SampleReader)
-    shards = reader.cache.shards
-    num_bytes, num_samples = sum(s.bytes for s in shards), sum(s.samples for s in shards)
-    micro_batch_size = experiment.micro_batch_size(world_size=1)
-    lines = [
-        f"{experiment.data.shards}: {len(shards)} shards, {num_samples} samples of "
-        f"{num_bytes / num_samples:.0f} bytes; micro-batches of {micro_batch_size}",
-    ]
+class _Table:
+    def __init__(
+        self, experiment: Experiment, cache_dir: Path, num_shards: int, seconds: float
+    ) -> None:
+        self._experiment = experiment
+        self._cache_dir = cache_dir
+        self._num_shards = num_shards
+        self._seconds = seconds
+        shards = self._reader("").cache.shards
+        self._num_samples = sum(shard.samples for shard in shards)
+        self._sample_bytes = sum(shard.bytes for shard in shards) / self._num_samples
+        self._micro_batch_size = experiment.micro_batch_size(world_size=1)
 
-    def add(name: str, rate: float, workers: int = 1) -> None:
-        figures = f"{rate:10.0f} samples/s{rate * num_bytes / num_samples / 1e6:9.1f} MB/s"
-        each = f"{rate / workers:10.0f} per worker" if workers > 1 else ""
-        lines.append(f"{name:42}{figures}{each}")
-
-    for state in ("cold", "warm"):
-        with _loader(experiment, num_workers=1) as loader:
-            began = time.perf_counter()
-            loader.seek(_middle(experiment, num_samples))
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"{self._experiment.data.shards}: {self._num_samples} samples of "
+            f"{self._sample_bytes:.0f} bytes; micro-batches of {self._micro_batch_size}"
+        )
+        yield self._first_batch("first batch in mid-epoch, cold", cache="cold")
+        with self._loader("epoch") as loader:
+            num_batches = self._num_samples // self._micro_batch_size - 1
             next(loader)
-            first = time.perf_counter() - began
-            lines.append(f"{f'first batch in the middle, {state}':42}{first:10.2f} s")
-            add(f"{state}, one worker", _rate(loader, micro_batch_size, seconds))
-    with _loader(experiment, num_workers=1, kind=_WithoutDraws) as loader:
-        add("warm, one worker, without draws", _rate(loader, micro_batch_size, seconds))
-    if num_workers > 1:
-        with _loader(experiment, num_workers) as loader:
-            rate = _rate(loader, micro_batch_size, seconds)
-            add(f"warm, {num_workers} workers", rate, num_workers)
-    paths = _local_paths(experiment)
-    batches = _webdataset(paths, micro_batch_size)
-    add("webdataset.WebDataset, one worker", _rate(batches, micro_batch_size, seconds))
-    add("tarfile, in this process", _rate(_tar_samples(paths), 1, seconds))
-    return "\n".join(lines)
+            began = time.perf_counter()
+            for _ in itertools.islice(loader, num_batches):
+                pass
+            rate = num_batches * self._micro_batch_size / (time.perf_counter() - began)
+        yield self._row("cold, one worker", rate)
+        yield self._first_batch("first batch in mid-epoch, warm", cache="epoch")
+        num_workers = max(2, self._experiment.data.num_workers)
+        for name, workers, kind in (
+            ("warm, one worker, without draws", 1, _WithoutDraws),
+            ("warm, one worker", 1, BatchAssembler),
+            (f"warm, {num_workers} workers", num_workers, BatchAssembler),
+        ):
+            with self._loader("epoch", workers, kind) as loader:
+                yield self._row(name, self._rate(loader, self._micro_batch_size), workers)
+        paths = self._local_paths()
+        batches = _webdataset(paths, self._micro_batch_size)
+        rate = self._rate(batches, self._micro_batch_size)
+        yield self._row("webdataset.WebDataset, one worker", rate)
+        yield self._row("tarfile, in this process", self._rate(_tar_samples(paths), 1))
 
+    def _reader(self, cache: str, *, on_disk: bool = False) -> SampleReader:
+        """Return a reader of the first shards with a cache of its own name."""
+        changes: dict[str, Any] = {"cache_dir": str(self._cache_dir / cache)}
+        if on_disk:
+            changes["cache_gb"] = 2.0**20
+        data = self._experiment.data.model_copy(update=changes)
+        reader = open_samples(self._experiment.model_copy(update={"data": data}))
+        assert isinstance(reader, SampleReader)
+        return reader.of_first_shards(self._num_shards)
 
-def _loader(
-    experiment: Experiment, num_workers: int, kind: type[BatchAssembler] = BatchAssembler
-) -> BatchLoader:
-    return BatchLoader(
-        build_assembler(experiment, open_samples(experiment), kind),
-        micro_batch_size=experiment.micro_batch_size(world_size=1),
-        num_workers=num_workers,
-    )
+    def _loader(
+        self, cache: str, workers: int = 1, kind: type[BatchAssembler] = BatchAssembler
+    ) -> BatchLoader:
+        return BatchLoader(
+            build_assembler(self._experiment, self._reader(cache), kind),
+            micro_batch_size=self._micro_batch_size,
+            num_workers=workers,
+        )
 
+    def _first_batch(self, name: str, cache: str) -> str:
+        batch_size = self._experiment.train.global_batch_size
+        with self._loader(cache) as loader:
+            began = time.perf_counter()
+            loader.seek(self._num_samples // 2 // batch_size * batch_size)
+            next(loader)
+            return f"{name:42}{time.perf_counter() - began:10.2f} s"
 
-def _middle(experiment: Experiment, num_samples: int) -> int:
-    batch_size = experiment.train.global_batch_size
-    return num_samples // 2 // batch_size * batch_size
+    def _row(self, name: str, rate: float, workers: int = 1) -> str:
+        figures = f"{rate:10.0f} samples/s{rate * self._sample_bytes / 1e6:9.1f} MB/s"
+        return f"{name:42}{figures}" + (f"{rate / workers:10.0f} per worker" * (workers > 1))
 
+    def _rate(self, batches: Iterable[Any], samples_per_batch: int) -> float:
+        """Return samples/s after a second in which everything gets going."""
+        iterator = iter(batches)
+        deadline = time.perf_counter() + _WARM_UP_SECONDS
+        while time.perf_counter() < deadline:
+            next(iterator)
+        began = time.perf_counter()
+        for count in itertools.count(1):
+            next(iterator)
+            if (elapsed := time.perf_counter() - began) > self._seconds:
+                return count * samples_per_batch / elapsed
+        raise AssertionError("unreachable")
 
-def _rate(batches: Iterable[Any], samples_per_batch: int, seconds: float) -> float:
-    """Return samples/s over so many seconds, after one in which everything gets going."""
-    iterator = iter(batches)
-    deadline = time.perf_counter() + _WARM_UP_SECONDS
-    while time.perf_counter() < deadline:
-        next(iterator)
-    began = time.perf_counter()
-    for count in itertools.count(1):
-        next(iterator)
-        if (elapsed := time.perf_counter() - began) > seconds:
-            return count * samples_per_batch / elapsed
-    raise AssertionError("unreachable")
-
-
-def _local_paths(experiment: Experiment) -> list[Path]:
-    """Return where some shards lie on this machine, after fetching them if need be."""
-    cached = experiment.data.model_copy(update={"cache_gb": max(4.0, experiment.data.cache_gb)})
-    reader = open_samples(experiment.model_copy(update={"data": cached}))
-    assert isinstance(reader, SampleReader)
-    return [reader.cache.fetch(shard) for shard in range(min(len(reader.cache.shards), 8))]
+    def _local_paths(self) -> list[Path]:
+        """Return where the shards lie on this machine, after fetching them if need be."""
+        cache = self._reader("epoch", on_disk=True).cache
+        return [cache.fetch(shard) for shard in range(len(cache.shards))]
 
 
 def _webdataset(paths: list[Path], batch_size: int) -> Iterator[Any]:

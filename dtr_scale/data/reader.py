@@ -22,6 +22,10 @@ Sample = tuple[np.ndarray, Condition]
 """Stored array and condition."""
 
 
+_MOST_BY_RANGE = 256
+"""Samples that are fetched alone before a process waits for whole shards, which come 10x faster."""
+
+
 class Views(NamedTuple):
     """What a batch of n samples is made of."""
 
@@ -63,9 +67,9 @@ class Samples(Protocol):
 class SampleReader:
     """The samples of one split of a prepared folder, by (shard, index in the shard).
 
-    A sample is one read at a known offset of a whole, verified shard. Only where reading begins,
-    before whole shards have come from object storage, samples are fetched one by one; their shard
-    is verified when it arrives. What is not as the manifest says raises a DataError.
+    A sample is one read at a known offset of a whole, verified shard. Where reading begins, before
+    whole shards have come from object storage, the first samples are fetched one by one; their
+    shard is verified when it arrives. What is not as the manifest says raises a DataError.
     """
 
     def __init__(
@@ -93,7 +97,7 @@ class SampleReader:
     def _begin(self) -> None:
         self._shelf = OpenShards(self._split.open, self._max_open)
         self._rows: dict[int, np.ndarray] = {}  # of shards that have not come yet
-        self._first_wanted: frozenset[int] | None = None
+        self._by_range = _MOST_BY_RANGE
         self._buffers: dict[str, np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,6 +106,19 @@ class SampleReader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
+
+    def of_first_shards(self, num_shards: int) -> "SampleReader":
+        """Return a reader of the first shards of the split alone."""
+        cache = self.cache
+        shards = cache.shards[:num_shards]
+        return SampleReader(
+            cache.folder,
+            self.manifest.model_copy(update={"shards": shards}),
+            shards[0].split,
+            window_shards=self._max_open // 2,
+            cache_dir=cache.files.path,
+            cache_max_bytes=cache.files.max_bytes,
+        )
 
     def read(self, shard: int, index: int) -> Sample:
         """Return the stored array and the condition (the first caption) of a sample."""
@@ -120,7 +137,7 @@ class SampleReader:
             return self._read_views(located, mirrored, caption)
         except OSError:
             # The whole shard tells what is wrong, and with which of them.
-            self._first_wanted = frozenset()
+            self._by_range = 0
         with data_errors(self.cache.folder, "a shard"):
             return self._read_views(located, mirrored, caption)
 
@@ -140,8 +157,6 @@ class SampleReader:
             order = dict.fromkeys(chain(next_uses(), range(len(shards))))
             return [shards[shard].sha256 for shard in order]
 
-        if self._first_wanted is None:
-            self._first_wanted = frozenset(wanted)
         self.cache.files.next_uses = hashes
         self._shelf.plan(wanted)
 
@@ -149,7 +164,7 @@ class SampleReader:
         """Close the shards; they are opened again when needed."""
         self._shelf.close()
         self.cache.files.next_uses = tuple
-        self._first_wanted = None
+        self._by_range = _MOST_BY_RANGE
 
     def _read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
         shards = located[:, 0].tolist()
@@ -192,6 +207,7 @@ class SampleReader:
             elif (found := os.preadv(file.fileno(), [row], offset)) != num_bytes:
                 raise self._split.error(shard, f"{num_bytes} bytes at {offset}", f"{found}")
         if away:
+            self._by_range -= len(away)
             names = [self.cache.shards[shard].name for _, shard, _ in away]
             ranges = [(n, at, at + num_bytes) for n, (_, _, at) in zip(names, away, strict=True)]
             contents = self.cache.folder.read_ranges(ranges)
@@ -215,6 +231,6 @@ class SampleReader:
 
     def _is_still_away(self, shard: int) -> bool:
         """Tell whether reading begins here and the shard has not come yet."""
-        begins = self._first_wanted is None or shard in self._first_wanted
-        away = not self.cache.folder.is_local and not self.cache.at_hand(shard)
-        return begins and away and not self._shelf.has_failed(shard)
+        if self._by_range <= 0 or self.cache.folder.is_local or self.cache.at_hand(shard):
+            return False
+        return not self._shelf.has_failed(shard)
