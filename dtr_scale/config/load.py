@@ -79,7 +79,10 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     data = experiment.model_dump(mode="json", by_alias=True)
     data["run_dir"] = str(experiment.run_path)
     options = data["data"]["storage_options"]
-    data["data"]["storage_options"] = {k: v for k, v in options.items() if k not in SECRETS}
+    kept = {k: v for k, v in options.items() if k not in SECRETS}
+    if isinstance(endpoint := kept.get("endpoint_url"), str):
+        kept["endpoint_url"] = without_password(endpoint)
+    data["data"]["storage_options"] = kept
     if uri := data["tracking"]["uri"]:
         data["tracking"]["uri"] = without_password(uri)
     return data
@@ -189,6 +192,8 @@ def _explain(problem: Any, raw: dict[str, Any]) -> str:  # noqa: ANN401
         found = "is missing" if tag is None else f"= {json.dumps(tag)} is unknown"
         return f"{key}.type {found}; accepted are {', '.join(_known_types(key))}"
     accepted = problem["msg"].removeprefix("Input ")
+    if key.startswith("data.storage_options"):
+        return f"{key}: {accepted}"  # what was given may hold a secret
     return f"{key} = {json.dumps(problem['input'])}: {accepted}"
 
 

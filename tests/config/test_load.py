@@ -154,16 +154,32 @@ def test_resolved_loads_again_and_keeps_no_secret():
     experiment = load_experiment(
         FLAGSHIP,
         [
-            '--data.storage_options={"key": "AK", "secret": "hush", "region": "eu"}',
+            '--data.storage_options={"key": "AK", "secret": "hush", "token": "hush", "region": "eu",'
+            ' "endpoint_url": "https://me:hush@s3.local"}',
             "--tracking.uri=postgresql+psycopg2://me:hush@db.local:5432/runs",
         ],
     )
     data = resolved(experiment)
     assert data["run_dir"] == "runs/dit_l_dtr_antuw"
-    assert data["data"]["storage_options"] == {"region": "eu"}
+    options = {"region": "eu", "endpoint_url": "https://s3.local"}
+    assert data["data"]["storage_options"] == options
     assert data["tracking"]["uri"] == "postgresql+psycopg2://db.local:5432/runs"
     assert "hush" not in json.dumps(data)
     assert experiment.data.storage_options["secret"] == "hush"
+
+
+def test_a_mistake_in_storage_options_tells_no_secret():
+    options = '{"key": "AK", "secret": "hush"'  # the brace is missing
+    with pytest.raises(ConfigError, match=r"data\.storage_options: should be an obj") as caught:
+        load_experiment(FLAGSHIP, [f"--data.storage_options={options}"])
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lanes", [3, 0])
+def test_lanes_divide_the_batch(lanes):
+    with pytest.raises(ConfigError, match=r"data\.num_lanes = "):
+        load_experiment(FLAGSHIP, [f"--data.num_lanes={lanes}"])
+    assert load_experiment(FLAGSHIP, ["--data.num_lanes=8"]).data.num_lanes == 8
 
 
 def test_a_file_of_deepspeed_settings_is_read_with_the_experiment(tmp_path):

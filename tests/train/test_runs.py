@@ -88,16 +88,29 @@ def test_workers_and_evaluation_change_nothing(digits, tmp_path):
 
 
 def test_shards_and_checkpoints_in_object_storage(digits, tmp_path, s3_url):
-    """The same journal from s3:// as from disk, resumed from a checkpoint in s3://."""
+    """The same journal from s3:// as from disk, resumed from a checkpoint in s3://.
+
+    The keys given in the experiment are in nothing that was written.
+    """
     prepare_digits(Folder(f"{s3_url}/digits"))
-    remote = (f"--checkpoint.dir={s3_url}/checkpoints", f"--data.cache_dir={tmp_path}/cache")
+    secret = os.environ["AWS_SECRET_ACCESS_KEY"]
+    keys = json.dumps({"key": os.environ["AWS_ACCESS_KEY_ID"], "secret": secret})
+    remote = (
+        f"--checkpoint.dir={s3_url}/checkpoints",
+        f"--data.cache_dir={tmp_path}/cache",
+        f"--data.storage_options={keys}",
+    )
     run_dir = tmp_path / "remote"
     assert train(f"{s3_url}/digits", run_dir, *TINY, *remote, "--train.max_steps=2") == 0
     assert train(f"{s3_url}/digits", run_dir, *TINY, *remote) == 0
     tiny(digits, tmp_path / "local")
     assert journal(run_dir) == journal(tmp_path / "local")
-    kept = ["owner.json", "step_00000002", "step_00000004"]
-    assert Folder(f"{s3_url}/checkpoints").names() == kept
+    stored = Folder(f"{s3_url}/checkpoints")
+    assert stored.names() == ["owner.json", "step_00000002", "step_00000004"]
+    step = stored.child("step_00000004")
+    written = [step.read_bytes(name) for name in step.names()]
+    written += [path.read_bytes() for path in run_dir.rglob("*") if path.is_file()]
+    assert not any(secret.encode() in content for content in written)
     assert not (run_dir / "checkpoints").exists()
 
 
@@ -191,6 +204,8 @@ def test_a_fresh_start_on_purpose_loses_nothing(digits, tmp_path):
         ("--train.global_batch_size=64", "train.global_batch_size was 32 and is 64"),
         ("--model.depth=3", "model.depth was 2 and is 3; .*--checkpoint.allow_changes=model.depth"),
         ("--objective.type=vanilla", "objective.type was 'ant_uw' and is 'vanilla'"),
+        ("--data.num_lanes=2", "data.num_lanes was 1 and is 2"),
+        ("--data.window_shards=4", "data.window_shards was 8 and is 4"),
         ("--data.horizontal_flip=true", "data.horizontal_flip was False and is True"),
     ],
 )
