@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from dtr_scale.data.sources import prepare_digits
 from dtr_scale.storage import Folder
 from tests.ceph import CephServer
+from tests.faulty_proxy import FaultyProxy
 
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 
@@ -38,6 +39,13 @@ def s3_server(tmp_path_factory):
         environment.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
         yield server
         server.shut_down()
+
+
+@pytest.fixture
+def s3_proxy(s3_server):
+    """A proxy in front of the S3 server that loses, cuts, delays and counts as it is told."""
+    with FaultyProxy(s3_server.endpoint_url) as proxy:
+        yield proxy
 
 
 _prefixes = itertools.count()

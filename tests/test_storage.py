@@ -1,10 +1,10 @@
 """Folders on disk and on S3 behave alike, and say clearly what went wrong."""
 
-import contextlib
+import os
 import pickle
-import socket
-import socketserver
 import threading
+import time
+import traceback
 
 import pytest
 
@@ -112,13 +112,91 @@ def test_urls_and_options_are_checked():
 
 
 def test_s3_errors_are_os_errors(s3_url):
-    with pytest.raises(PermissionError):
-        Folder(s3_url, {"key": "nobody", "secret": "wrong"}).read_bytes("a")
     with pytest.raises(FileNotFoundError, match="NoSuchBucket"):
         Folder("s3://nobucket/x").read_bytes("a")
     away = Folder(s3_url, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1})
     with pytest.raises(ConnectionError, match="Could not connect"):
         away.read_bytes("a")
+
+
+CALLS = {
+    "read_bytes": lambda folder, path: folder.read_bytes("a"),
+    "read_into": lambda folder, path: folder.read_into("a", 0, [memoryview(bytearray(5))]),
+    "write_bytes": lambda folder, path: folder.write_bytes("new", b"hello"),
+    "put": lambda folder, path: folder.put(path, "new"),
+    "get": lambda folder, path: folder.get("a", path),
+    "names": lambda folder, path: folder.names(),
+    "exists": lambda folder, path: folder.exists("a"),
+    "size": lambda folder, path: folder.size("a"),
+    "remove": lambda folder, path: folder.remove("a"),
+}
+
+
+@pytest.fixture(params=CALLS)
+def call(request, s3_url, tmp_path):
+    """One call of a folder that holds a file, to be made through any server."""
+    Folder(s3_url).write_bytes("a", b"hello")
+    (tmp_path / "file").write_bytes(b"hello")
+    return lambda options: CALLS[request.param](Folder(s3_url, options), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "fault", [("refusals", 1), ("lost_answers", 1), ("cuts", 1), ("delay_seconds", 0.2)], ids=str
+)
+def test_every_call_survives_a_server_in_trouble(s3_proxy, call, fault):
+    setattr(s3_proxy, *fault)
+    call({"endpoint_url": s3_proxy.endpoint_url})
+    assert s3_proxy.refusals == s3_proxy.lost_answers == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"key": "testkey"}, "SignatureDoesNotMatch|403: Forbidden"),
+        ({"key": "nobody"}, "InvalidAccessKeyId|403: Forbidden"),
+    ],
+)
+def test_wrong_keys_are_told_at_once_in_one_line_without_them(s3_proxy, call, options, reason):
+    options |= {"endpoint_url": s3_proxy.endpoint_url, "secret": "very-secret"}
+    started = time.monotonic()
+    with pytest.raises(PermissionError, match=rf"^s3://bucket/test-\d+: ({reason})$") as caught:
+        call(options)
+    assert time.monotonic() - started < 20
+    assert s3_proxy.requests.total() == 1, "the server was asked again"
+    assert "very-secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_half_a_key_is_a_permission_error(s3_url):
+    with pytest.raises(PermissionError, match="missing: aws_secret_access_key"):
+        Folder(s3_url, {"key": "testkey"}).read_bytes("a")
+
+
+@pytest.mark.parametrize("call", ["read_bytes", "put", "size"], indirect=True)
+def test_a_server_that_refuses_all_is_a_connection_error(s3_proxy, call):
+    s3_proxy.refusals = 10**6
+    with pytest.raises(ConnectionError, match=r"SlowDown: Please reduce|503: ") as caught:
+        call({"endpoint_url": s3_proxy.endpoint_url, "max_attempts": 1})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_says_nothing_is_a_connection_error_in_time(s3_proxy, call, monkeypatch):
+    monkeypatch.setattr("dtr_scale.storage._S3_REQUEST_SECONDS", 0.5)
+    s3_proxy.delay_seconds = 3600
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"no success within 0\.5 s$"):
+        call({"endpoint_url": s3_proxy.endpoint_url})
+    assert time.monotonic() - started < 60
+
+
+def test_a_server_that_is_gone_is_a_connection_error_in_time(s3_server, call):
+    s3_server.stop()
+    try:
+        started = time.monotonic()
+        with pytest.raises(ConnectionError, match="Could not connect"):
+            call({"max_attempts": 1})
+        assert time.monotonic() - started < 60
+    finally:
+        s3_server.start()
 
 
 def test_a_call_survives_a_restart_of_the_server(s3_server, s3_url):
@@ -131,45 +209,47 @@ def test_a_call_survives_a_restart_of_the_server(s3_server, s3_url):
     restart.join()
 
 
-def test_a_body_cut_in_mid_stream_is_fetched_again(s3_server, s3_url, tmp_path):
+def test_a_body_cut_in_mid_stream_is_fetched_again(s3_proxy, s3_url, tmp_path):
     content = bytes(range(256)) * 12_000
-    Folder(s3_url).write_bytes("big", content)
-    with _cutting_proxy(s3_server.endpoint_url, cuts=2, after_bytes=1_000_000) as (url, served):
-        folder = Folder(s3_url, {"endpoint_url": url})
-        folder.get("big", tmp_path / "big")
-        assert folder.read_bytes("big") == content
-    assert len(served) >= 2
+    folder = Folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url})
+    folder.write_bytes("big", content)
+    path = f"/{s3_url.removeprefix('s3://')}/big"
+    s3_proxy.cut_after_bytes, s3_proxy.cuts = 1_000_000, 2
+    folder.get("big", tmp_path / "big")
     assert (tmp_path / "big").read_bytes() == content
+    assert s3_proxy.requests["GET", path] == 3
+    s3_proxy.cuts = 2
+    assert folder.read_bytes("big") == content
+    assert s3_proxy.cuts == 0
 
 
-@contextlib.contextmanager
-def _cutting_proxy(upstream_url, cuts, after_bytes):
-    """Serve an S3 server whose first connections with a large answer break after some bytes."""
-    host, port = upstream_url.removeprefix("http://").split(":")
-    served: list[int] = []
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+def test_a_large_transfer_survives_a_kill_of_the_server(
+    s3_server, s3_proxy, s3_url, tmp_path, method
+):
+    """100 MB in two parts; the gateway is killed in the middle and back after a second."""
+    content = os.urandom(2**20) * 100
+    (tmp_path / "there").write_bytes(content)
+    direct, proxied = Folder(s3_url), Folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url})
+    path = f"/{s3_url.removeprefix('s3://')}/big"
+    if method == "GET":
+        direct.put(tmp_path / "there", "big")
 
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self):
-            with socket.create_connection((host, int(port))) as upstream:
-                threading.Thread(target=_pump, args=(self.request, upstream), daemon=True).start()
-                limit = after_bytes if len(served) < cuts else None
-                served.append(_pump(upstream, self.request, limit))
-                self.request.shutdown(socket.SHUT_RDWR)
+    def kill_and_restart():
+        while s3_proxy.transferred_bytes[method, path] < 30 * 2**20:
+            time.sleep(0.001)
+        s3_server.stop()
+        time.sleep(1)
+        s3_server.start()
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", served
-        server.shutdown()
-        thread.join()
-
-
-def _pump(source, target, limit=None):
-    """Copy bytes until the source ends or `limit` is reached; return how many."""
-    copied = 0
-    with contextlib.suppress(OSError):
-        while (limit is None or copied < limit) and (data := source.recv(65536)):
-            target.sendall(data)
-            copied += len(data)
-    return copied
+    killer = threading.Thread(target=kill_and_restart)
+    killer.start()
+    if method == "GET":
+        proxied.get("big", tmp_path / "back")
+    else:
+        proxied.put(tmp_path / "there", "big")
+        direct.get("big", tmp_path / "back")
+    killer.join()
+    assert s3_proxy.requests[method, path] > {"GET": 1, "PUT": 2}[method], "killed too late"
+    assert (tmp_path / "back").read_bytes() == content
+    direct.remove("big")
