@@ -22,7 +22,7 @@ _OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "max_attempts")
 _PART = ".part"  # ending of temporary names, never listed
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # of one system call
 _S3_PART_BYTES = 32 * 2**20  # what one request uploads
-_S3_REQUEST_SECONDS = 300.0  # for one request with its retries; refused ones give up after 55
+_S3_REQUEST_SECONDS = 300.0  # for one request with its retries; refused ones give up after 65
 _WRITE_BYTES = 16 * 2**20
 
 
