@@ -70,19 +70,21 @@ class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
 
 
 class _Keys(Sampler[_Key]):
-    """The keys of a rank's micro-batches from a step on, for ever; slots go round."""
+    """The keys of a rank's micro-batches from the `first` of a step on, for ever; slots go round."""
 
-    def __init__(self, step: int, grad_accum_steps: int, salt: int, num_slots: int) -> None:
+    def __init__(
+        self, step: int, first: int, grad_accum_steps: int, salt: int, num_slots: int
+    ) -> None:
         self._step = step
+        self._first = first
         self._grad_accum_steps = grad_accum_steps
         self._salt = salt
         self._num_slots = num_slots
 
     def __iter__(self) -> Iterator[_Key]:
-        slots = itertools.cycle(range(self._num_slots))
-        for step in itertools.count(self._step):
-            for micro in range(self._grad_accum_steps):
-                yield _Key(step, micro, self._salt, next(slots))
+        for number in itertools.count(self._first):
+            steps, micro = divmod(number, self._grad_accum_steps)
+            yield _Key(self._step + steps, micro, self._salt, number % self._num_slots)
 
 
 class BatchLoader:
@@ -90,8 +92,9 @@ class BatchLoader:
 
     The ranks share the places of each global batch in the order of `lane_major`; `node_ranks` are
     those that share this node's cache. `num_workers` 0 reads in this process; otherwise spawned
-    processes read ahead, `prefetch` micro-batches each. They leave signals to this process, which
-    must call `close()` (or use the loader in `with`).
+    processes read ahead, `prefetch` micro-batches each, and only the first micro-batch is read
+    here, while they start. They leave signals to this process, which must call `close()` (or use
+    the loader in `with`).
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class BatchLoader:
         step, rest = divmod(samples_seen, self.global_batch_size)
         assert rest == 0
         self.close()
-        self._keys = _Keys(step, self.grad_accum_steps, salt, self._num_slots)
+        self._step, self._salt = step, salt
 
     def peek(self, samples_seen: int, count: int) -> tuple[list[list[int]], MicroBatch]:
         """Return the first samples of the step at `samples_seen`, whichever rank's they are.
@@ -140,11 +143,7 @@ class BatchLoader:
         places = np.arange(min(count, self.global_batch_size))
         located = self._assembler.order.samples(samples_seen + places)
         step = samples_seen // self.global_batch_size
-        try:
-            return located.tolist(), self._assembler.assemble(step, places, 0)
-        finally:
-            if self._num_workers:
-                self.samples.close()
+        return located.tolist(), self._read_here(step, places, 0)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -153,6 +152,8 @@ class BatchLoader:
         """Return the next micro-batch; DataError if the data or a worker failed."""
         if self._batches is None:
             self._batches = self._start()
+            if self._num_workers:
+                return self._read_here(self._step, self.places[0], self._salt)
         try:
             batch = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
@@ -166,6 +167,13 @@ class BatchLoader:
         if isinstance(batch, DtrScaleError):
             raise batch
         return self._copied_out(batch) if isinstance(batch, int) else batch
+
+    def _read_here(self, step: int, places: np.ndarray, salt: int) -> MicroBatch:
+        try:
+            return self._assembler.assemble(step, places, salt)
+        finally:
+            if self._num_workers:
+                self.samples.close()
 
     def _copied_out(self, slot: int) -> MicroBatch:
         assert self._slots is not None
@@ -199,7 +207,13 @@ class BatchLoader:
                 self._slots = MicroBatch(*(tensor.share_memory_() for tensor in slots))
         loader = DataLoader(
             _MicroBatches(self._assembler, self.places, self._node_lanes, self._slots),
-            sampler=self._keys,
+            sampler=_Keys(
+                self._step,
+                1 if self._num_workers else 0,
+                self.grad_accum_steps,
+                self._salt,
+                self._num_slots,
+            ),
             batch_size=None,
             num_workers=self._num_workers,
             **workers,

@@ -44,10 +44,10 @@ class PeriodicEvaluation:
         num_samples: int,
         batch_size: int,
         conditions: Callable[[range], torch.Tensor] | None,
-        null_condition: torch.Tensor | None,
         held_out: Samples | None,
         folder: Path | None,
         tracker: Tracker,
+        null_condition: torch.Tensor | None = None,
     ) -> None:
         self._world = world
         self._engine = engine

@@ -154,8 +154,8 @@ def test_resolved_loads_again_and_keeps_no_secret():
     experiment = load_experiment(
         FLAGSHIP,
         [
-            '--data.storage_options={"key": "AK", "secret": "hush", "token": "hush", "region": "eu",'
-            ' "endpoint_url": "https://me:hush@s3.local"}',
+            '--data.storage_options={"key": "AK", "secret": "hush", "token": "hush", '
+            '"region": "eu", "endpoint_url": "https://me:hush@s3.local"}',
             "--tracking.uri=postgresql+psycopg2://me:hush@db.local:5432/runs",
         ],
     )
