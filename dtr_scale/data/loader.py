@@ -70,7 +70,7 @@ class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
 
 
 class _Keys(Sampler[_Key]):
-    """The keys of a rank's micro-batches from the `first` of a step on, for ever; slots go round."""
+    """Keys of a rank's micro-batches from the `first` of a step on, for ever; slots go round."""
 
     def __init__(
         self, step: int, first: int, grad_accum_steps: int, salt: int, num_slots: int
