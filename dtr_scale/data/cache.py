@@ -130,6 +130,7 @@ class ShardCache:
                 return self._open_sealed(shard, seal)
         try:
             file = self._open_sealed(shard, seal)
+            self.files.use(file)
         except (FileNotFoundError, DataError):
             self._fetch(shard)
             try:
@@ -137,7 +138,8 @@ class ShardCache:
             except DataError:
                 self._path(shard).unlink()
                 raise
-        self.files.use(file)
+            self.files.use(file)
+            self.files.make_room(0)  # for what came at the same time
         return file
 
     def _open_sealed(self, shard: Shard, seal: FileIO) -> FileIO:

@@ -4,11 +4,11 @@ Workers write into memory that they share with the main process, which copies a 
 before its place is used again: a fifth of what it costs to send tensors from process to process.
 """
 
-import contextlib
 import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +70,7 @@ class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
 
 
 class _Keys(Sampler[_Key]):
-    """Keys of a rank's micro-batches from the `first` of a step on, for ever; slots go round."""
+    """The keys of a rank's micro-batches from the `first` of a step on; slots go round."""
 
     def __init__(
         self, step: int, first: int, grad_accum_steps: int, salt: int, num_slots: int
@@ -197,6 +197,8 @@ class BatchLoader:
     def _start(self) -> Iterator["MicroBatch | int | DtrScaleError"]:
         workers: dict[str, Any] = {}
         if self._num_workers:
+            # Started first, because its start would unblock the signals again.
+            resource_tracker.ensure_running()
             workers = {
                 "multiprocessing_context": "spawn",  # s3fs and threads do not survive a fork
                 "prefetch_factor": self._prefetch,
@@ -218,5 +220,5 @@ class BatchLoader:
             num_workers=self._num_workers,
             **workers,
         )
-        with starting_workers() if self._num_workers else contextlib.nullcontext():
+        with starting_workers():
             return iter(loader)
