@@ -5,13 +5,16 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 from types import FrameType
 
 from dtr_scale.launchers import launched_rank
 
 LAUNCHER_PID = "DTR_SCALE_LAUNCHER_PID"
-"""Set by a launch script to its own pid: when it is gone, its ranks leave."""
+"""Set by a launch script to its own pid: when it is gone, the ranks below it leave."""
 
+_DEEPSPEED_LAUNCH = b"deepspeed.launcher.launch"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -26,15 +29,13 @@ class LeaveRequest:
         self._deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
         self._signal: str | None = None
         self._interrupted = False
-        self._parent = os.getppid()
-        launcher = os.environ.get(LAUNCHER_PID)
-        self._launcher = int(launcher) if launcher else None
+        self._launchers = _launchers()
 
     @property
     def reason(self) -> str | None:
         if self._signal:
             return self._signal
-        if os.getppid() != self._parent or (self._launcher and not _is_alive(self._launcher)):
+        if list(islice(_ancestors(), len(self._launchers))) != self._launchers:
             return "the launcher is gone"
         if time.monotonic() > self._deadline:
             return f"train.max_minutes = {self._max_minutes:g} are over"
@@ -64,11 +65,34 @@ class LeaveRequest:
         self._signal = self._signal or signal.Signals(number).name
 
 
-def _is_alive(pid: int) -> bool:
+def _launchers() -> list[int]:
+    """Return the pids of those that wait for this process, its parent first.
+
+    The one that `deepspeed` starts on each node outlives what started it, so that counts too. A
+    launch script counts only above this process: ssh and `srun` hand its variable on to machines
+    where it is not.
+    """
+    ancestors = list(_ancestors())
+    script = int(os.environ.get(LAUNCHER_PID) or 0)
+    if script in ancestors:
+        return ancestors[: ancestors.index(script) + 1]
+    by_deepspeed = _DEEPSPEED_LAUNCH in _process_file(os.getppid(), "cmdline").split(b"\0")
+    return ancestors[: 2 if by_deepspeed else 1]
+
+
+def _ancestors() -> Iterator[int]:
+    """Yield the pids of the parent, its parent, and so on, as far as they can be seen."""
+    pid = os.getppid()
+    while pid:
+        yield pid
+        # "pid (name) state ppid ...", where a name may be anything.
+        stat = _process_file(pid, "stat").rpartition(b")")[2].split()
+        pid = int(stat[1]) if stat else 0
+
+
+def _process_file(pid: int, name: str) -> bytes:
+    """Return what the kernel tells of a process; nothing if it is gone or somebody else's."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""

@@ -26,18 +26,18 @@ STEPS_500 = ("--train.max_steps=500", "--train.global_batch_size=16")
 def launch(digits, tmp_path):
     """Start `deepspeed launch/train.py` on the demo, or plain Python where `ranks` is 0.
 
-    Whatever is left of it is killed at the end.
+    `script` comes before the command. Whatever is left of it is killed at the end.
     """
     started = []
 
-    def start(run_dir, *overrides, ranks=2, config=DEMO):
+    def start(run_dir, *overrides, ranks=2, config=DEMO, script=()):
         with socket.socket() as probe:  # other jobs of this machine may have the default port
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         several = [str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(port)]
         launcher = several if ranks else [sys.executable]
         command = [
-            *launcher, "launch/train.py", "--config", str(config),
+            *script, *launcher, "launch/train.py", "--config", str(config),
             f"--data.shards={digits}", f"--run_dir={run_dir}", *overrides,
         ]  # fmt: skip
         process = subprocess.Popen(
@@ -147,17 +147,25 @@ def test_one_rank_asked_to_leave_takes_all_along(tmp_path, launch):
     assert (run_dir / "checkpoints" / f"step_{left['step']:08d}" / "COMPLETE").exists()
 
 
-def test_ranks_leave_when_the_launch_script_is_gone(tmp_path, launch, monkeypatch):
-    script = subprocess.Popen(["sleep", "1000"])
-    monkeypatch.setenv("DTR_SCALE_LAUNCHER_PID", str(script.pid))
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        ((), signal.SIGTERM),
+        (("bash", "-c", 'export DTR_SCALE_LAUNCHER_PID=$$; "$@"; :', "bash"), signal.SIGKILL),
+    ],
+    ids=["deepspeed", "script"],
+)
+def test_ranks_leave_when_their_launcher_is_gone(tmp_path, launch, script, number):
+    """SIGTERM to the `deepspeed` command, which hands nothing on; kill -9 of a launch script."""
     run_dir = tmp_path / "run"
-    launched = launch(run_dir, *SMALL, "--train.max_steps=100000")
+    launched = launch(run_dir, *SMALL, "--train.max_steps=100000", script=script)
     wait_for_step(run_dir, 3)
-    script.kill()
-    script.wait()
-    output, _ = launched.communicate(timeout=120)
-    assert launched.returncode == 75, output
-    assert status(run_dir)["reason"] == "the launcher is gone"
+    launched.send_signal(number)
+    output, _ = launched.communicate(timeout=120)  # the ranks have it, too
+    assert launched.returncode == -number
+    left = status(run_dir)
+    assert (left["outcome"], left["reason"]) == ("preempted", "the launcher is gone"), output
+    assert (run_dir / "checkpoints" / f"step_{left['step']:08d}" / "COMPLETE").exists()
 
 
 def test_a_mistake_is_told_once_without_a_traceback(tmp_path, launch):

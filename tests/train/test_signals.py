@@ -1,6 +1,8 @@
 """Requests to leave, with real signals to real processes."""
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -27,19 +29,22 @@ BUSY_RANK = RANK + "    time.sleep(60)\n"
 
 @pytest.fixture
 def start():
-    """Start a script, wait until it is ready; it is killed in the end."""
+    """Start a script, wait until it is ready; it is killed in the end with all that it started."""
     started = []
 
     def start(script, *before):
         command = [*before, sys.executable, "-c", script]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         started.append(process)
         assert process.stdout and process.stdout.readline() == "ready\n"
         return process
 
     yield start
     for process in started:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
@@ -81,14 +86,37 @@ def test_a_parent_that_is_gone_is_noticed(start):
     assert launcher.stdout.readline() == "the launcher is gone\n"
 
 
-def test_a_launcher_further_up_that_is_gone_is_noticed(monkeypatch):
-    launcher = subprocess.Popen(["sleep", "60"])
-    monkeypatch.setenv(LAUNCHER_PID, str(launcher.pid))
-    leave = LeaveRequest()
-    assert leave.reason is None
+STARTING = ("sh", "-c", '"$@" & wait')
+# `deepspeed` starts one process that starts the ranks, which stays when `deepspeed` goes.
+DEEPSPEED = (*STARTING, "deepspeed", *STARTING, "deepspeed.launcher.launch")
+SCRIPT = ("sh", "-c", f'export {LAUNCHER_PID}=$$; "$@" & wait', "script")
+
+
+@pytest.mark.parametrize("before", [DEEPSPEED, (*SCRIPT, *STARTING, "sh"), (*SCRIPT, *DEEPSPEED)])
+def test_a_launcher_further_up_that_is_gone_is_noticed(start, before):
+    launcher = start(RANK, *before)
     launcher.kill()
-    launcher.wait()
-    assert leave.reason == "the launcher is gone"
+    assert launcher.stdout.readline() == "the launcher is gone\n"
+
+
+@pytest.mark.parametrize("before", [DEEPSPEED, (*STARTING, "sh")])
+def test_what_started_the_launcher_may_go(start, before):
+    """As a shell does after `nohup deepspeed ... &`."""
+    shell = start(RANK, *STARTING, "sh", *before)
+    shell.kill()
+    told, _, _ = select.select([shell.stdout], [], [], 0.5)
+    assert not told
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_launch_script_of_another_machine_is_nobody_here(monkeypatch, alive):
+    """Its pid belongs to nobody here, or to a process that has nothing to do with the run."""
+    other = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setenv(LAUNCHER_PID, str(other.pid))
+    leave = LeaveRequest() if alive else None
+    other.kill()
+    other.wait()
+    assert (leave or LeaveRequest()).reason is None
 
 
 def test_handlers_are_put_back_and_the_reason_stays():
