@@ -46,7 +46,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class UnsavedError(CheckpointError):
-    """Too many saves in a row have failed to go on training."""
+    """What a run must keep cannot be stored: too many saves in a row, or how it ended."""
 
     exit_code = 1
 

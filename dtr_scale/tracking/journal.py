@@ -1,12 +1,15 @@
 """The run's own record, one JSON object per logged step: it is written before anything else."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dtr_scale.errors import DataError
 from dtr_scale.storage import Folder
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, float]
 
@@ -15,7 +18,8 @@ class Journal:
     """journal.jsonl of a run that stands at `step`.
 
     Lines after that step, and a line cut off by a kill, are dropped: the run will write them
-    again, so each step stands in the journal once.
+    again, so each step stands in the journal once. What cannot be written, as on a full disk, is
+    kept in memory and tried again with every later record.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
@@ -23,15 +27,40 @@ class Journal:
         if path.exists():
             kept = [json.dumps(record) + "\n" for record in read_journal(path, last_step=step)]
             Folder(path.parent).write_bytes(path.name, "".join(kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = bytearray()
+        self._failing = False
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        try:
+            self._write_all()
+        except OSError as error:
+            if not self._failing:
+                log.warning(
+                    "%s cannot be written, training goes on: %s; make room: its records are kept "
+                    "in memory meanwhile",
+                    self.path,
+                    error.strerror,
+                )
+            self._failing = True
+        else:
+            if self._failing:
+                log.info("%s is written again, and complete", self.path)
+            self._failing = False
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Write what is left, sync and close, once; the OSError if that fails."""
+        if self._file.closed:
+            return
+        with self._file:
+            self._write_all()
+            os.fsync(self._file.fileno())
+
+    def _write_all(self) -> None:
+        """Append what is unwritten; a disk that fills up takes a part, the next try the rest."""
+        while self._unwritten:
+            del self._unwritten[: self._file.write(self._unwritten)]
 
 
 def read_journal(path: Path, *, last_step: int | None = None) -> Iterator[Record]:

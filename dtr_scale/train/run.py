@@ -12,7 +12,7 @@ from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import PeerWatch
 from dtr_scale.engines.world import World, join_world
-from dtr_scale.errors import ConfigError, EngineError
+from dtr_scale.errors import ConfigError, EngineError, UnsavedError
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
@@ -88,14 +88,24 @@ class _MainRecords(_Records):
         self._progress.show(record)
 
     def end(self, outcome: str, reason: str) -> None:
-        """Write how the run ended, first of all where launch scripts look for it."""
-        write_status(
-            self._path,
-            outcome,
-            step=self._trainer.step,
-            saved_step=self._trainer.saved_step,
-            reason=reason,
-        )
+        """Write how the run ended, first of all where launch scripts look for it.
+
+        UnsavedError if that, or the journal's last records, cannot be written.
+        """
+        try:
+            self._journal.close()
+            write_status(
+                self._path,
+                outcome,
+                step=self._trainer.step,
+                saved_step=self._trainer.saved_step,
+                reason=reason,
+            )
+        except OSError as error:
+            raise UnsavedError(
+                f"the end of the run cannot be written to {self._path}: {error.strerror}; make "
+                f"room and start it again; it has a checkpoint of step {self._trainer.saved_step}"
+            ) from None
         checkpoint = None
         if self._trainer.saved_step is not None:
             checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
@@ -107,12 +117,14 @@ class _MainRecords(_Records):
         """Note the newest checkpoint, so that a start without it does not begin again."""
         saved_step = self._trainer.saved_step
         if saved_step != self._told_saved_step:
-            write_status(self._path, "running", step=self._trainer.step, saved_step=saved_step)
-            self._told_saved_step = saved_step
+            with contextlib.suppress(OSError):  # told again at the next record
+                write_status(self._path, "running", step=self._trainer.step, saved_step=saved_step)
+                self._told_saved_step = saved_step
 
     def close(self, outcome: str, checkpoint: str | None) -> None:
         self._progress.close()
-        self._journal.close()
+        with contextlib.suppress(OSError):  # told already, when its records were kept in memory
+            self._journal.close()
         self.tracker.finish(outcome, checkpoint)
 
 

@@ -3,7 +3,6 @@
 Two real ranks each, started as a launcher would start them.
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -14,8 +13,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +24,7 @@ from dtr_scale.errors import CheckpointError
 from dtr_scale.storage import Folder
 from dtr_scale.train import run
 from tests.ceph import CephServer
+from tests.disks import fill, small_disk
 from tests.ranks import run_on_ranks
 from tests.runs import DEMO, ROOT, SMALL, demo_experiment, journal
 
@@ -93,6 +94,10 @@ def start(digits):
     yield start_job
     for job in jobs:
         job.kill()
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
 
 
 def lines_in(path: Path) -> int:
@@ -165,19 +170,6 @@ def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_
     assert not saving(run_dir)
 
 
-@contextlib.contextmanager
-def small_disk(path: Path, num_bytes: int) -> Iterator[None]:
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(path)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
 class FullDisk:
     """A disk of three checkpoints' size, filled up and cleared again."""
 
@@ -187,9 +179,7 @@ class FullDisk:
         self._filler = path / "filler"
 
     def begin(self) -> None:
-        with self._filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(b"\0" * 65536)
+        fill(self._filler)
 
     def end(self) -> None:
         self._filler.unlink()
@@ -244,7 +234,7 @@ def test_training_goes_on_through_an_outage_and_stops_after_too_many_failures(
     assert job.output.count("is not saved") <= failed + 1, "told once per failure, by rank 0"
 
     job = start(run_dir, *settings, "--checkpoint.max_failures=3")
-    resumed = json.loads((run_dir / "status.json").read_text())["step"]
+    resumed = status(run_dir)["step"]
     job.wait_until(lambda: "resumed" in job.output and "step " in job.output)
     outage.begin()
     assert job.exit_codes() == [1, 1], job.output
@@ -252,9 +242,36 @@ def test_training_goes_on_through_an_outage_and_stops_after_too_many_failures(
     assert job.output.count("is not saved") == 3
     assert job.output.count("error: 3 saves in a row failed, checkpoint.max_failures") == 1
     assert "Traceback" not in job.output
-    status = json.loads((run_dir / "status.json").read_text())
-    assert status["outcome"] == "failed" and "3 saves in a row failed" in status["reason"]
-    assert status["step"] > resumed
+    left = status(run_dir)
+    assert left["outcome"] == "failed" and "3 saves in a row failed" in left["reason"]
+    assert left["step"] > resumed
+
+
+def test_a_full_disk_that_holds_all_of_a_run_ends_it_only_with_the_run(start, tmp_path):
+    """Journal, status and checkpoints on one disk, as they are unless told otherwise."""
+    run_dir, endure = tmp_path / "run", "--checkpoint.max_failures=1000000"
+    settings = ("--checkpoint.every_steps=20", "--checkpoint.keep_last=1")
+    with small_disk(run_dir, 3 * 2**20):
+        disk = FullDisk(run_dir)
+        job = start(run_dir, *settings, endure, ENDLESS)
+        job.wait_until(lambda: "step 50/" in job.output)
+
+        def is_felt() -> bool:
+            disk.begin()  # again and again: a save in flight makes room when it retires another
+            told = "journal.jsonl cannot be written, training goes on" in job.output
+            return told and job.output.count("is not saved, training goes on") >= 2
+
+        job.wait_until(is_felt)
+        disk.end()
+        job.wait_until(lambda: "journal.jsonl is written again, and complete" in job.output)
+        job.ranks[1].send_signal(signal.SIGTERM)
+        assert job.exit_codes() == [75, 75], job.output
+        assert job.output.count("journal.jsonl cannot be written") == 1
+        assert "Traceback" not in job.output
+        left = status(run_dir)
+        assert left["outcome"] == "preempted"
+        steps = [record["step"] for record in journal(run_dir)]
+        assert steps == list(range(1, left["step"] + 1))
 
 
 def cut(checkpoint: Path) -> None:

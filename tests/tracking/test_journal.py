@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtr_scale.tracking.journal import Journal, read_journal, read_new_records
+from tests.disks import fill, small_disk
 
 figures = st.dictionaries(
     st.text(string.ascii_letters + string.digits + "_", min_size=1), st.floats(), max_size=4
@@ -78,6 +79,52 @@ def test_a_written_step_outlives_kill_9(tmp_path):
     killed = subprocess.run([sys.executable, "-c", script, path], env=os.environ)
     assert killed.returncode == -signal.SIGKILL
     assert list(read_journal(path)) == [{"step": 1, "loss": 0.5}]
+
+
+def test_what_a_full_disk_did_not_take_is_written_once_there_is_room(tmp_path, warnings_of):
+    """The disk takes a part of a line, as real ones do; each step stands in the journal once."""
+    path = tmp_path / "disk" / "journal.jsonl"
+    with small_disk(path.parent, 2**16):
+        journal = Journal(path, step=0)
+        filler = path.with_name("filler")
+        filler.write_bytes(b"\0" * (2**16 - 4096 - 100))
+        before = 0
+        for step in range(1, 1000):
+            journal.write({"step": step, "loss": 1 / step})
+            before = before or (step if warnings_of("dtr_scale.tracking.journal") else 0)
+        assert 0 < before < 999
+        assert not path.read_bytes().endswith(b"\n")
+        assert steps_of(path) == list(range(1, before)), "a line that is cut is no record"
+        assert len(warnings_of("dtr_scale.tracking.journal")) == 1
+        with pytest.raises(OSError, match="No space left"):
+            journal.close()
+        journal.close()  # what failed once is not told again
+
+
+def test_the_journal_catches_up_with_the_next_record_and_at_the_end(tmp_path, caplog, warnings_of):
+    path = tmp_path / "disk" / "journal.jsonl"
+    with small_disk(path.parent, 2**16):
+        filler = path.with_name("filler")
+        journal = Journal(path, step=0)
+        fill(filler)
+        for step in range(1, 4):
+            journal.write({"step": step, "loss": 1 / step})
+        filler.unlink()
+        assert steps_of(path) == []
+        with caplog.at_level("INFO", "dtr_scale"):
+            journal.write({"step": 4, "loss": 0.25})
+        assert "is written again" in caplog.text
+        assert steps_of(path) == [1, 2, 3, 4]
+        size = path.stat().st_size
+        fill(filler)
+        for step in range(5, 200):
+            journal.write({"step": step, "loss": 1 / step})
+        assert len(warnings_of("dtr_scale.tracking.journal")) == 2, "once each time"
+        assert path.stat().st_size - size < 4096
+        filler.unlink()
+        journal.close()
+        journal.close()
+        assert steps_of(path) == list(range(1, 200))
 
 
 def test_new_records_are_read_from_where_the_last_reading_ended(tmp_path):

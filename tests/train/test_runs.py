@@ -14,8 +14,11 @@ import torch
 
 from dtr_scale.checkpoint.inspection import find_checkpoint
 from dtr_scale.data.sources import prepare_digits
-from dtr_scale.errors import CheckpointError, ConfigError, DataError, EngineError
+from dtr_scale.engines.world import World
+from dtr_scale.errors import CheckpointError, ConfigError, DataError, EngineError, UnsavedError
 from dtr_scale.storage import Folder
+from dtr_scale.train import run
+from tests.disks import fill, small_disk
 from tests.runs import DEMO, ROOT, SINGLE, SMALL, journal, train
 
 BATCH = ("--train.global_batch_size=32", "--train.micro_batch_size=32")
@@ -462,6 +465,37 @@ def test_a_time_limit_makes_a_run_save_and_leave(digits, tmp_path):
     assert (tmp_path / "checkpoints" / "step_00000001" / "COMPLETE").exists()
     assert tiny(digits, tmp_path) == 0
     assert [record["step"] for record in journal(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_end_cannot_be_written_has_failed(digits, tmp_path, monkeypatch):
+    run_dir, elsewhere = tmp_path / "disk" / "run", f"--checkpoint.dir={tmp_path}/checkpoints"
+    with small_disk(run_dir.parent, 2**20):
+        build = run.build_evaluation
+
+        def build_late(*args):
+            fill(run_dir.parent / "filler")
+            return build(*args)
+
+        monkeypatch.setattr(run, "build_evaluation", build_late)
+        with pytest.raises(
+            UnsavedError, match=r"written to .*: No space left.*of step 4"
+        ) as failed:
+            tiny(digits, run_dir, elsewhere)
+        assert failed.value.exit_code == 1
+        (run_dir.parent / "filler").unlink()
+        monkeypatch.undo()
+        assert tiny(digits, run_dir, elsewhere) == 0
+        assert status(run_dir)["outcome"] == "finished"
+
+
+def test_what_fails_after_the_end_is_told_and_nothing_else(digits, tmp_path, monkeypatch):
+    def barrier(self):
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    monkeypatch.setattr(World, "barrier", barrier)
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        tiny(digits, tmp_path)
+    assert status(tmp_path)["outcome"] == "failed"
 
 
 def test_one_process_cannot_be_many(digits, tmp_path, monkeypatch):
