@@ -7,6 +7,7 @@ DtrScaleError
 │   ├── DamagedCheckpointError
 │   └── UnsavedError
 ├── EngineError       devices, launchers, DeepSpeed
+│   └── PeerError
 └── EvaluationError   sampling and metrics
 
 Every message says what, where, the value, what is accepted and the fix, in one line.
@@ -53,6 +54,12 @@ class UnsavedError(CheckpointError):
 
 class EngineError(DtrScaleError):
     """The network cannot be run on these devices in this way."""
+
+
+class PeerError(EngineError):
+    """Another rank has failed, or is gone; this one cannot go on without it."""
+
+    exit_code = 1
 
 
 class EvaluationError(DtrScaleError):

@@ -5,13 +5,14 @@ launcher that would end it may be another or none. So all ranks look at one boar
 store that rank 0 serves, from a thread that does not wait for collectives.
 """
 
+import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -23,12 +24,22 @@ _FAILURE = "failure"
 _REQUEST_TIMEOUT = timedelta(seconds=30)
 
 
+class Failure(NamedTuple):
+    """Which rank failed and why, and the exit code that all ranks end with."""
+
+    reason: str
+    exit_code: int = 1
+
+
+_LOST_MAIN = Failure("rank 0 is gone: it was killed, or its node is lost")
+
+
 class PeerWatch:
     """One rank's watch over the others, from its construction to `close`.
 
     Every `interval_seconds` a rank shows that it lives and looks for a failure. Rank 0 posts that
     of a rank that showed nothing for `silence_seconds`. A rank that still runs `grace_seconds`
-    after a failure was posted, or after rank 0 was lost, ends by `end(reason)`.
+    after a failure was posted, or after rank 0 was lost, ends by `end(failure)`.
     """
 
     def __init__(
@@ -38,7 +49,7 @@ class PeerWatch:
         interval_seconds: float = 2.0,
         grace_seconds: float = 20.0,
         silence_seconds: float = 120.0,
-        end: Callable[[str], None],
+        end: Callable[[Failure], None],
     ) -> None:
         self._world = world
         self._interval = interval_seconds
@@ -58,31 +69,31 @@ class PeerWatch:
         self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
         self._thread.start()
 
-    def post(self, reason: str) -> None:
-        """Tell all ranks that this one has failed; the first reason stays."""
+    def post(self, reason: str, exit_code: int = 1) -> None:
+        """Tell all ranks that this one has failed; the first failure stays."""
         if self._world.world_size > 1 and not self.failure():
             try:
-                self._store.set(_FAILURE, f"rank {self._world.rank}: {reason}")
+                self._post(f"rank {self._world.rank}: {reason}", exit_code)
             except dist.DistError:
                 log.debug("rank 0 is gone")
 
-    def failure(self) -> str | None:
-        """Return which rank failed and why, "rank 0 is gone", or None."""
+    def failure(self) -> Failure | None:
+        """Return the failure that was posted, the loss of rank 0, or None."""
         if self._world.world_size == 1:
             return None
         try:
             found = self._store.check([_FAILURE])
-            return self._store.get(_FAILURE).decode() if found else None
+            return Failure(*json.loads(self._store.get(_FAILURE))) if found else None
         except dist.DistError:
-            return "rank 0 is gone"
+            return _LOST_MAIN
 
-    def wait_for_failure(self, seconds: float) -> str | None:
+    def wait_for_failure(self, seconds: float) -> Failure | None:
         """Return what `failure` does, after waiting for one up to `seconds`; None for its own."""
         deadline = time.monotonic() + seconds
         while self._world.world_size > 1:
-            reason = self.failure()
-            if reason or time.monotonic() > deadline:
-                return reason
+            failure = self.failure()
+            if failure or time.monotonic() > deadline:
+                return failure
             time.sleep(0.1)
         return None
 
@@ -102,12 +113,12 @@ class PeerWatch:
                     self._look_for_silence()
             except dist.DistError:
                 pass  # rank 0 is gone, as `failure` tells
-            if reason := self.failure():
+            if failure := self.failure():
                 break
         else:
             return
         if not self._closing.wait(self._grace):
-            self._end(reason)
+            self._end(failure)
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
@@ -117,7 +128,10 @@ class PeerWatch:
             last, since = self._beats.get(rank, (None, now))
             self._beats[rank] = (beat, now if beat != last else since)
             if now - self._beats[rank][1] > self._silence:
-                self._store.set(_FAILURE, f"rank {rank}: no sign of life for {self._silence:.0f} s")
+                self._post(f"rank {rank}: no sign of life for {self._silence:.0f} s", 1)
+
+    def _post(self, reason: str, exit_code: int) -> None:
+        self._store.set(_FAILURE, json.dumps([reason, exit_code]))
 
 
 def _store(host: str, port: int, *, serves: bool) -> Any:  # noqa: ANN401

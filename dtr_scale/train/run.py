@@ -10,16 +10,16 @@ from pathlib import Path
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
-from dtr_scale.engines.peers import PeerWatch
+from dtr_scale.engines.peers import Failure, PeerWatch
 from dtr_scale.engines.world import World, join_world
-from dtr_scale.errors import ConfigError, EngineError, UnsavedError
+from dtr_scale.errors import ConfigError, PeerError, UnsavedError
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.build import build_evaluation, build_tracker, build_trainer
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.resume import take_up
-from dtr_scale.train.run_dir import RunDirectory, write_status
+from dtr_scale.train.run_dir import RunDirectory, write_failure, write_status
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 
@@ -179,20 +179,18 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, RuntimeError) and (failure := peers.wait_for_failure(_PEER_SECONDS)):
-            told = EngineError(f"another rank failed: {failure}")
-            told.reported = True
+            told = PeerError(f"another rank failed: {failure.reason}")
+            told.exit_code = failure.exit_code
+            told.reported = not write_failure(run_path, failure.reason)
             raise told from None
         reason = str(error).partition("\n")[0] or type(error).__name__
-        peers.post(reason)
-        with contextlib.suppress(OSError):  # the error itself matters more
-            write_status(run_path, "failed", reason=reason)
+        write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
+        peers.post(reason, getattr(error, "exit_code", EXIT_FAILED))
         raise
 
 
-def _end_with_peer(run_path: Path, failure: str) -> None:
+def _end_with_peer(run_path: Path, failure: Failure) -> None:
     """End this process, which still waits for a rank that has failed."""
-    if launched_rank() == 0:
-        log.error("another rank failed: %s", failure)
-        with contextlib.suppress(OSError):
-            write_status(run_path, "failed", reason=failure)
-    os._exit(EXIT_FAILED)
+    if write_failure(run_path, failure.reason) or launched_rank() == 0:
+        log.error("another rank failed: %s", failure.reason)
+    os._exit(failure.exit_code)

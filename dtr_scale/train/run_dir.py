@@ -1,5 +1,6 @@
 """The run directory: whose it is, what was asked for, how it ended."""
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -7,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,22 @@ def _saved_step(run_path: Path) -> int | None:
         return json.loads((run_path / STATUS).read_text(encoding="utf-8")).get("saved_step")
     except (OSError, ValueError):
         return None
+
+
+def write_failure(run_path: Path, reason: str) -> bool:
+    """Store that the run has failed, unless a rank has already; return whether it was news.
+
+    Any rank may be the one that is left to tell it, and several find out at the same time.
+    """
+    with ExitStack() as stack, contextlib.suppress(OSError):  # the failure itself matters more
+        folder = os.open(run_path, os.O_RDONLY)
+        stack.callback(os.close, folder)
+        with contextlib.suppress(OSError):  # not every file system locks folders
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        if json.loads((run_path / STATUS).read_bytes())["outcome"] == "failed":
+            return False
+        write_status(run_path, "failed", reason=reason)
+    return True
 
 
 def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:

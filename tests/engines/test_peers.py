@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dtr_scale.cli import main
-from dtr_scale.engines.peers import PeerWatch
+from dtr_scale.engines.peers import Failure, PeerWatch
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.train import run as run_module
 from dtr_scale.train.trainer import Trainer
@@ -58,7 +58,7 @@ def test_an_exception_on_one_rank_ends_all(digits, tmp_path, capfd):
 def silent_rank() -> None:
     """Runs on each rank: rank 1 is stopped for a while, rank 0 tells why it would end."""
     world = join_world(needs_process_group=True)
-    ended: list[str] = []
+    ended: list[Failure] = []
     PeerWatch(world, end=ended.append, interval_seconds=0.2, grace_seconds=0.2, silence_seconds=3)
     if world.rank == 1:
         subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"])
@@ -66,7 +66,7 @@ def silent_rank() -> None:
     deadline = time.monotonic() + 60
     while not ended and time.monotonic() < deadline:
         time.sleep(0.1)
-    os._exit(0 if ended == ["rank 1: no sign of life for 3 s"] else 1)
+    os._exit(0 if ended == [Failure("rank 1: no sign of life for 3 s")] else 1)
 
 
 def test_a_rank_that_shows_no_sign_of_life_has_failed():
@@ -75,7 +75,7 @@ def test_a_rank_that_shows_no_sign_of_life_has_failed():
 
 def lost_main() -> None:
     world = join_world(needs_process_group=True)
-    ended: list[str] = []
+    ended: list[Failure] = []
     PeerWatch(world, end=ended.append, interval_seconds=0.2, grace_seconds=0.2)
     if world.rank == 0:
         time.sleep(1)
@@ -83,16 +83,16 @@ def lost_main() -> None:
     deadline = time.monotonic() + 60
     while not ended and time.monotonic() < deadline:
         time.sleep(0.1)
-    os._exit(0 if ended == ["rank 0 is gone"] else 1)
+    os._exit(0 if [failure.reason[:14] for failure in ended] == ["rank 0 is gone"] else 1)
 
 
 def test_losing_rank_0_ends_the_others():
     assert exit_codes(2, lost_main) == [-signal.SIGKILL, 0]
 
 
-def quiet_end() -> list[str]:
+def quiet_end() -> list[Failure]:
     world = join_world(needs_process_group=True)
-    ended: list[str] = []
+    ended: list[Failure] = []
     watch = PeerWatch(world, end=ended.append, interval_seconds=0.1, grace_seconds=0.1)
     time.sleep(1)
     world.barrier()
@@ -107,7 +107,9 @@ def test_a_watch_that_is_closed_ends_nobody():
 
 
 def test_one_process_has_no_peers():
-    watch = PeerWatch(World(0, 0, 1, torch.device("cpu")), end=pytest.fail)
+    watch = PeerWatch(
+        World(0, 0, 1, torch.device("cpu")), end=lambda failure: pytest.fail(failure.reason)
+    )
     watch.post("anything")
     assert watch.failure() is None
     watch.close()

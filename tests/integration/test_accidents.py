@@ -109,6 +109,16 @@ def saving(run_dir: Path) -> list[Path]:
     return list(run_dir.glob("checkpoints/.step_*.tmp"))
 
 
+def assert_told(job: Job, victims: list[int]) -> None:
+    """The rank that is left, if there is one, has told why it failed."""
+    codes = job.exit_codes()
+    assert codes == [-signal.SIGKILL if rank in victims else 1 for rank in range(2)], job.output
+    if len(victims) == 1:
+        assert (left := status(job.run_dir))["outcome"] == "failed" and left["reason"]
+    if victims == [0]:
+        assert job.output.count("rank 0 is gone: it was killed, or its node is lost") == 1
+
+
 def kill_while_it_starts(job: Job, moment: random.Random) -> str:
     seconds = moment.uniform(2, 8)
     time.sleep(seconds)
@@ -131,9 +141,19 @@ def kill_after_some_steps(
     victims = moment.choice([[0], [1], [0, 1]])
     for victim in victims:
         job.ranks[victim].kill()
-    codes = job.exit_codes()  # a rank that is left alone ends by itself
-    assert all(codes)
+    job.exit_codes()  # a rank that is left alone ends by itself
+    assert_told(job, victims)
     return f"rank {' and '.join(map(str, victims))}{', in a save' if saving(job.run_dir) else ''}"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_rank_that_is_left_tells_that_the_run_has_failed(start, tmp_path, victim):
+    job = start(tmp_path / "run", ENDLESS)
+    job.wait_until(lambda: lines_in(job.run_dir / "journal.jsonl") > 2)
+    job.ranks[victim].kill()
+    assert_told(job, [victim])
+    left = status(job.run_dir)
+    assert left["step"] == lines_in(job.run_dir / "journal.jsonl")
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
