@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def grid_columns(num_classes: int) -> int:
     return num_classes if 1 < num_classes <= 16 else 8
 
 
-def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
+def save_grid(file: Path | BinaryIO, images: Tensor, *, columns: int) -> None:
     """Write images [n, C, H, W] in [-1, 1], one or three channels, as one PNG, row by row."""
     from PIL import Image
 
@@ -171,5 +171,6 @@ def save_grid(path: Path, images: Tensor, *, columns: int) -> None:
     enlarged = max(1, _GRID_PIXELS // height)
     picture = Image.fromarray(pixels)
     size = (picture.width * enlarged, picture.height * enlarged)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(size, Image.Resampling.NEAREST).save(path, format="PNG")
+    if isinstance(file, Path):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    picture.resize(size, Image.Resampling.NEAREST).save(file, format="PNG")

@@ -1,5 +1,6 @@
 """Sampling and measuring in the middle of training, with the averaged weights, on all ranks."""
 
+import io
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from dtr_scale.evaluation.sampling import (
     save_grid,
 )
 from dtr_scale.models.denoiser import Denoiser
+from dtr_scale.storage import Folder
 from dtr_scale.tracking.base import Tracker
 from dtr_scale.train.ema import Ema
 
@@ -85,16 +87,24 @@ class PeriodicEvaluation:
             except (DtrScaleError, OSError) as error:  # no figure is worth the run
                 log.warning("step %d: evaluation failed: %s", step, error)
 
+    def has_result(self, step: int) -> bool:
+        """Tell every rank whether there are samples of a step: they are stored last and whole."""
+        found = self._folder is not None and any(self._folder.glob(f"step_{step:08d}.*"))
+        return self._world.broadcast_object(found)
+
     def _publish(self, step: int, images: torch.Tensor, num_classes: int, folder: Path) -> None:
+        samples = io.BytesIO()
         if self._held_out is None:
-            path = folder / f"step_{step:08d}.npz"
-            np.savez(path, latents=images.numpy())
-            log.info("step %d: %d latents sampled to %s", step, len(images), path)
+            name = f"step_{step:08d}.npz"
+            np.savez(samples, latents=images.numpy())
+            Folder(folder).write_bytes(name, samples.getbuffer())
+            log.info("step %d: %d latents sampled to %s", step, len(images), folder / name)
             return
-        picture = folder / f"step_{step:08d}.png"
-        columns = grid_columns(num_classes)
-        save_grid(picture, images[: _GRID_ROWS * columns], columns=columns)
         reference, _ = read_all(self._held_out)
         distance = pixel_frechet_distance(images, reference)
+        name, columns = f"step_{step:08d}.png", grid_columns(num_classes)
+        save_grid(samples, images[: _GRID_ROWS * columns], columns=columns)
+        Folder(folder).write_bytes(name, samples.getbuffer())
+        picture = folder / name
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
         self._tracker.log_evaluation(step, {"frechet_distance": distance}, picture)

@@ -49,6 +49,9 @@ def train_experiment(experiment: Experiment) -> int:
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
         with world.agree():
             evaluate = build_evaluation(experiment, trainer, run_dir, records.tracker)
+        # The last job may have been killed, or asked to leave, after it saved and before this.
+        if trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
+            evaluate(trainer.step)
         reason = trainer.run(leave, log=records.write, evaluate=evaluate)
         records.end("preempted" if reason else "finished", reason or "")
         world.barrier()

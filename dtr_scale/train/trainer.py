@@ -120,6 +120,11 @@ class Trainer:
         """Step of the newest complete checkpoint; a save in flight does not count yet."""
         return self.checkpoints.saved_step
 
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the state after this step is one to sample from."""
+        return bool(self.step and self.evaluate_every) and self.step % self.evaluate_every == 0
+
     def run(
         self,
         leave: LeaveRequest,
@@ -149,7 +154,7 @@ class Trainer:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
             # Not at any last step: ten thousand samples may cost more than a short run.
-            if self.evaluate_every and self.step % self.evaluate_every == 0:
+            if self.evaluation_is_due:
                 evaluate(self.step)
         return None
 

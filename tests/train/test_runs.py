@@ -1,5 +1,6 @@
 """Whole runs in this process: resuming, splitting, leaving, and what is refused."""
 
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError, DataError, EngineError, UnsavedError
 from dtr_scale.storage import Folder
 from dtr_scale.train import run
+from dtr_scale.train.evaluate import PeriodicEvaluation
+from dtr_scale.train.signals import LeaveRequest
 from tests.disks import fill, small_disk
 from tests.runs import DEMO, ROOT, SINGLE, SMALL, journal, train
 
@@ -445,6 +448,46 @@ def test_the_best_by_a_figure_of_the_journal_and_of_the_evaluation_are_kept(digi
     distances = {int(step): figures["frechet_distance"] for step, figures in noted.items()}
     assert kept(tmp_path / "distance") == sorted(distances)
     assert 4 in distances and len(distances) <= 2
+
+
+@pytest.mark.parametrize("resumed_at", ["kill", "leave", "end"])
+def test_an_evaluation_that_was_missed_after_a_save_is_made_up_for(
+    digits, tmp_path, monkeypatch, resumed_at
+):
+    """A job is killed while it evaluates, or asked to leave at a step that is to be evaluated."""
+    evaluation = (
+        "--evaluation.every_steps=2",
+        "--evaluation.num_samples=20",
+        "--evaluation.num_sampling_steps=4",
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tiny(digits, whole, *evaluation)
+    lost_step = 4 if resumed_at == "end" else 2
+    with monkeypatch.context() as patch:
+        if resumed_at == "leave":
+            asked = itertools.count(1)  # once a step
+            reason = property(lambda self: "SIGTERM" if next(asked) > 1 else None)
+            patch.setattr(LeaveRequest, "reason", reason)
+            assert tiny(digits, cut, *evaluation) == 75
+        else:
+            evaluate = PeriodicEvaluation._publish
+
+            def killed(self, step, *args):
+                if step == lost_step:
+                    raise KeyboardInterrupt
+                evaluate(self, step, *args)
+
+            patch.setattr(PeriodicEvaluation, "_publish", killed)
+            with pytest.raises(KeyboardInterrupt):
+                tiny(digits, cut, *evaluation)
+    name = f"step_{lost_step:08d}.png"
+    assert not (cut / "samples" / name).exists()
+    assert tiny(digits, cut, *evaluation) == 0
+    assert (cut / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+    assert journal(cut) == journal(whole)
+    made = (cut / "samples" / name).stat().st_mtime_ns
+    assert tiny(digits, cut, *evaluation) == 0
+    assert (cut / "samples" / name).stat().st_mtime_ns == made, "once"
 
 
 def kept(run_dir):
