@@ -31,8 +31,8 @@ class _WithoutDraws(BatchAssembler):
 def bench_data(experiment: Experiment, seconds: float, num_shards: int) -> str:
     """Return the table for the first shards of an experiment's data.
 
-    Each row is measured for so many seconds, "cold" for an epoch over these shards from the first
-    batch on, beginning with an empty cache, which is made in the experiment's own and removed.
+    Each row is measured for so many seconds, "cold" for an epoch over these shards from a worker's
+    first batch on, beginning with an empty cache, which is made in the experiment's own and removed.
     """
     data = experiment.data
     if data.type == "synthetic":
@@ -63,8 +63,9 @@ class _Table:
         )
         yield self._first_batch("first batch in mid-epoch, cold", cache="cold")
         with self._loader("epoch") as loader:
-            num_batches = self._num_samples // self._micro_batch_size - 1
-            next(loader)
+            for _ in range(2):  # the first comes from this process, the second from the worker
+                next(loader)
+            num_batches = self._num_samples // self._micro_batch_size - 2
             began = time.perf_counter()
             for _ in itertools.islice(loader, num_batches):
                 pass

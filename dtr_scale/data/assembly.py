@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 class TimestepDraw(Protocol):
     """Timesteps of places in the global batch; picklable."""
 
-    def draw(self, step: int, places: np.ndarray, salt: int = 0) -> tuple[Any, Any]:
+    def draw(self, step: int, places: np.ndarray | range, salt: int = 0) -> tuple[Any, Any]:
         """Return (t, cluster), each int64 [len(places)]."""
         ...
 

@@ -51,7 +51,9 @@ class TimestepSampler:
         last = np.ceil(high) - 1
         return np.minimum(np.floor(low + u * (high - low)), last).astype(np.int64)
 
-    def draw(self, step: int, places: np.ndarray, salt: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def draw(
+        self, step: int, places: np.ndarray | range, salt: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return the timesteps t and the clusters of `places` int [n], int64 [n] each.
 
         t is uniform inside its cluster; `salt` gives another draw for the same places.

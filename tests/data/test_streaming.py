@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def _loader(samples, window_shards=2, num_workers=1, num_lanes=1, **options):
     assembler = BatchAssembler(
         samples, order, seed=5, global_batch_size=BATCH, draw_timesteps=timesteps
     )
-    options = {"micro_batch_size": BATCH} | options
+    options: dict[str, Any] = {"micro_batch_size": BATCH} | options
     return BatchLoader(assembler, num_workers=num_workers, **options)
 
 
@@ -171,7 +172,12 @@ def test_a_node_fetches_the_shards_of_its_lanes_alone(bucket, tmp_path):
     """Two nodes of one rank each: three shards and a boundary shard each, in an epoch."""
     for rank in range(2):
         reader = _reader(bucket, tmp_path / str(rank), 1)
-        options = {"num_lanes": 2, "rank": rank, "world_size": 2, "micro_batch_size": BATCH // 2}
+        options: dict[str, Any] = {
+            "num_lanes": 2,
+            "rank": rank,
+            "world_size": 2,
+            "micro_batch_size": BATCH // 2,
+        }
         with _loader(reader, 1, num_workers=0, **options) as loader:
             _take(loader, STEPS - 4)  # what is fetched ahead belongs to the next epoch then
     kept = [{path.name for path in (tmp_path / str(rank)).glob("*.tar")} for rank in range(2)]
