@@ -32,7 +32,8 @@ def bench_data(experiment: Experiment, seconds: float, num_shards: int) -> str:
     """Return the table for the first shards of an experiment's data.
 
     Each row is measured for so many seconds, "cold" for an epoch over these shards from a worker's
-    first batch on, beginning with an empty cache, which is made in the experiment's own and removed.
+    first batch on, beginning with an empty cache. Caches are made inside the experiment's own and
+    removed.
     """
     data = experiment.data
     if data.type == "synthetic":

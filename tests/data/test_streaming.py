@@ -78,8 +78,8 @@ def _loader(samples, window_shards=2, num_workers=1, num_lanes=1, **options):
     assembler = BatchAssembler(
         samples, order, seed=5, global_batch_size=BATCH, draw_timesteps=timesteps
     )
-    options: dict[str, Any] = {"micro_batch_size": BATCH} | options
-    return BatchLoader(assembler, num_workers=num_workers, **options)
+    whole: dict[str, Any] = {"micro_batch_size": BATCH} | options
+    return BatchLoader(assembler, num_workers=num_workers, **whole)
 
 
 def _take(loader, num_batches):
