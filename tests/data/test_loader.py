@@ -56,8 +56,8 @@ def _loader(samples, *, seed=SEED, batch=BATCH, num_lanes=1, **options):
         draw_timesteps=TimestepSampler(seed, boundaries, batch),
         **what,
     )
-    options: dict[str, Any] = {"micro_batch_size": batch} | options
-    return BatchLoader(assembler, **options)
+    reading: dict[str, Any] = {"micro_batch_size": batch} | options
+    return BatchLoader(assembler, **reading)
 
 
 def _steps(loader, num_steps):
