@@ -140,7 +140,7 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_emoji_become_latents_with_tokens_on_s3(s3_url, tmp_path, capsys):
+def test_emoji_become_latents_with_tokens_on_s3_and_are_trained_on(s3_url, tmp_path, capsys):
     pictures = emoji(100)
     contents_by_name = {name: content for name, (content, _) in pictures.items()}
     captions = {name: texts for name, (_, texts) in pictures.items()}
@@ -171,3 +171,14 @@ def test_emoji_become_latents_with_tokens_on_s3(s3_url, tmp_path, capsys):
     assert "100 samples, 7 shards, " in (told := capsys.readouterr().out)
     assert "500 captions" in told
     assert json.loads(folder.read_bytes("manifest.json"))["text_encoder"]["name"] == str(clip)
+
+    run_dir = tmp_path / "run"
+    overrides = (
+        *("--model.conditioning=text", "--model.context_dim=64", "--model.input_size=16"),
+        *("--model.in_channels=4", "--train.max_steps=50", "--evaluation.every_steps=0"),
+        f"--data.cache_dir={tmp_path / 'cache'}",
+    )
+    assert train(out, run_dir, *overrides) == 0
+    losses = [record["loss"] for record in journal(run_dir)]
+    assert len(losses) == 50
+    assert np.mean(losses[-10:]) < np.mean(losses[:10])
