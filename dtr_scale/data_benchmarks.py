@@ -19,6 +19,7 @@ from dtr_scale.errors import ConfigError
 from dtr_scale.train.build import build_assembler, open_samples
 
 _WARM_UP_SECONDS = 1.0
+_LEAST_BATCHES = 4
 
 
 class _WithoutDraws(BatchAssembler):
@@ -56,6 +57,13 @@ class _Table:
         self._num_samples = sum(shard.samples for shard in shards)
         self._sample_bytes = sum(shard.bytes for shard in shards) / self._num_samples
         self._micro_batch_size = experiment.micro_batch_size(world_size=1)
+        self._num_batches = self._num_samples // self._micro_batch_size
+        if self._num_batches < _LEAST_BATCHES:
+            raise ConfigError(
+                f"{len(shards)} shards of {experiment.data.shards} hold {self._num_batches} "
+                f"micro-batches of {self._micro_batch_size}, at least {_LEAST_BATCHES} are needed; "
+                "raise --shards or lower --train.micro_batch_size"
+            )
 
     def lines(self) -> Iterator[str]:
         yield (
@@ -66,7 +74,7 @@ class _Table:
         with self._loader("epoch") as loader:
             for _ in range(2):  # the first comes from this process, the second from the worker
                 next(loader)
-            num_batches = self._num_samples // self._micro_batch_size - 2
+            num_batches = self._num_batches - 2
             began = time.perf_counter()
             for _ in itertools.islice(loader, num_batches):
                 pass

@@ -21,6 +21,7 @@ from dtr_scale.errors import DataError
 from dtr_scale.storage import Folder
 
 GIB = 2**30
+_ATTEMPTS = 10
 
 
 def default_cache_dir() -> Path:
@@ -56,7 +57,8 @@ class ShardCache:
 
     def at_hand(self, shard_id: int) -> bool:
         """Tell whether a shard can be opened without fetching it."""
-        return self._path(self.shards[shard_id]).exists()
+        on_disk = self.folder.is_local or self.files.max_bytes > 0
+        return on_disk and self._path(self.shards[shard_id]).exists()
 
     def open(self, shard_id: int, *, wait: bool = True) -> FileIO:
         """Return a shard's verified file, open for reading; it stays readable when evicted.
@@ -128,18 +130,23 @@ class ShardCache:
         if self.folder.is_local:
             with data_errors(self.folder, _described(shard)):
                 return self._open_sealed(shard, seal)
-        try:
-            file = self._open_sealed(shard, seal)
-            self.files.use(file)
-        except (FileNotFoundError, DataError):
+        with contextlib.suppress(FileNotFoundError, DataError):
+            return self._in_use(self._open_sealed(shard, seal))
+        for _ in range(_ATTEMPTS):
             self._fetch(shard)
             try:
-                file = self._open_sealed(shard, seal)
+                file = self._in_use(self._open_sealed(shard, seal))
+            except FileNotFoundError:
+                continue  # another process has evicted it at once
             except DataError:
-                self._path(shard).unlink()
+                self._path(shard).unlink(missing_ok=True)
                 raise
-            self.files.use(file)
             self.files.make_room(0)  # for what came at the same time
+            return file
+        raise OSError(f"evicted {_ATTEMPTS} times as soon as it was there: the cache is too small")
+
+    def _in_use(self, file: FileIO) -> FileIO:
+        self.files.use(file)
         return file
 
     def _open_sealed(self, shard: Shard, seal: FileIO) -> FileIO:

@@ -132,20 +132,30 @@ def decoder_of(manifest: Manifest, vae: str | None, device: torch.device) -> Pic
     """
     channels, height, _ = manifest.shape
     if manifest.encoding == "pixels":
+        if vae is not None:
+            raise ConfigError(f"--vae={vae} decodes latents, these are pixels; leave it out")
         return PixelEncoder(height)
-    name = vae or (manifest.encoder.name if manifest.encoder else None)
-    if name is None:
+    if vae is not None:
+        return autoencoder(vae, channels, device)
+    if manifest.encoder is None:
         raise ConfigError("the manifest names no encoder; give --vae NAME_OR_FOLDER")
     try:
-        decoder = PosteriorEncoder(name, None, device, local_only=vae is None)
+        return autoencoder(manifest.encoder.name, channels, device, local_only=True)
     except ConfigError as error:
-        raise error if vae else ConfigError(f"{error}; give --vae NAME_OR_FOLDER") from None
-    if decoder.shape[0] != channels:
+        raise ConfigError(f"{error}; give --vae NAME_OR_FOLDER") from None
+
+
+def autoencoder(
+    name: str, channels: int, device: torch.device, *, local_only: bool = False
+) -> PosteriorEncoder:
+    """Return an autoencoder to decode latents of so many channels; ConfigError if it has others."""
+    found = PosteriorEncoder(name, None, device, local_only=local_only)
+    if found.shape[0] != channels:
         raise ConfigError(
-            f"--vae={name} decodes latents of {decoder.shape[0]} channels, these have {channels}; "
+            f"--vae={name} decodes latents of {found.shape[0]} channels, these have {channels}; "
             "give the one that encoded them"
         )
-    return decoder
+    return found
 
 
 class TextEncoder:

@@ -40,6 +40,10 @@ class CacheFolder:
 
     def make_room(self, num_bytes: int) -> None:
         """Evict until `num_bytes` more fit."""
+        for path in self.path.glob(".*.part"):  # of a download that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _IDLE_SECONDS:
+                    path.unlink()
         excess = num_bytes - self.max_bytes + sum(copy.num_bytes for copy in self._copies())
         if excess > 0 and (freed := self.evict(excess)) < excess:
             self.evict(excess - freed, in_use=True)

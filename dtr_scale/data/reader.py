@@ -170,8 +170,9 @@ class SampleReader:
         shards = located[:, 0].tolist()
         files: dict[int, FileIO | None] = {}
         rows = np.empty((len(located), 4), np.int64)
-        for shard in set(shards):
-            files[shard], index = self._find(shard)
+        needed = set(shards)
+        for shard in needed:
+            files[shard], index = self._find(shard, needed)
             here = located[:, 0] == shard
             rows[here] = index[located[here, 1]]
         offsets = rows[:, 0]
@@ -219,15 +220,18 @@ class SampleReader:
                 row[:] = np.frombuffer(content, np.uint8)
         return buffer
 
-    def _find(self, shard: int) -> tuple[FileIO | None, np.ndarray]:
-        """Return a shard's file, None while its samples are to be fetched alone, and its index."""
+    def _find(self, shard: int, needed: set[int]) -> tuple[FileIO | None, np.ndarray]:
+        """Return a shard's file, None while its samples are to be fetched alone, and its index.
+
+        The files of the shards that are `needed` with it stay open.
+        """
         opened = self._shelf.ready(shard)
         if opened is None and self._is_still_away(shard):
             if shard not in self._rows:
                 self._rows[shard] = self._split.rows(shard)
             return None, self._rows[shard]
         self._rows.pop(shard, None)
-        return opened or self._shelf.get(shard)
+        return opened or self._shelf.get(shard, needed)
 
     def _is_still_away(self, shard: int) -> bool:
         """Tell whether reading begins here and the shard has not come yet."""

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from io import FileIO
 from typing import NamedTuple
 
@@ -66,8 +66,11 @@ class OpenShards:
         with self._changed:
             return shard in self._failed
 
-    def get(self, shard: int) -> OpenShard:
-        """Return a shard, opened now if it is not yet; DataError if it cannot be."""
+    def get(self, shard: int, keep: Collection[int] = ()) -> OpenShard:
+        """Return a shard, opened now if it is not yet; DataError if it cannot be.
+
+        Those to `keep` stay open, however many they are.
+        """
         with self._changed:
             self._changed.wait_for(lambda: shard not in self._opening)
             if shard in self._open:
@@ -76,8 +79,10 @@ class OpenShards:
             self._opening.add(shard)
         self._open_now(shard, wait=True)
         with self._changed:
-            while len(self._open) > max(self._max_open, len(self._planned)):
-                self._open.popitem(last=False)[1].file.close()
+            excess = len(self._open) - max(self._max_open, len(self._planned))
+            unused = [other for other in self._open if other != shard and other not in keep]
+            for other in unused[: max(0, excess)]:
+                self._open.pop(other).file.close()
             return self._open[shard]
 
     def close(self) -> None:

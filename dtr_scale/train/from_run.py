@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from dtr_scale.config.load import load_experiment, parse_overrides
 from dtr_scale.config.schema import Experiment
-from dtr_scale.data.encode import decoder_of
+from dtr_scale.data.encode import autoencoder, decoder_of
 from dtr_scale.engines.world import World
-from dtr_scale.errors import ConfigError, EvaluationError
+from dtr_scale.errors import ConfigError, DataError, EvaluationError
 from dtr_scale.evaluation.report import has_pixel_metrics, pixel_report, write_report
 from dtr_scale.evaluation.sampling import class_labels, draw_samples, grid_columns, save_grid
 from dtr_scale.models.denoiser import Denoiser
@@ -77,18 +77,18 @@ _Decode = Callable[[Tensor], Tensor]
 
 def _decoder(run: TrainedRun, vae: str | None, *, needed: bool) -> _Decode | None:
     """Return what makes pictures of samples; None where there is nothing unless it is `needed`."""
-    if run.network.in_channels in (1, 3) and vae is None:
-        return lambda images: images
-    if run.experiment.data.type == "synthetic" and vae is None:
-        return None
-    try:
-        device = next(run.network.parameters()).device
-        return decoder_of(open_samples(run.experiment).manifest, vae, device).decode
-    except ConfigError as error:
-        if needed or vae:
-            raise
-        log.info("samples stay latents: %s", error)
-        return None
+    data, channels = run.experiment.data, run.network.in_channels
+    device = next(run.network.parameters()).device
+    if vae is not None:
+        return autoencoder(vae, channels, device).decode
+    if data.type != "synthetic":
+        try:
+            return decoder_of(open_samples(run.experiment).manifest, None, device).decode
+        except (ConfigError, DataError) as error:
+            if needed and channels not in (1, 3):
+                raise
+            log.info("samples are not decoded: %s", error)
+    return (lambda images: images) if channels in (1, 3) else None
 
 
 def check_output(path: Path, suffix: str) -> None:

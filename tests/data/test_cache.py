@@ -156,6 +156,28 @@ def test_the_cache_is_bounded_and_drops_what_is_needed_last(on_s3, tmp_path):
     assert len(list(cache.files.path.glob("*.index.npy"))) <= 2
 
 
+@pytest.mark.parametrize(("times", "message"), [(2, None), (99, "evicted 10 times as soon as")])
+def test_a_copy_that_others_evict_as_it_comes_is_fetched_again(
+    on_s3, tmp_path, monkeypatch, times, message
+):
+    cache, fetched = _cache(on_s3, tmp_path), []
+    get = type(on_s3[0]).get
+
+    def get_in_vain(self, name, local_path):
+        get(self, name, local_path)
+        fetched.append(name)
+        if len(fetched) <= times:
+            local_path.unlink()
+
+    monkeypatch.setattr(type(on_s3[0]), "get", get_in_vain)
+    if message is None:
+        cache.open(0).close()
+        assert len(fetched) == times + 1
+    else:
+        with pytest.raises(DataError, match=message):
+            cache.open(0)
+
+
 def test_another_jobs_shards_go_first_when_idle_and_last_otherwise(on_s3, tmp_path):
     folder, manifest = on_s3
     shards = manifest.split("train")

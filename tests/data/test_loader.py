@@ -108,6 +108,24 @@ def _in_place(loader, batch):
     return [tensor[np.argsort(loader.places.ravel())] for tensor in batch]
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(("num_lanes", "micro"), [(1, 256), (32, 32), (64, 8)])
+def test_a_batch_may_need_more_shards_than_stay_open(tmp_path, num_lanes, micro, num_workers):
+    samples = [StoredSample(np.full((1, 2, 2), i % 251, np.uint8), i % 10) for i in range(1000)]
+    source = Source("pixels", (1, 2, 2), "uint8", 1.0, 0.0, tuple("0123456789"), {"train": samples})
+    manifest = prepare(source, Folder(tmp_path), samples_per_shard=10)
+    reader = SampleReader(Folder(tmp_path), manifest, window_shards=2)
+    options = {"batch": 256, "num_lanes": num_lanes, "class_dropout_prob": 0.0}
+    with _loader(reader, micro_batch_size=micro, num_workers=num_workers, **options) as loader:
+        located, _ = loader.peek(0, 64)
+        assert len(located) == 64
+        epoch = list(itertools.islice(loader, 3 * 256 // micro))
+    values = torch.cat([batch.x_start[:, 0, 0, 0] for batch in epoch])
+    labels = torch.cat([batch.y for batch in epoch])
+    numbers = {(value % 251, value % 10) for value in range(1000)}
+    assert set(zip(values.int().tolist(), labels.tolist(), strict=True)) <= numbers
+
+
 def test_seeking_equals_running_there(reader):
     loader = _loader(reader, micro_batch_size=12, horizontal_flip=True)
     run = _steps(loader, 5)
