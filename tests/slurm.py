@@ -69,7 +69,9 @@ class SlurmCluster:
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(1024))
         # Nothing of a job in which the tests may run themselves.
-        outside = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+        # Runs in this process leave the variables of a launcher behind.
+        left = ("SLURM", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
+        outside = {k: v for k, v in os.environ.items() if not k.startswith(left)}
         self._environment = outside | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
 
