@@ -4,11 +4,11 @@ Workers write into memory that they share with the main process, which copies a 
 before its place is used again: a fifth of what it costs to send tensors from process to process.
 """
 
+import contextlib
 import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,8 +197,6 @@ class BatchLoader:
     def _start(self) -> Iterator["MicroBatch | int | DtrScaleError"]:
         workers: dict[str, Any] = {}
         if self._num_workers:
-            # Started first, because its start would unblock the signals again.
-            resource_tracker.ensure_running()
             workers = {
                 "multiprocessing_context": "spawn",  # s3fs and threads do not survive a fork
                 "prefetch_factor": self._prefetch,
@@ -220,5 +218,5 @@ class BatchLoader:
             num_workers=self._num_workers,
             **workers,
         )
-        with starting_workers():
+        with starting_workers() if self._num_workers else contextlib.nullcontext():
             return iter(loader)
