@@ -188,6 +188,31 @@ def test_rank_0_alone_writes_the_digits(tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("state", ["finished", "unfinished", "damaged"])
+def test_digits_are_not_written_over_other_data(state, source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    if state == "unfinished":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ("imagefolder", source, "--out", out, "--pixels", "--shard-mb", 0.5)
+    assert prepare(*arguments) == 0
+    assert (out / "manifest.json").exists() != (state == "unfinished")
+    if state == "damaged":
+        (out / "manifest.json").write_bytes(b"")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    told = f"error: {out} holds other data already; fix: give another --out"
+    assert refused(capsys, "digits", "--out", out) == told
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_digits_are_written_again_over_themselves(tmp_path):
+    assert prepare("digits", "--out", tmp_path) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "train-000000.tar").write_bytes(b"damaged")
+    assert prepare("digits", "--out", tmp_path) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_rank_that_is_not_the_last_says_so(source, tmp_path, monkeypatch, capsys):
     arguments = ("imagefolder", source, "--out", tmp_path, "--pixels", "--shard-mb", 0.5)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from dtr_scale.data.manifest import Manifest, write_manifest
+from dtr_scale.data.ledger import PLAN_NAME
+from dtr_scale.data.manifest import MANIFEST_NAME, Manifest, write_manifest
 from dtr_scale.data.reader import Sample, Views
 from dtr_scale.data.shards import StoredSample, write_shards
 from dtr_scale.errors import ConfigError
@@ -28,13 +29,11 @@ class Source:
 
 
 def prepare(source: Source, folder: Folder, samples_per_shard: int) -> Manifest:
-    """Write the shards of every split of a source, then the manifest, and return it."""
-    shards = [
-        shard
-        for split, samples in source.splits.items()
-        for shard in write_shards(folder, samples, split, samples_per_shard)
-    ]
-    manifest = Manifest(
+    """Write the shards of every split of a source, then the manifest, and return it.
+
+    Raises ConfigError when the folder holds other data.
+    """
+    plan = Manifest(
         encoding=source.encoding,
         shape=source.shape,
         dtype=source.dtype,
@@ -42,10 +41,30 @@ def prepare(source: Source, folder: Folder, samples_per_shard: int) -> Manifest:
         shift=source.shift,
         num_classes=len(source.class_names),
         class_names=source.class_names,
-        shards=tuple(shards),
+        shards=(),
     )
+    _must_not_hold_other_data(folder, plan)
+    shards = [
+        shard
+        for split, samples in source.splits.items()
+        for shard in write_shards(folder, samples, split, samples_per_shard)
+    ]
+    manifest = plan.model_copy(update={"shards": tuple(shards)})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _must_not_hold_other_data(folder: Folder, plan: Manifest) -> None:
+    names = folder.names()
+    other = PLAN_NAME in names
+    if MANIFEST_NAME in names and not other:
+        try:
+            found = Manifest.model_validate_json(folder.read_bytes(MANIFEST_NAME))
+            other = found.model_copy(update={"shards": ()}) != plan
+        except ValueError:  # damaged, or of another format
+            other = True
+    if other:
+        raise ConfigError(f"{folder.url} holds other data already; fix: give another --out")
 
 
 def digits() -> Source:
