@@ -1,6 +1,7 @@
 """Pictures as arrays: decoded, cropped as ADM does, and read ahead by threads."""
 
 import io
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -11,7 +12,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from dtr_scale.errors import DataError
+
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+_READ_AGAIN_SECONDS = (0.2, 1.0, 5.0)  # waits after what storage may get over
 
 _Asked = TypeVar("_Asked")
 _Answer = TypeVar("_Answer")
@@ -39,20 +43,40 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def read_picture(path: str | Path, size: int, offset: int = 0, length: int = -1) -> np.ndarray:
     """Return a picture as uint8 [3, size, size], of a file or of `length` bytes inside of one.
 
-    Raises UnreadablePictureError, whatever the decoder's complaint.
+    Raises UnreadablePictureError, whatever the decoder's complaint, and DataError when storage does
+    not give the bytes: that says nothing about the picture.
     """
+    content = _read_bytes(Path(path), offset, length)
     try:
-        with Path(path).open("rb", buffering=0) as file:
-            file.seek(offset)
-            content = file.read(length)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data and palettes: nothing is wrong with x
             image = Image.open(io.BytesIO(content)).convert("RGB")
         pixels = np.asarray(center_crop(image, size))
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = str(error).partition(" <_io.")[0]
         raise UnreadablePictureError(f"{type(error).__name__}: {reason}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _read_bytes(path: Path, offset: int, length: int) -> bytes:
+    for wait in (*_READ_AGAIN_SECONDS, None):
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(offset)
+                return file.read(length)
+        except (FileNotFoundError, IsADirectoryError, ValueError) as error:  # or no file's name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UnreadablePictureError(f"{type(error).__name__}: {reason}") from error
+        except OSError as error:
+            if wait is None:
+                raise DataError(
+                    f"{path} cannot be read: {error.strerror or error}; "
+                    "fix: check the storage and the file's permissions, and start again"
+                ) from error
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
 
 
 def read_ahead(

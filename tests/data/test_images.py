@@ -1,12 +1,16 @@
 """Pictures as arrays: ADM's crop, what no decoder reads, and reading ahead."""
 
+import errno
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dtr_scale.data import images
 from dtr_scale.data.images import UnreadablePictureError, center_crop, read_ahead, read_picture
+from dtr_scale.errors import DataError
 from tests.pictures import as_bytes, noise_picture
 
 
@@ -81,6 +85,53 @@ def test_what_no_decoder_reads_is_one_kind_of_error(tmp_path, damage, monkeypatc
     with pytest.raises(UnreadablePictureError) as caught:
         read_picture(path, 16)
     assert "0x" not in str(caught.value)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let the first `times` calls of Path.open fail; return the list of the waits in between."""
+    waits: list[float] = []
+    opened = Path.open
+
+    def fail(error, times):
+        left = iter([error] * times)
+
+        def open_or_fail(*arguments, **options):
+            if (failure := next(left, None)) is not None:
+                raise failure
+            return opened(*arguments, **options)
+
+        monkeypatch.setattr(Path, "open", open_or_fail)
+        monkeypatch.setattr(images.time, "sleep", waits.append)
+        return waits
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_hiccup_of_storage_loses_no_picture(tmp_path, failing, number):
+    path = tmp_path / "x.png"
+    noise_picture(0).save(path)
+    expected = read_picture(path, 16)
+    waits = failing(OSError(number, "hiccup"), 3)
+    np.testing.assert_array_equal(read_picture(path, 16), expected)
+    assert waits == [0.2, 1.0, 5.0]
+
+
+def test_storage_that_does_not_get_over_it_is_no_unreadable_picture(tmp_path, failing):
+    failing(OSError(errno.EIO, "Input/output error"), 4)
+    with pytest.raises(DataError, match=r"x.png cannot be read: Input/output error; fix: check"):
+        read_picture(tmp_path / "x.png", 16)
+
+
+def test_a_lack_of_memory_is_no_unreadable_picture(tmp_path, monkeypatch):
+    def lacking(image, size):
+        raise MemoryError
+
+    noise_picture(0).save(tmp_path / "x.png")
+    monkeypatch.setattr(images, "center_crop", lacking)
+    with pytest.raises(MemoryError):
+        read_picture(tmp_path / "x.png", 16)
 
 
 def test_answers_come_in_order_and_not_too_early():
