@@ -50,14 +50,25 @@ def read_picture(path: str | Path, size: int, offset: int = 0, length: int = -1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data and palettes: nothing is wrong with x
-            image = Image.open(io.BytesIO(content)).convert("RGB")
+            image = _as_rgb(Image.open(io.BytesIO(content)))
         pixels = np.asarray(center_crop(image, size))
-    except MemoryError:
+    except (MemoryError, UnreadablePictureError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         reason = str(error).partition(" <_io.")[0]
         raise UnreadablePictureError(f"{type(error).__name__}: {reason}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture in 8 bits a channel: Pillow alone cuts more than that off at white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise UnreadablePictureError(
+            f"mode {image.mode} does not tell which number is white; accepted: 8 or 16 bits"
+        )
+    return image.convert("RGB")
 
 
 def _read_bytes(path: Path, offset: int, length: int) -> bytes:

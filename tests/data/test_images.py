@@ -58,6 +58,28 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode):
     assert (array.shape, array.dtype) == ((3, 16, 16), np.uint8)
 
 
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_keeps_its_shades(tmp_path, dtype, kind):
+    shades = np.array([[0, 255, 256, 511], [512, 1000, 32768, 65535]] * 2, dtype)
+    Image.fromarray(shades).save(tmp_path / "x", kind)
+    expected = [[0, 0, 1, 1], [2, 3, 128, 255]] * 2
+    np.testing.assert_array_equal(read_picture(tmp_path / "x", 4), [expected] * 3)
+
+
+def test_a_16_bit_png_that_pillow_opens_as_32_bits_keeps_its_shades():
+    image = Image.fromarray(np.array([[0, 256, 65535]], np.int32))  # as Pillow before 11 does
+    image.format = "PNG"
+    assert np.asarray(images._as_rgb(image))[..., 0].tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_shades_without_a_known_white_are_unreadable(tmp_path, dtype, mode):
+    Image.fromarray(np.ones((16, 16), dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(UnreadablePictureError, match=f"^mode {mode} does not tell .*8 or 16 bits"):
+        read_picture(tmp_path / "x.tif", 16)
+
+
 def test_a_picture_inside_of_a_file_is_read(tmp_path):
     content = as_bytes(noise_picture(1), "JPEG")
     (tmp_path / "x.jpg").write_bytes(content)
