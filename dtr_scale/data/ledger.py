@@ -120,6 +120,10 @@ class Ledger:
         )
         self._folder.write_bytes(record.name, record.model_dump_json().encode())
 
+    def forget(self, record: ShardRecord) -> None:
+        """Let a stored shard be made again, by whichever rank makes it."""
+        self._folder.remove(record.name)
+
     def finish(self, records: Sequence[ShardRecord]) -> Manifest:
         """Write the manifest of all shards, beside those of splits that were there before."""
         written = {record.shard.split for record in records}

@@ -30,6 +30,10 @@ class Work(NamedTuple):
     def name(self) -> str:
         return shard_name(self.split, self.number)
 
+    def told(self, picture: Picture) -> str:
+        """Return the picture's name for the manifest."""
+        return f"{self.split}/{picture.name}"
+
 
 @dataclass
 class MadeShard:
@@ -75,7 +79,7 @@ class ShardMaker:
     ) -> Iterator[MadeShard]:
         """Yield shards until `on_batch`, told of pictures and unreadable ones, says to stop."""
         batches = (batch for work in works for batch in self._batches(work))
-        read = read_ahead(batches, self._read, num_workers=self._num_workers)
+        read = read_ahead(batches, self.read, num_workers=self._num_workers)
         try:
             for work in works:
                 shard = MadeShard(work, self._encoder.shape[0])
@@ -92,7 +96,8 @@ class ShardMaker:
         for first in range(0, len(work.pictures), self._batch_size):
             yield work.pictures[first : first + self._batch_size]
 
-    def _read(self, picture: Picture) -> np.ndarray | UnreadablePictureError:
+    def read(self, picture: Picture) -> np.ndarray | UnreadablePictureError:
+        """Return a picture, uint8 [3, size, size], or what is wrong with it."""
         try:
             size = self._encoder.size
             return read_picture(picture.path, size, picture.offset, picture.length)
@@ -109,7 +114,7 @@ class ShardMaker:
         arrays: list[np.ndarray] = []
         for picture, answer in zip(batch, answers, strict=True):
             if isinstance(answer, UnreadablePictureError):
-                shard.unreadable.append(f"{shard.work.split}/{picture.name}")
+                shard.unreadable.append(shard.work.told(picture))
                 log.warning("%s cannot be read: %s", shard.unreadable[-1], answer)
             else:
                 pictures.append(picture)

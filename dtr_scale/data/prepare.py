@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dtr_scale.data.encode import PictureEncoder, TextEncoder
-from dtr_scale.data.ledger import Ledger
+from dtr_scale.data.ledger import Ledger, ShardRecord
 from dtr_scale.data.making import MadeShard, Progress, ShardMaker, Work
 from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, Origin, read_manifest
 from dtr_scale.data.pictures import MAX_CAPTIONS, Listing
@@ -73,7 +73,8 @@ class Preparation:
         """Make this rank's shards, and the manifest if they were the last ones.
 
         Raises ConfigError when the folder holds other data, DataError when too many pictures
-        cannot be read. Shards that an earlier run stored are taken as they are.
+        cannot be read. Shards that an earlier run stored are taken as they are, unless a picture
+        that could not be read then can be now.
         """
         splits = self._ledger.begin()
         if not splits:
@@ -83,6 +84,9 @@ class Preparation:
         works = [work for split in splits for work in self._works(split)]
         names = [work.name for work in works]
         done = self._ledger.finished(names)
+        for work in works:
+            if work.name in done and self._is_mended(work, done[work.name]):
+                self._ledger.forget(done.pop(work.name))
         if done:
             log.info("going on: %d of %d shards are there", len(done), len(works))
         mine = works[self._rank :: self._world_size]
@@ -101,6 +105,12 @@ class Preparation:
         for number, first in enumerate(range(0, len(pictures), size)):
             some = [pictures[place] for place in order[first : first + size]]
             yield Work(split, number, first, some)
+
+    def _is_mended(self, work: Work, record: ShardRecord) -> bool:
+        """Tell whether a picture that a shard lacks can be read by now."""
+        unreadable = set(record.unreadable)
+        lacking = (picture for picture in work.pictures if work.told(picture) in unreadable)
+        return any(isinstance(self._maker.read(picture), np.ndarray) for picture in lacking)
 
     def _make(self, works: Sequence[Work]) -> None:
         """Make and store shards, each stored while the next is made."""
@@ -142,8 +152,8 @@ class Preparation:
         if unreadable > self._max_unreadable * pictures:
             raise DataError(
                 f"{unreadable} of {pictures} pictures cannot be read (the log names them), more "
-                f"than --max-unreadable={self._max_unreadable:g} allows; fix: mend or remove them, "
-                "or allow more, and start the command again"
+                f"than --max-unreadable={self._max_unreadable:g} allows; fix: mend them, or allow "
+                "more, and start the command again; after removing some, give another --out"
             )
 
 

@@ -297,7 +297,9 @@ def test_a_shard_of_unreadable_pictures_alone_is_empty(tmp_path):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_too_many_unreadable_pictures_stop_the_run(damaged, tmp_path, rank):
     folder = Folder(tmp_path / "out")
-    message = "of 40 pictures cannot be read .*--max-unreadable=0.05 allows; fix: mend"
+    message = (
+        "of 40 pictures cannot be read .*--max-unreadable=0.05 allows; fix: mend .*another --out"
+    )
     options = {"max_unreadable": 0.05, "world_size": 2}
     if rank == 0:
         preparation(damaged, folder, rank=1, **options | {"max_unreadable": 1.0}).run()
@@ -307,6 +309,39 @@ def test_too_many_unreadable_pictures_stop_the_run(damaged, tmp_path, rank):
     assert not folder.exists(MANIFEST_NAME)
     preparation(damaged, folder, max_unreadable=0.1).run()
     assert read_manifest(folder).num_samples("train") == 37
+
+
+def test_mended_pictures_are_stored_by_the_next_start(damaged, folder, tmp_path):
+    """The shards that lack them are made again, the others are left alone."""
+    ranks = {"world_size": 2, "max_unreadable": 1.0}
+    preparation(damaged, folder, rank=1, **ranks).run()
+    records = [name for name in folder.names() if name.endswith(".record.json")]
+    lacking = {name: json.loads(folder.read_bytes(name))["unreadable"] for name in records}
+    names = {name for some in lacking.values() for name in some}
+    assert names and not all(lacking.values())
+    complete = [
+        json.loads(folder.read_bytes(n))["shard"]["name"] for n in records if not lacking[n]
+    ]
+    before = written(folder, complete)
+    for name in names:
+        noise_picture(500).save(damaged / name.removeprefix("train/"))
+
+    assert preparation(damaged, folder, rank=0, **ranks).run().manifest is None
+    assert written(folder, complete) == before
+    manifest = preparation(damaged, folder, rank=1, **ranks).run().manifest
+    assert manifest is not None and not names & set(manifest.unreadable)
+    alone = Folder(tmp_path / "alone")
+    preparation(damaged, alone, max_unreadable=1.0).run()
+    assert contents(folder) == contents(alone)
+
+
+def test_shards_without_pictures_that_stay_unreadable_are_left_alone(damaged, folder):
+    ranks = {"world_size": 2, "max_unreadable": 1.0}
+    preparation(damaged, folder, rank=0, **ranks).run()
+    tars = [name for name in folder.names() if name.endswith(".tar")]
+    before = written(folder, tars)
+    assert preparation(damaged, folder, rank=1, **ranks).run().manifest is not None
+    assert written(folder, tars) == before
 
 
 def test_latents_of_both_views_are_stored(source, vae_path, folder):
