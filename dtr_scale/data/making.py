@@ -31,8 +31,9 @@ class Work(NamedTuple):
         return shard_name(self.split, self.number)
 
     def told(self, picture: Picture) -> str:
-        """Return the picture's name for the manifest."""
-        return f"{self.split}/{picture.name}"
+        """Return the picture's name for the manifest, whose JSON is UTF-8 whatever disks hold."""
+        name = picture.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return f"{self.split}/{name}"
 
 
 @dataclass

@@ -123,7 +123,7 @@ def webdataset(
 
     `root` is a folder of tars or one of them. Without any .cls all are of one class.
     """
-    tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    tars = [root] if root.is_file() else _tars(root)
     if not tars:
         raise DataError(f"{root} has no .tar files; fix: give a folder of tars, or one tar")
     pictures: list[Picture] = []
@@ -140,6 +140,11 @@ def webdataset(
     return Listing("webdataset", {split: pictures}, num_classes or found)
 
 
+def _tars(root: Path) -> list[Path]:
+    paths = root.iterdir() if root.is_dir() else ()
+    return sorted(path for path in paths if path.name.lower().endswith(".tar"))
+
+
 _Members = dict[str, tuple[int, int, bytes]]  # by ending: offset, length, content if it is text
 
 
@@ -150,6 +155,7 @@ def _samples(path: Path) -> Iterator[tuple[str, _Members]]:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
             stem, dot, ending = name.partition(".")
+            ending = ending.lower()
             if not member.isfile() or not dot or not stem:
                 continue
             if (key := folder + slash + stem) != last:
@@ -158,7 +164,7 @@ def _samples(path: Path) -> Iterator[tuple[str, _Members]]:
                 last, members = key, {}
             file = tar.extractfile(member) if ending in ("cls", "txt") else None
             text = file.read() if file else b""
-            members[ending.lower()] = member.offset_data, member.size, text
+            members[ending] = member.offset_data, member.size, text
     if last is not None:
         yield last, members
 
@@ -170,6 +176,8 @@ def _picture(path: Path, key: str, members: _Members, with_captions: bool) -> Pi
         raise DataError(f"{path}: sample {key} has no picture, only {found}; accepted: .jpg, .png")
     offset, length, _ = members[ending]
     label = int(members["cls"][2]) if "cls" in members else 0
+    if label < 0:
+        raise DataError(f"{path}: sample {key} is of class {label}; accepted: 0, 1, 2, ...")
     captions: list[str] = []
     if with_captions:
         lines = members.get("txt", (0, 0, b""))[2].decode().splitlines()
@@ -184,7 +192,7 @@ def _tar_of_tars(path: Path, split: str) -> Listing:
     pictures: list[Picture] = []
     accepted = "a folder of classes, or an uncompressed tar of one tar per class"
     with _reading(path, accepted), tarfile.open(path, "r:") as outer:
-        classes = sorted(member.name for member in outer if member.name.endswith(".tar"))
+        classes = sorted(member.name for member in outer if member.name.lower().endswith(".tar"))
         for label, name in enumerate(classes):
             start, wnid = outer.getmember(name).offset_data, Path(name).stem
             with tarfile.open(fileobj=outer.extractfile(name), mode="r:") as inner:

@@ -152,6 +152,19 @@ def test_webdataset_tars_are_read_by_offset(tmp_path):
     assert webdataset(tmp_path, num_classes=12).num_classes == 12
 
 
+def test_endings_may_be_in_capitals(tmp_path):
+    members = {"x.JPG": as_bytes(noise_picture(1)), "x.CLS": b"3", "x.TXT": b"a caption"}
+    (tmp_path / "A.TAR").write_bytes(tar_of(members))
+    (picture,) = webdataset(tmp_path, with_captions=True).splits["train"]
+    assert (picture.label, picture.captions) == (3, ("a caption",))
+    assert_shows(picture, noise_picture(1))
+    tar = tar_of({"N1.TAR": tar_of({"x.JPG": as_bytes(noise_picture(2))})})
+    (tmp_path / "all").write_bytes(tar)
+    listing = image_folder(tmp_path / "all")
+    assert listing.class_names == ("N1",)
+    assert_shows(listing.splits["train"][0], noise_picture(2))
+
+
 def test_the_hash_of_a_listing_knows_names_classes_and_captions(tmp_path):
     root = class_folders(tmp_path / "src", {"a": 2, "b": 1})
     before = image_folder(root).sha256("train")
@@ -222,6 +235,11 @@ ONE = '{"images": [{"id": 1, "file_name": "x.jpg"}, {"id": 2, "file_name": "y.jp
             _tar({"x.jpg": PICTURE, "x.cls": b"7"}),
             lambda path: webdataset(path, num_classes=5),
             "--num-classes=5 is too few: class 7 occurs",
+        ),
+        (
+            _tar({"x.jpg": PICTURE, "x.cls": b"-1"}),
+            webdataset,
+            "source: sample x is of class -1; accepted: 0, 1",
         ),
         (
             _tar({"x.jpg": PICTURE}),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from typing import Any
 
@@ -275,6 +276,16 @@ def test_unreadable_pictures_are_listed(damaged, folder, warnings_of):
     assert not [problem for *_, problem in verify(folder, manifest) if problem]
     keys = [name for shard in manifest.shards for name in _keys(folder, shard)]
     assert len(set(keys)) == 37
+
+
+def test_an_unreadable_picture_whose_name_is_not_utf_8_is_listed(tmp_path, warnings_of):
+    root = class_folders(tmp_path / "src", {"a": 3})
+    (root / "a" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    folder = Folder(tmp_path / "out")
+    preparation(root, folder, max_unreadable=1.0).run()
+    assert read_manifest(folder).unreadable == (r"train/a/caf\xe9.png",)
+    (warning,) = warnings_of("dtr_scale.data.making")
+    assert warning.startswith(r"train/a/caf\xe9.png cannot be read")
 
 
 def _keys(folder, shard):
