@@ -1,7 +1,8 @@
 """Where pictures lie: folders of classes, COCO, FFHQ, and tars, which are never unpacked.
 
 A picture is a place in a file, so listing reads names and tar headers alone, and any thread of
-any rank reads any picture.
+any rank reads any picture. What is hidden (`.cache`, `._x.jpg`) in folders, or in a tar of tars, is
+left out.
 """
 
 import hashlib
@@ -142,7 +143,16 @@ def webdataset(
 
 def _tars(root: Path) -> list[Path]:
     paths = root.iterdir() if root.is_dir() else ()
-    return sorted(path for path in paths if path.name.lower().endswith(".tar"))
+    return sorted(path for path in paths if _is_tar(path.name))
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    """Tell whether a file, or a folder that it is in, starts with a dot; "./" does not count."""
+    return any(part.startswith(".") for part in name.split("/") if part not in (".", ".."))
 
 
 _Members = dict[str, tuple[int, int, bytes]]  # by ending: offset, length, content if it is text
@@ -192,14 +202,15 @@ def _tar_of_tars(path: Path, split: str) -> Listing:
     pictures: list[Picture] = []
     accepted = "a folder of classes, or an uncompressed tar of one tar per class"
     with _reading(path, accepted), tarfile.open(path, "r:") as outer:
-        classes = sorted(member.name for member in outer if member.name.lower().endswith(".tar"))
+        classes = sorted(member.name for member in outer if _is_tar(member.name))
         for label, name in enumerate(classes):
             start, wnid = outer.getmember(name).offset_data, Path(name).stem
             with tarfile.open(fileobj=outer.extractfile(name), mode="r:") as inner:
                 pictures += [
                     Picture(f"{wnid}/{m.name}", str(path), label, (), start + m.offset_data, m.size)
                     for m in sorted(inner, key=lambda member: member.name)
-                    if m.isfile()
+                    if m.isfile() and m.name.lower().endswith(PICTURE_ENDINGS)
+                    if not _is_hidden(m.name)
                 ]
     return Listing("imagefolder", {split: pictures}, *_classes([Path(n).stem for n in classes]))
 
@@ -211,7 +222,9 @@ def _classes(names: Sequence[str]) -> tuple[int, tuple[str, ...]]:
 def _folders(root: Path) -> list[str]:
     """Return the sorted names of the folders in a folder."""
     _must_be_a_folder(root)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    names = sorted(
+        path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name)
+    )
     if not names:
         raise DataError(f"{root} has no folders of classes; fix: for one class use the source ffhq")
     return names
@@ -234,9 +247,12 @@ def _picture_names(root: Path) -> list[str]:
     pictures: list[str] = []
     others: list[str] = []
     with _reading(root, "folders that can be read"):
-        for folder, _, names in os.walk(root, onerror=_raise, followlinks=True):
+        for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
             below = folder[len(str(root)) :].lstrip("/")
+            folders[:] = [name for name in folders if not _is_hidden(name)]
             for name in names:
+                if _is_hidden(name):
+                    continue
                 kind = pictures if name.lower().endswith(PICTURE_ENDINGS) else others
                 kind.append(f"{below}/{name}" if below else name)
     if others:

@@ -94,6 +94,47 @@ def test_the_tar_and_its_folders_are_the_same_listing(tmp_path):
     assert image_folder(root).sha256("train") == image_folder(tmp_path / "all.tar").sha256("train")
 
 
+def test_what_is_hidden_is_left_out(tmp_path, warnings_of):
+    root = class_folders(tmp_path / ".hidden" / "src", {"a": 1, "b": 1})
+    class_folders(root, {".cache": 1, "b/.thumbnails": 1})
+    (root / "b" / "._000.png").write_bytes(b"resource fork")
+    (root / ".DS_Store").write_bytes(b"")
+    listing = image_folder(root)
+    assert listing.class_names == ("a", "b")
+    assert [(p.name, p.label) for p in listing.splits["train"]] == [
+        ("a/000.png", 0),
+        ("b/000.png", 1),
+    ]
+    assert [p.name for p in one_class(root).splits["train"]] == ["a/000.png", "b/000.png"]
+    assert not warnings_of("dtr_scale.data.pictures")
+
+
+def test_of_tars_the_pictures_alone_are_listed(tmp_path):
+    inner = {
+        "./x.JPEG": b"",
+        "notes.txt": b"",
+        "._x.JPEG": b"",
+        "x/.cache/y.png": b"",
+        "x/y.png": b"",
+    }
+    tars = {
+        "./b.tar": tar_of(inner),
+        "./._b.tar": b"",
+        ".cache/a.tar": b"",
+        "./a.tar": tar_of(inner),
+    }
+    (tmp_path / "all.tar").write_bytes(tar_of(tars))
+    listing = image_folder(tmp_path / "all.tar")
+    assert listing.class_names == ("a", "b")
+    names = [picture.name for picture in listing.splits["train"]]
+    assert names == ["a/./x.JPEG", "a/x/y.png", "b/./x.JPEG", "b/x/y.png"]
+
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").write_bytes(tar_of({"./x.jpg": b"", "._x.jpg": b""}))
+    (tmp_path / "tars" / "._0.tar").write_bytes(b"resource fork")
+    assert len(webdataset(tmp_path / "tars").splits["train"]) == 1
+
+
 def test_one_class_takes_the_whole_tree(tmp_path):
     class_folders(tmp_path, {"00000": 2, "01000": 1})
     listing = one_class(tmp_path)
