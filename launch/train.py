@@ -2,7 +2,7 @@
 
 import sys
 
-from dtr_scale.cli import main
+from dtr_scale.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -11,10 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before a hub's library is imported: nothing is fetched, and nobody waits for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from dtr_scale.data.sources import prepare_digits
-from dtr_scale.storage import Folder
-from tests.ceph import CephServer
-from tests.faulty_proxy import FaultyProxy
+from dtr_scale.prepare.digits import prepare_digits
+from dtr_scale.storage.folder import Folder
+from tests.support.ceph import CephServer
+from tests.support.faulty_proxy import FaultyProxy
 
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 

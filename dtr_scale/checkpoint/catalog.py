@@ -11,7 +11,7 @@ from typing import Any
 from dtr_scale.checkpoint.layout import COMPLETE, INDEX, build_index, complete_mark
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.errors import CheckpointError, DamagedCheckpointError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 UNFINISHED = "UNFINISHED"
 _STEP_NAME = re.compile(r"step_(\d{8,})")

@@ -9,7 +9,7 @@ from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.layout import INDEX, ITEM_BYTES
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 _POSITION = ("step", "samples_seen", "optimizer_step", "world_size", "version", "torch")
 

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from dtr_scale.checkpoint.background import Background
 from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.layout import Piece, rank_file
 from dtr_scale.checkpoint.reader import CheckpointReader
@@ -15,7 +15,7 @@ from dtr_scale.checkpoint.retention import Keep, Retention
 from dtr_scale.checkpoint.snapshot import Snapshot, have_room, own_share
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnsavedError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class CheckpointManager:
         self._threads = world.in_background()
         self._max_failures = max_failures
         self._failures: list[CheckpointError] = []  # in a row
-        self._background = Background()
+        self._background = _Background()
         self._snapshot: Snapshot | None = None
 
     @property
@@ -248,3 +248,34 @@ def _as_checkpoint_error(url: str) -> Iterator[None]:
         raise CheckpointError(
             f"cannot save {url}: {error}; make room or give another checkpoint.dir"
         ) from error
+
+
+class _Background:
+    """Runs a task beside the loop. What it raises is raised by the next `wait`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, task: Callable[[], None]) -> None:
+        assert self._thread is None, "wait for the task before"
+        # A daemon: it must not keep a process alive whose loop has failed.
+        self._thread = threading.Thread(target=self._run, args=(task,), daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Wait for the task, if there is one, and raise what it has raised."""
+        if self._thread is None:
+            return
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            return
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except BaseException as error:
+            self._error = error

@@ -22,7 +22,7 @@ from dtr_scale.checkpoint.layout import (
     complete_mark,
 )
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 _NUM_THREADS = 2
 """Blocks that are read at a time; from the tests' S3 server four were no faster."""

@@ -10,7 +10,7 @@ from itertools import islice
 
 from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.errors import CheckpointError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 

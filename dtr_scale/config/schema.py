@@ -494,3 +494,8 @@ class Experiment(Section):
                 f"or another divisor of {share}"
             )
         return None
+
+
+def experiment_schema() -> str:
+    """Return the JSON Schema for editors, configs/experiment.schema.json, as text."""
+    return json.dumps(Experiment.model_json_schema(by_alias=True), indent=2) + "\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 from dtr_scale.data.eviction import CacheFolder
 from dtr_scale.data.manifest import Shard, data_errors
 from dtr_scale.errors import DataError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 GIB = 2**30
 _ATTEMPTS = 10

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dtr_scale.data.assembly import BatchAssembler, MicroBatch
+from dtr_scale.data.batch import BatchAssembler, MicroBatch
 from dtr_scale.data.manifest import one_line
 from dtr_scale.data.order import lane_major
 from dtr_scale.data.workers import obey_parent_only, starting_workers

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dtr_scale.errors import DataError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 MANIFEST_NAME = "manifest.json"
 NULL_CONTEXT_NAME = "null_context.npy"

@@ -11,9 +11,9 @@ import numpy as np
 
 from dtr_scale.data.cache import GIB, ShardCache
 from dtr_scale.data.manifest import Manifest, data_errors
-from dtr_scale.data.shelf import OpenShards
-from dtr_scale.data.split import Split
-from dtr_scale.storage import Folder
+from dtr_scale.data.prefetch import OpenShards
+from dtr_scale.data.shards import Split
+from dtr_scale.storage.folder import Folder
 
 Condition = int | np.ndarray
 """A class index, or a text's tokens float32 [L, D]."""

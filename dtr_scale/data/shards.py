@@ -1,118 +1,82 @@
-"""Shards: plain webdataset tars, each with an index beside it, written here.
-
-A sample is `<key>.npy` (the array), `<key>.cls` (the class index) and, where it has captions,
-`<key>.captions.json` and `<key>.context.npy` (their tokens, float16 [captions, L, D]). The index
-is int64 [samples, 4]: where the array's numbers start in the tar, the class, where the tokens'
-numbers start, how many captions there are (both 0 without captions). A reader needs no tar
-parsing, and any other program reads the tars without the index.
-"""
+"""One split of a prepared folder, held against its manifest."""
 
 import hashlib
 import io
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, islice
-from pathlib import Path
-from typing import NamedTuple
+import os
+from io import FileIO
 
 import numpy as np
 
-from dtr_scale.data.manifest import Shard
-from dtr_scale.storage import Folder
+from dtr_scale.data.cache import ShardCache, closed_on_error
+from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, data_errors
+from dtr_scale.data.prefetch import OpenShard
+from dtr_scale.errors import DataError
 
 
-class StoredSample(NamedTuple):
-    """What a shard holds of one sample."""
+class Split:
+    """Opens the shards of a split; what is not as the manifest says raises a DataError."""
 
-    array: np.ndarray
-    label: int = 0
-    captions: tuple[str, ...] = ()
-    context: np.ndarray | None = None  # float16 [captions, L, D]
+    def __init__(self, manifest: Manifest, cache: ShardCache) -> None:
+        self.manifest = manifest
+        self.cache = cache
 
+    def check_sizes(self) -> None:
+        """Look at every shard's size before training: DataError for one missing or cut short."""
+        folder = self.cache.folder
+        with data_errors(folder, "the list of shards"):
+            sizes = folder.sizes()
+        for shard in self.cache.shards:
+            for name in (shard.name, shard.index_name):
+                with data_errors(folder, f"shard {name}"):
+                    if name not in sizes:
+                        raise FileNotFoundError(f"not among the {len(sizes)} files there")
+            if sizes[shard.name] != shard.bytes:
+                raise self.cache.mismatch(shard.name, f"bytes {shard.bytes}", sizes[shard.name])
 
-def write_shards(
-    folder: Folder, samples: Iterable[StoredSample], split: str, samples_per_shard: int
-) -> Iterator[Shard]:
-    """Write `<split>-000000.tar`, ... and yield each shard when it is stored."""
-    remaining = iter(samples)
-    for number in count():
-        content = list(islice(remaining, samples_per_shard))
-        if not content:
-            return
-        yield write_shard(folder, split, number, content, number * samples_per_shard)
+    def null_condition(self) -> np.ndarray:
+        """Return the empty caption's tokens, zeros where the data has none, float32 [L, D]."""
+        shape, expected = self.manifest.context_shape, self.manifest.null_context_sha256
+        assert shape is not None
+        if expected is None:
+            return np.zeros(shape, np.float32)
+        with data_errors(self.cache.folder, NULL_CONTEXT_NAME):
+            content = self.cache.folder.read_bytes(NULL_CONTEXT_NAME)
+        if (found := hashlib.sha256(content).hexdigest()) != expected:
+            raise self.cache.mismatch(NULL_CONTEXT_NAME, f"sha256 {expected}", found)
+        return np.load(io.BytesIO(content)).reshape(shape).astype(np.float32)
 
+    def open(self, shard: int, wait: bool = True) -> OpenShard:
+        """Return a shard, verified; for `wait` see `ShardCache.open`."""
+        rows = self.rows(shard)
+        with closed_on_error(self.cache.open(shard, wait=wait)) as file:
+            if len(rows):
+                self._check_header(shard, file, int(rows[0, 0]))
+        return OpenShard(file, rows)
 
-def shard_name(split: str, number: int) -> str:
-    """Return the name of a split's shard."""
-    return f"{split}-{number:06d}.tar"
+    def rows(self, shard: int) -> np.ndarray:
+        """Return where a shard's samples lie, int64 [samples, 4], checked against the manifest."""
+        described, manifest = self.cache.shards[shard], self.manifest
+        rows = np.load(io.BytesIO(self.cache.index(shard)))
+        if len(rows) != described.samples:
+            raise self.error(shard, f"{described.samples} samples", f"{len(rows)}")
+        labels, captions = rows[:, 1], rows[:, 3]
+        if not np.all((labels >= 0) & (labels < manifest.num_classes)):
+            raise self.error(shard, f"{manifest.num_classes} classes", f"class {labels.max()}")
+        if manifest.context_shape is not None and not np.all(captions):
+            raise self.error(shard, "captions", f"sample {captions.argmin()} without one")
+        return rows
 
+    def _check_header(self, shard: int, file: FileIO, offset: int) -> None:
+        """Look at the shape and dtype before the first sample's numbers."""
+        before = os.pread(file.fileno(), min(offset, 512), max(0, offset - 512))
+        header = io.BytesIO(before[before.rfind(b"\x93NUMPY") :])
+        np.lib.format.read_magic(header)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        manifest = self.manifest
+        if (shape, dtype) != (manifest.stored_shape, np.dtype(manifest.dtype)):
+            expected = f"arrays {manifest.dtype} {manifest.stored_shape}"
+            raise self.error(shard, expected, f"{dtype} {shape}")
 
-def write_shard(
-    folder: Folder, split: str, number: int, samples: Sequence[StoredSample], first_key: int
-) -> Shard:
-    """Write one shard and its index; the same samples give the same bytes, whenever and by whom.
-
-    The tar is made in memory: a killed process leaves nothing behind in a temporary folder.
-    """
-    file = io.BytesIO()
-    _write_tar(file, samples, first_key)
-    index = _build_index(file)
-    with file.getbuffer() as content:
-        shard = Shard(
-            name=shard_name(split, number),
-            split=split,
-            samples=len(samples),
-            bytes=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-        )
-        folder.write_bytes(shard.name, content)
-    if (stored := folder.size(shard.name)) != shard.bytes:
-        raise OSError(f"{folder.url}/{shard.name} has {stored} bytes after writing {shard.bytes}")
-    folder.write_bytes(shard.index_name, index)
-    return shard
-
-
-def _write_tar(file: io.BytesIO, samples: Sequence[StoredSample], first_key: int) -> None:
-    from webdataset.writer import TarWriter
-
-    with TarWriter(file, user="", group="", mtime=0) as tar:
-        for key, sample in enumerate(samples, first_key):
-            members = {"__key__": f"{key:09d}", "npy": sample.array, "cls": sample.label}
-            if sample.context is not None:
-                members |= {"captions.json": sample.captions, "context.npy": sample.context}
-            tar.write(members)
-
-
-def _build_index(file: io.BytesIO) -> bytes:
-    """Return the .npy file of a tar's index."""
-    rows: dict[str, list[int]] = {}
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, _, kind = member.name.partition(".")
-            row = rows.setdefault(key, [0, 0, 0, 0])
-            file.seek(member.offset_data)
-            if kind == "cls":
-                row[1] = int(file.read(member.size))
-            elif kind.endswith("npy"):
-                shape = _npy_shape(file)
-                if kind == "npy":
-                    row[0] = file.tell()
-                else:
-                    row[2:] = file.tell(), shape[0]
-    content = io.BytesIO()
-    np.save(content, np.array(list(rows.values()), np.int64).reshape(-1, 4))
-    return content.getvalue()
-
-
-def _npy_shape(file: io.BytesIO) -> tuple[int, ...]:
-    """Read the header of a .npy file, up to where its numbers start."""
-    np.lib.format.read_magic(file)
-    return np.lib.format.read_array_header_1_0(file)[0]
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    def error(self, shard: int, expected: str, found: str) -> DataError:
+        """Return the error of a shard that is not what the manifest says."""
+        return self.cache.mismatch(self.cache.shards[shard].name, expected, found)

@@ -1,4 +1,4 @@
-"""Distances between sets of features."""
+"""Measure sets of samples: distances between features, and whether classes can be recognised."""
 
 import numpy as np
 
@@ -28,6 +28,26 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     trace_root = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
     shift = ((mean_1 - mean_2) ** 2).sum()
     return float(shift + np.trace(cov_1) + np.trace(cov_2) - 2.0 * trace_root)
+
+
+def legibility(
+    images: np.ndarray, asked: np.ndarray, real_images: np.ndarray, real_labels: np.ndarray
+) -> float:
+    """Return the share of `images` [n, C, H, W] recognised as the class `asked` [n].
+
+    The judge is a support vector machine fitted to real pictures [m, C, H, W] and labels [m];
+    it suits small pictures. Raises EvaluationError where scikit-learn is not installed.
+    """
+    try:
+        from sklearn.svm import SVC
+    except ModuleNotFoundError:
+        raise EvaluationError(
+            "legibility needs scikit-learn; install it with pip install 'dtr-scale[eval]'"
+        ) from None
+    if len(np.unique(real_labels)) < 2:
+        raise EvaluationError("legibility needs pictures of two classes or more")
+    judge = SVC().fit(real_images.reshape(len(real_images), -1), real_labels)
+    return float((judge.predict(images.reshape(len(images), -1)) == asked).mean())
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

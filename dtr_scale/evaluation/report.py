@@ -8,8 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from dtr_scale.data.reader import Samples
-from dtr_scale.evaluation.legibility import legibility
-from dtr_scale.evaluation.metrics import frechet_distance
+from dtr_scale.evaluation.metrics import frechet_distance, legibility
 
 REPORT = "evaluation.json"
 _MOST_PIXELS = 4096  # as raw features; larger pictures need a feature extractor

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtr_scale.errors import DataError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr_scale.logs import without_password
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 from dtr_scale.tracking.base import Tracker
 from dtr_scale.tracking.journal import Record, read_new_records
 

@@ -20,7 +20,7 @@ from dtr_scale.evaluation.sampling import (
     save_grid,
 )
 from dtr_scale.models.denoiser import Denoiser
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 from dtr_scale.tracking.base import Tracker
 from dtr_scale.train.ema import Ema
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dtr_scale.data.assembly import MicroBatch
+from dtr_scale.data.batch import MicroBatch
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.engines.base import Engine

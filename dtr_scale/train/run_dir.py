@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 from dtr_scale.tracking.journal import last_step
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.start import Start, begin
-from dtr_scale.data.assembly import MicroBatch
+from dtr_scale.data.batch import MicroBatch
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler

@@ -26,12 +26,12 @@ from dtr_scale.checkpoint.convert import (
     official_config,
 )
 from dtr_scale.checkpoint.weights import read_weights
-from dtr_scale.cli import main
+from dtr_scale.cli.main import main
 from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.jobs.trained import load_run
 from dtr_scale.models.build import build_model
 from dtr_scale.models.routing import routing_mask
-from dtr_scale.train.from_run import load_run
-from tests.runs import train
+from tests.support.runs import train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELEASED = np.load(GOLDEN / "dtr_dit_forward.npz")

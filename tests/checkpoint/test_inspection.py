@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from dtr_scale.checkpoint.inspection import find_checkpoint
-from dtr_scale.cli import main
-from tests.runs import train
+from dtr_scale.cli.main import main
+from tests.support.runs import train
 
 SETTINGS = (
     "--train.global_batch_size=32", "--train.micro_batch_size=32", "--checkpoint.every_steps=10",

@@ -19,7 +19,7 @@ from dtr_scale.checkpoint.retention import METRICS, Keep
 from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError, UnsavedError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 LONE = World(0, 0, 1, torch.device("cpu"))
 PART = "rank_00000.safetensors"

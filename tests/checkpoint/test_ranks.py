@@ -10,8 +10,8 @@ from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.engines.world import join_world
 from dtr_scale.errors import EngineError, UnsavedError
-from dtr_scale.storage import Folder
-from tests.ranks import run_on_ranks
+from dtr_scale.storage.folder import Folder
+from tests.support.ranks import run_on_ranks
 
 ENTRY = Snapshot.entry
 

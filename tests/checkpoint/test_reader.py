@@ -12,7 +12,7 @@ from dtr_scale.checkpoint.layout import COMPLETE, INDEX, Piece, rank_file
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.errors import ConfigError, DamagedCheckpointError
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 VALUES = torch.randn(100, generator=torch.Generator().manual_seed(0))
 

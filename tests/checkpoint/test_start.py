@@ -13,10 +13,10 @@ import torch
 from dtr_scale.checkpoint.start import Start, read_start
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.train.build import build_trainer
-from dtr_scale.train.from_run import load_run
-from tests.ranks import run_on_ranks
-from tests.runs import SINGLE, demo_experiment, journal, run_trainer, train
+from dtr_scale.jobs.build import build_trainer
+from dtr_scale.jobs.trained import load_run
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import SINGLE, demo_experiment, journal, run_trainer, train
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 RELEASED = np.load(Path(__file__).parents[1] / "golden" / "dtr_dit_forward.npz")

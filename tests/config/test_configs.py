@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dtr_scale.cli import main
-from dtr_scale.config.export import experiment_schema
+from dtr_scale.cli.main import main
 from dtr_scale.config.load import load_experiment
-from dtr_scale.train.build import build_network
+from dtr_scale.config.schema import experiment_schema
+from dtr_scale.jobs.build import build_network
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.json"))

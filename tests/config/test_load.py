@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from dtr_scale.config.load import flatten, load_experiment, parse_overrides, resolved
+from dtr_scale.config.changes import flatten
+from dtr_scale.config.load import load_experiment, parse_overrides, resolved
 from dtr_scale.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

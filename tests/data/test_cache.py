@@ -11,9 +11,9 @@ import pytest
 
 from dtr_scale.data.cache import ShardCache
 from dtr_scale.data.reader import SampleReader
-from dtr_scale.data.sources import prepare_digits
 from dtr_scale.errors import DataError
-from dtr_scale.storage import Folder
+from dtr_scale.prepare.digits import prepare_digits
+from dtr_scale.storage.folder import Folder
 
 
 @pytest.fixture

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.assembly import BatchAssembler, MicroBatch
+from dtr_scale.data.batch import BatchAssembler, MicroBatch
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader
-from dtr_scale.data.shards import StoredSample, write_shards
-from dtr_scale.data.sources import Source, SyntheticSource, prepare, prepare_digits
+from dtr_scale.data.synthetic import SyntheticSource
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
+from dtr_scale.prepare.digits import Source, prepare, prepare_digits
+from dtr_scale.prepare.writer import StoredSample, write_shards
 from dtr_scale.randomness import KeyedStream, keyed_generator
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 SEED, BATCH = 11, 24
 DRAWS = ("class_dropout_prob", "horizontal_flip", "conditioning")

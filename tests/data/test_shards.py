@@ -11,11 +11,12 @@ from webdataset.compat import WebDataset
 
 from dtr_scale.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from dtr_scale.data.reader import SampleReader
-from dtr_scale.data.shards import StoredSample, write_shards
-from dtr_scale.data.sources import SyntheticSource, digits, prepare_digits
+from dtr_scale.data.synthetic import SyntheticSource
 from dtr_scale.errors import ConfigError, DataError
+from dtr_scale.prepare.digits import digits, prepare_digits
+from dtr_scale.prepare.writer import StoredSample, write_shards
 from dtr_scale.randomness import keyed_generator
-from dtr_scale.storage import Folder
+from dtr_scale.storage.folder import Folder
 
 
 @pytest.fixture(scope="module")

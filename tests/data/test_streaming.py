@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.cli import main
-from dtr_scale.data.assembly import BatchAssembler, MicroBatch
+from dtr_scale.cli.main import main
+from dtr_scale.data.batch import BatchAssembler, MicroBatch
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader
-from dtr_scale.data.shards import StoredSample
-from dtr_scale.data.sources import Source, prepare
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
-from dtr_scale.storage import Folder
-from tests.runs import DEMO
+from dtr_scale.prepare.digits import Source, prepare
+from dtr_scale.prepare.writer import StoredSample
+from dtr_scale.storage.folder import Folder
+from tests.support.runs import DEMO
 
 SHARDS, PER_SHARD, BATCH = 6, 100, 20
 STEPS = SHARDS * PER_SHARD // BATCH

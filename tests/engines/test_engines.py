@@ -12,11 +12,11 @@ import torch
 from dtr_scale.config.schema import EngineConfig
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DataError, EngineError
+from dtr_scale.jobs.build import build_network, build_trainer, sampling_settings
 from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Record
-from dtr_scale.train.build import build_network, build_trainer, sampling_settings
 from dtr_scale.train.evaluate import PeriodicEvaluation
-from tests.engines.jobs import (
+from tests.support.engine_jobs import (
     HALF,
     HALF_WAY,
     LONE,
@@ -28,8 +28,8 @@ from tests.engines.jobs import (
     setting,
     train_all,
 )
-from tests.ranks import run_on_ranks
-from tests.runs import demo_experiment
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import demo_experiment
 
 CHECKPOINTING = "--engine.activation_checkpointing=true"
 EXPERTS = ("--model.num_experts=3",)

@@ -9,9 +9,9 @@ import pytest
 
 from dtr_scale.config.load import load_experiment
 from dtr_scale.engines.world import join_world
-from dtr_scale.train.build import build_trainer
-from tests.ranks import run_on_ranks
-from tests.runs import ROOT, run_trainer
+from dtr_scale.jobs.build import build_trainer
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import ROOT, run_trainer
 
 MAX_GB = 24
 ENGINES = {

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tests.engines.jobs import (
+from tests.support.engine_jobs import (
     HALF,
     HALF_WAY,
     LONE,
@@ -15,7 +15,7 @@ from tests.engines.jobs import (
     train_all,
     train_on_ranks,
 )
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 

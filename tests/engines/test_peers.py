@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from dtr_scale.cli import main
+from dtr_scale.cli.main import main
 from dtr_scale.engines.peers import Failure, PeerWatch
 from dtr_scale.engines.world import World, join_world
-from dtr_scale.train import run as run_module
+from dtr_scale.jobs import train as run_module
 from dtr_scale.train.trainer import Trainer
-from tests.ranks import exit_codes, run_on_ranks
-from tests.runs import DEMO, SMALL
+from tests.support.ranks import exit_codes, run_on_ranks
+from tests.support.runs import DEMO, SMALL
 
 
 def train_with_a_failure(digits: Path, run_dir: Path) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dtr_scale.data.sources import digits
 from dtr_scale.errors import EvaluationError
-from dtr_scale.evaluation.legibility import legibility
-from dtr_scale.evaluation.metrics import frechet_distance
+from dtr_scale.evaluation.metrics import frechet_distance, legibility
+from dtr_scale.prepare.digits import digits
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "metrics.npz")
 

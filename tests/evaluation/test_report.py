@@ -8,8 +8,7 @@ import torch
 
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.reader import SampleReader
-from dtr_scale.data.sources import SyntheticSource
-from dtr_scale.data.sources import digits as digits_source
+from dtr_scale.data.synthetic import SyntheticSource
 from dtr_scale.evaluation.report import (
     has_pixel_metrics,
     pixel_frechet_distance,
@@ -17,7 +16,8 @@ from dtr_scale.evaluation.report import (
     read_all,
     write_report,
 )
-from dtr_scale.storage import Folder
+from dtr_scale.prepare.digits import digits as digits_source
+from dtr_scale.storage.folder import Folder
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,12 @@ import pytest
 
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import CheckpointError
-from dtr_scale.storage import Folder
-from dtr_scale.train import run
-from tests.ceph import CephServer
-from tests.disks import fill, small_disk
-from tests.ranks import run_on_ranks
-from tests.runs import DEMO, ROOT, SMALL, demo_experiment, journal
+from dtr_scale.jobs import train as run
+from dtr_scale.storage.folder import Folder
+from tests.support.ceph import CephServer
+from tests.support.disks import fill, small_disk
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import DEMO, ROOT, SMALL, demo_experiment, journal
 
 PATIENCE_SECONDS = 120
 ENDLESS = "--train.max_steps=1000000"

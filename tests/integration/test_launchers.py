@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import DEMO, ROOT, SINGLE, SMALL, TIMINGS, journal, train
+from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, TIMINGS, journal, train
 
 DEEPSPEED = Path(sysconfig.get_path("scripts")) / "deepspeed"
 STEPS = ("--train.max_steps=20", "--train.log_every=1")

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 from webdataset.compat import WebDataset
 
-from dtr_scale.cli import main
+from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest
-from dtr_scale.storage import Folder
-from tests.pictures import captioned, emoji, fashion_folders, small_autoencoder, small_clip
-from tests.runs import ROOT, journal, train
+from dtr_scale.storage.folder import Folder
+from tests.support.pictures import captioned, emoji, fashion_folders, small_autoencoder, small_clip
+from tests.support.runs import ROOT, journal, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's own
 

@@ -6,15 +6,15 @@ import time
 import pytest
 
 from dtr_scale.launchers import first_host
-from tests.runs import DEMO, SMALL, journal, train
-from tests.slurm import slurm_cluster
+from tests.support.runs import DEMO, SMALL, journal, train
+from tests.support.slurm import slurm_cluster
 
 FP32 = (*SMALL, "--engine.precision=fp32")
 JOB_SCRIPT = "launch/slurm/train.sbatch"
 SMALL_JOB = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 PRINT_RANK = """
 import os
-from dtr_scale.cli import main
+from dtr_scale.cli.main import main
 try:
     main(["--help"])
 except SystemExit:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dtr_scale.engines.world import World
-from dtr_scale.train.build import build_trainer
-from tests.runs import SINGLE, TIMINGS, demo_experiment, run_trainer
+from dtr_scale.jobs.build import build_trainer
+from tests.support.runs import SINGLE, TIMINGS, demo_experiment, run_trainer
 
 LONE = World(0, 0, 1, torch.device("cpu"))
 EVEN = ("--objective.num_clusters=7",)

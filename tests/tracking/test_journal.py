@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtr_scale.tracking.journal import Journal, read_journal, read_new_records
-from tests.disks import fill, small_disk
+from tests.support.disks import fill, small_disk
 
 figures = st.dictionaries(
     st.text(string.ascii_letters + string.digits + "_", min_size=1), st.floats(), max_size=4

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from dtr_scale.config.load import flatten, load_experiment, resolved
+from dtr_scale.config.changes import flatten
+from dtr_scale.config.load import load_experiment, resolved
 from dtr_scale.tracking import mlflow as mlflow_tracking
 from dtr_scale.tracking.journal import Journal
 from dtr_scale.tracking.mlflow import MlflowTracker, tracking_uri

@@ -8,9 +8,9 @@ import torch
 
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError
-from dtr_scale.train.build import build_trainer
+from dtr_scale.jobs.build import build_trainer
 from dtr_scale.train.probe import Probe, compare
-from tests.runs import SINGLE, demo_experiment, train
+from tests.support.runs import SINGLE, demo_experiment, train
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 STEPS = ("--train.global_batch_size=32", "--train.micro_batch_size=32", "--train.max_steps=3")

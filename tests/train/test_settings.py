@@ -11,11 +11,12 @@ from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError
+from dtr_scale.jobs.sample import sample_run
+from dtr_scale.jobs.train import train_experiment
+from dtr_scale.jobs.trained import load_run
 from dtr_scale.models.experts import MultiExperts
-from dtr_scale.train.from_run import load_run, sample_run
-from dtr_scale.train.run import train_experiment
-from tests.ranks import run_on_ranks
-from tests.runs import DEMO, ROOT, journal, train_on
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import DEMO, ROOT, journal, train_on
 
 ADM = {
     "type": "adm", "image_size": 8, "in_channels": 1, "model_channels": 32, "num_res_blocks": 1,
@@ -118,8 +119,8 @@ def test_an_expert_sees_its_timesteps_alone(digits, tmp_path):
     def spy(network, arguments):
         seen.extend(arguments[1].tolist())
 
-    from dtr_scale.train.build import build_trainer
-    from tests.runs import run_trainer
+    from dtr_scale.jobs.build import build_trainer
+    from tests.support.runs import run_trainer
 
     settings = experiment(digits, tmp_path, "--model.expert=2", "--model.num_experts=4")
     trainer = build_trainer(settings, World(0, 0, 1, torch.device("cpu")))

@@ -3,11 +3,11 @@
 import torch
 
 from dtr_scale.engines.world import World
-from dtr_scale.train.build import build_network, build_trainer
-from dtr_scale.train.from_run import load_run
-from dtr_scale.train.run import train_experiment
+from dtr_scale.jobs.build import build_network, build_trainer
+from dtr_scale.jobs.train import train_experiment
+from dtr_scale.jobs.trained import load_run
 from dtr_scale.train.state import persistent_buffers
-from tests.runs import SINGLE, demo_experiment, run_trainer
+from tests.support.runs import SINGLE, demo_experiment, run_trainer
 
 LONE = World(0, 0, 1, torch.device("cpu"))
 BATCH = ("--train.global_batch_size=32", "--train.micro_batch_size=32", "--train.max_steps=2")

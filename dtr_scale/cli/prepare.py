@@ -1,0 +1,338 @@
+"""The command `dtr-scale prepare SOURCE`: write a data set, verify it, look into it.
+
+As in `main`, nothing heavy is imported before a command is known.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dtr_scale.cli.arguments import fraction, positive_integer, positive_number, split_name
+from dtr_scale.errors import ConfigError, DtrScaleError
+from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
+
+if TYPE_CHECKING:
+    from dtr_scale.data.manifest import Manifest
+    from dtr_scale.prepare.encode import PictureEncoder, TextEncoder
+    from dtr_scale.prepare.listing import Listing
+
+EXIT_GO_ON = 75  # as training's: start the same command again
+
+PREPARE_EXAMPLES = """dtr-scale prepare imagefolder /data/imagenet --out s3://my-bucket/imagenet256/
+  torchrun --nproc_per_node 8 launch/prepare.py imagefolder /data/imagenet --out /data/latents
+  dtr-scale prepare verify s3://my-bucket/imagenet256/
+  dtr-scale prepare digits --out s3://my-bucket/digits/"""
+
+_VAE = "stabilityai/sd-vae-ft-ema"
+_RESUME = "A run that was stopped goes on when the same command is given again."
+_CAPTIONS = "captions as CLIP tokens; {}: an open_clip name, or a folder with open_clip_config.json"
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    """Give the command its sources and actions."""
+    # The deepspeed launcher passes it; the rank is taken from the environment.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    _add_image_folder(sources)
+    _add_coco(sources)
+    _add_ffhq(sources)
+    _add_webdataset(sources)
+    _add_digits(sources)
+    _add_verify(sources)
+    _add_inspect(sources)
+
+
+_Sources = Any  # argparse names the type of its sub-parsers privately
+
+
+def _source(sources: _Sources, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    return sources.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  dtr-scale prepare {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_image_folder(sources: _Sources) -> None:
+    parser = _source(
+        sources,
+        "imagefolder",
+        "a tree of class folders (SRC/train and SRC/val are two splits), or ImageNet's tar of tars",
+        "ILSVRC2012_img_train.tar --out data/imagenet256\n"
+        "  dtr-scale prepare imagefolder /data/imagenet/val --split val --out data/imagenet256",
+    )
+    parser.add_argument("path", type=Path, metavar="SRC")
+    _add_writing(parser, "train, or what SRC's folders say; a further split joins its manifest")
+    parser.set_defaults(run=_prepare, listing=_list_image_folder)
+
+
+def _add_coco(sources: _Sources) -> None:
+    parser = _source(
+        sources,
+        "coco",
+        "COCO's pictures with their first five captions, or without from a JSON of instances",
+        "--images /data/coco/train2017 --annotations captions_train2017.json --out data/coco256",
+    )
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
+    _add_writing(parser)
+    _add_text_encoder(parser, "ViT-L-14")
+    parser.set_defaults(run=_prepare, listing=_list_coco)
+
+
+def _add_ffhq(sources: _Sources) -> None:
+    summary = "FFHQ, or any tree of pictures of one class"
+    parser = _source(sources, "ffhq", summary, "/data/ffhq/images1024x1024 --out data/ffhq256")
+    parser.add_argument("path", type=Path, metavar="SRC")
+    _add_writing(parser)
+    parser.set_defaults(run=_prepare, listing=_list_ffhq)
+
+
+def _add_webdataset(sources: _Sources) -> None:
+    summary = "pictures of webdataset tars: KEY.jpg with KEY.cls, or KEY.txt with captions"
+    parser = _source(sources, "webdataset", summary, "/data/tars --out s3://my-bucket/latents/")
+    parser.add_argument("path", type=Path, metavar="SRC", help="a folder of tars, or one")
+    parser.add_argument(
+        "--num-classes", type=positive_integer, help="default: the largest class that occurs + 1"
+    )
+    _add_writing(parser)
+    _add_text_encoder(parser, None)
+    parser.set_defaults(run=_prepare, listing=_list_webdataset)
+
+
+def _add_digits(sources: _Sources) -> None:
+    summary = "scikit-learn's handwritten digits, 8x8, 10 classes; needs no download"
+    parser = _source(sources, "digits", summary, "--out data/digits")
+    parser.add_argument("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
+    parser.set_defaults(run=_digits)
+
+
+def _add_verify(sources: _Sources) -> None:
+    summary = "read and check every byte of prepared data; exit with 1 if any is damaged"
+    parser = _source(sources, "verify", summary, "s3://my-bucket/imagenet256/")
+    parser.add_argument("url", metavar="DIR_OR_S3")
+    parser.set_defaults(run=_verify)
+
+
+def _add_inspect(sources: _Sources) -> None:
+    summary = "tell what prepared data holds, and draw a contact sheet of it"
+    parser = _source(sources, "inspect", summary, "data/imagenet256 --num 64 --sheet sheet.png")
+    parser.add_argument("url", metavar="DIR_OR_S3")
+    parser.add_argument("--split", help="of the contact sheet (default: the first)")
+    parser.add_argument("--num", type=positive_integer, default=64, help="pictures (default 64)")
+    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), metavar="PNG")
+    parser.add_argument(
+        "--vae", help="decodes latents (default: the one that encoded them, if it is on this disk)"
+    )
+    parser.set_defaults(run=_inspect)
+
+
+def _add_writing(parser: argparse.ArgumentParser, split: str = "default train") -> None:
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
+    add("--split", type=split_name, help=split)
+    add("--size", type=positive_integer, help="of the square pictures (256; with --pixels 64)")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument(
+        "--vae", default=_VAE, help=f"name or folder for diffusers (default {_VAE})"
+    )
+    stored.add_argument("--pixels", action="store_true", help="store uint8 pictures, as ADM wants")
+    add("--batch-size", type=positive_integer, default=32, help="pictures (default 32)")
+    add("--workers", type=positive_integer, help="threads that decode (default: this rank's cores)")
+    add("--shard-mb", type=positive_number, default=256.0, help="about, per shard (default 256)")
+    add(
+        "--max-unreadable",
+        type=fraction,
+        default=0.01,
+        metavar="FRACTION",
+        help="of the pictures; the manifest lists them, more are an error (default 0.01)",
+    )
+    parser.description = f"{parser.description} {_RESUME}"
+
+
+def _add_text_encoder(parser: argparse.ArgumentParser, default: str | None) -> None:
+    told = _CAPTIONS.format(f"default {default}" if default else "default: no captions")
+    parser.add_argument("--text-encoder", default=default, metavar="NAME", help=told)
+    parser.add_argument(
+        "--text-pretrained",
+        default="openai",
+        metavar="WEIGHTS",
+        help="a tag of open_clip or a file (default openai)",
+    )
+
+
+def _list_image_folder(arguments: argparse.Namespace) -> "Listing":
+    from dtr_scale.prepare.listing import image_folder
+
+    return image_folder(arguments.path, arguments.split)
+
+
+def _list_ffhq(arguments: argparse.Namespace) -> "Listing":
+    from dtr_scale.prepare.listing import one_class
+
+    return one_class(arguments.path, arguments.split or "train")
+
+
+def _list_coco(arguments: argparse.Namespace) -> "Listing":
+    from dtr_scale.prepare.listing import coco
+
+    return coco(arguments.images, arguments.annotations, arguments.split or "train")
+
+
+def _list_webdataset(arguments: argparse.Namespace) -> "Listing":
+    from dtr_scale.prepare.listing import webdataset
+
+    return webdataset(
+        arguments.path,
+        arguments.split or "train",
+        num_classes=arguments.num_classes,
+        with_captions=arguments.text_encoder is not None,
+    )
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from dtr_scale.prepare.preparation import Preparation
+    from dtr_scale.storage.folder import Folder
+    from dtr_scale.train.signals import LeaveRequest
+
+    folder = Folder(arguments.out)
+    request = LeaveRequest()
+    try:
+        with request.listening():
+            listing = arguments.listing(arguments)
+            encoder, text_encoder = _encoders(arguments, listing)
+            outcome = Preparation(
+                listing,
+                folder,
+                encoder,
+                text_encoder,
+                shard_bytes=round(arguments.shard_mb * 1e6),
+                batch_size=arguments.batch_size,
+                num_workers=arguments.workers or _own_cores(),
+                max_unreadable=arguments.max_unreadable,
+                rank=launched_rank(),
+                world_size=launched_world_size(),
+                leaving=lambda: request.reason,
+            ).run()
+    except OSError as error:
+        raise _not_written(arguments.out, error) from error
+    if outcome.manifest is not None:
+        _tell(arguments.out, outcome.manifest)
+        return 0
+    print(f"{outcome.stored} of {outcome.shards} shards are stored", end="", file=sys.stderr)
+    if request.reason is None:
+        print("; the rank that stores the last one writes the manifest", file=sys.stderr)
+        return 0
+    print(f"; told to leave ({request.reason}): start the command again to go on", file=sys.stderr)
+    return EXIT_GO_ON
+
+
+def _encoders(
+    arguments: argparse.Namespace, listing: "Listing"
+) -> "tuple[PictureEncoder, TextEncoder | None]":
+    """Return what turns this listing's pictures and captions into numbers."""
+    from dtr_scale.prepare.encode import PixelEncoder, PosteriorEncoder, TextEncoder
+
+    text_encoder = None
+    if listing.has_captions:
+        text_encoder = TextEncoder(arguments.text_encoder, arguments.text_pretrained, _device())
+    if arguments.pixels:
+        return PixelEncoder(arguments.size or 64), text_encoder
+    return PosteriorEncoder(arguments.vae, arguments.size or 256, _device()), text_encoder
+
+
+def _device() -> Any:  # noqa: ANN401
+    """Return the torch device of this rank: a GPU of its own where there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _own_cores() -> int:
+    return min(16, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+def _digits(arguments: argparse.Namespace) -> int:
+    from dtr_scale.prepare.digits import prepare_digits
+    from dtr_scale.storage.folder import Folder
+
+    if launched_rank() > 0:
+        return 0
+    try:
+        manifest = prepare_digits(Folder(arguments.out))
+    except OSError as error:
+        raise _not_written(arguments.out, error) from None
+    _tell(arguments.out, manifest)
+    return 0
+
+
+def _not_written(out: str, error: OSError) -> ConfigError:
+    return ConfigError(f"--out={out} cannot be written: {error.strerror or error}; choose another")
+
+
+def _tell(out: str, manifest: "Manifest") -> None:
+    for split in dict.fromkeys(shard.split for shard in manifest.shards):
+        shards, samples = manifest.split(split), manifest.num_samples(split)
+        print(f"{split}: {samples} samples in {len(shards)} shards")
+    if manifest.unreadable:
+        print(f"unreadable: {len(manifest.unreadable)} pictures, listed in the manifest")
+    print(f"manifest: {out.rstrip('/')}/manifest.json")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from dtr_scale.data.manifest import read_manifest
+    from dtr_scale.prepare.inspection import verify
+    from dtr_scale.storage.folder import Folder
+
+    folder = Folder(arguments.url)
+    manifest = read_manifest(folder, split=None)
+    size = sum(shard.bytes for shard in manifest.shards)
+    files = damaged = 0
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        for name, num_bytes, problem in verify(folder, manifest):
+            bar.update(num_bytes)
+            files += 1
+            if problem is not None:
+                damaged += 1
+                bar.write(f"{name}: {problem}", file=sys.stdout)
+    verdict = f"{damaged} of {files} files damaged" if damaged else f"{files} files as written"
+    print(f"{folder.url}: {verdict}, {size / 1e9:.3f} GB")
+    return 1 if damaged else 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from dtr_scale.data.manifest import read_manifest
+    from dtr_scale.prepare.encode import decoder_of
+    from dtr_scale.prepare.inspection import describe, draw_samples
+    from dtr_scale.storage.folder import Folder
+
+    folder = Folder(arguments.url)
+    manifest = read_manifest(folder, arguments.split)
+    print(*describe(folder, manifest), sep="\n")
+    try:
+        encoder = decoder_of(manifest, arguments.vae, _device())
+    except DtrScaleError as error:
+        if arguments.vae is not None:
+            raise
+        print(f"no contact sheet: {error}")
+        return 0
+    import torch
+
+    from dtr_scale.evaluation.sampling import grid_columns, save_grid
+
+    split = arguments.split or manifest.shards[0].split
+    x_start, _ = draw_samples(folder, manifest, split, arguments.num)
+    images = encoder.decode(torch.from_numpy(x_start))
+    save_grid(arguments.sheet, images, columns=grid_columns(1))
+    print(f"contact sheet of {split}: {arguments.sheet}")
+    return 0

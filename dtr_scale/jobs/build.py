@@ -1,0 +1,408 @@
+"""The composition root: an experiment becomes a trainer, and a trainer a run.
+
+The only place where the config's sections meet the components, which take keyword arguments.
+"""
+
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import dtr_scale
+from dtr_scale.checkpoint.manager import CheckpointManager
+from dtr_scale.checkpoint.retention import Keep
+from dtr_scale.config.changes import flatten
+from dtr_scale.config.load import resolved
+from dtr_scale.config.schema import Experiment, TrainConfig
+from dtr_scale.data.batch import BatchAssembler
+from dtr_scale.data.cache import GIB
+from dtr_scale.data.loader import BatchLoader
+from dtr_scale.data.manifest import read_manifest
+from dtr_scale.data.order import GlobalOrder
+from dtr_scale.data.reader import SampleReader, Samples
+from dtr_scale.data.synthetic import SyntheticSource
+from dtr_scale.diffusion.clusters import log_snr_clusters, timestep_clusters
+from dtr_scale.diffusion.process import GaussianDiffusion
+from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
+from dtr_scale.engines.base import Engine
+from dtr_scale.engines.deepspeed_config import build_deepspeed_config
+from dtr_scale.engines.fsdp2 import Fsdp2Engine
+from dtr_scale.engines.single import SingleEngine
+from dtr_scale.engines.world import World
+from dtr_scale.errors import ConfigError
+from dtr_scale.evaluation.report import has_pixel_metrics
+from dtr_scale.evaluation.sampling import SamplingSettings
+from dtr_scale.models.build import build_model
+from dtr_scale.models.denoiser import Denoiser
+from dtr_scale.models.experts import expert_timesteps
+from dtr_scale.objectives.objective import build_objective
+from dtr_scale.storage.folder import Folder
+from dtr_scale.tracking.base import NotingTracker, NullTracker, Tracker
+from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
+from dtr_scale.train.evaluate import PeriodicEvaluation
+from dtr_scale.train.run_dir import CHECKPOINTS, SAMPLES, RunDirectory
+from dtr_scale.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+_SYNTHETIC_SAMPLES = 2**16
+
+
+def build_trainer(experiment: Experiment, world: World) -> Trainer:
+    """Return the trainer of an experiment, at step 0."""
+    train, objective = experiment.train, experiment.objective
+    with world.agree():
+        micro_batch_size = experiment.micro_batch_size(world.world_size)
+        samples = open_samples(experiment)
+        if world.is_main and isinstance(samples, SampleReader):
+            samples.check_sizes()
+    diffusion = build_diffusion(experiment)
+    loader = BatchLoader(
+        build_assembler(experiment, samples),
+        micro_batch_size=micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        node_ranks=world.node_ranks,
+        num_workers=experiment.data.num_workers,
+    )
+    engine = _build_engine(experiment, world, micro_batch_size, loader.grad_accum_steps)
+    return Trainer(
+        world=world,
+        engine=engine,
+        objective=build_objective(
+            objective.type,
+            num_clusters=objective.num_clusters,
+            global_batch_size=train.global_batch_size,
+            device=world.device,
+            gamma=objective.gamma,
+            k=objective.k,
+            lr=objective.lr,
+        ),
+        diffusion=diffusion,
+        timesteps=build_timesteps(experiment, diffusion),
+        loader=loader,
+        ema=Ema(engine, _ema_profiles(train)),
+        checkpoints=open_checkpoints(experiment, world),
+        meta={
+            "config": resolved(experiment),
+            "version": dtr_scale.__version__,
+            "torch": torch.__version__,
+            "world_size": world.world_size,
+            "manifest_hash": samples.manifest.hash("train"),
+        },
+        global_batch_size=train.global_batch_size,
+        max_steps=train.max_steps,
+        lr=train.lr,
+        log_every=train.log_every,
+        save_every=experiment.checkpoint.every_steps,
+        evaluate_every=experiment.evaluation.every_steps,
+    )
+
+
+def _ema_profiles(train: TrainConfig) -> list[EmaProfile]:
+    return [
+        ConstantDecay(train.ema_decay, is_first=True),
+        *(ConstantDecay(decay) for decay in train.ema_decays),
+        *(PowerFunction(sigma_rel) for sigma_rel in train.ema_sigma_rel),
+    ]
+
+
+def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
+    """Return the diffusion that an experiment trains on, with all its timesteps."""
+    return GaussianDiffusion(
+        experiment.diffusion.noise_schedule,
+        experiment.diffusion.num_timesteps,
+        learn_sigma=experiment.model.learn_sigma,
+    )
+
+
+def build_network(experiment: Experiment) -> Denoiser:
+    """Return the network of an experiment, initialised from its seed.
+
+    Every rank builds all of it on the CPU, so that it is the same at every world size and under
+    every engine; those that shard free what they do not keep.
+    """
+    torch.manual_seed(experiment.train.seed)
+    return build_model(
+        experiment.model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps
+    )
+
+
+def sampling_settings(experiment: Experiment) -> SamplingSettings:
+    """Return how an experiment's evaluation draws samples."""
+    evaluation = experiment.evaluation
+    return SamplingSettings(
+        noise_schedule=experiment.diffusion.noise_schedule,
+        num_timesteps=experiment.diffusion.num_timesteps,
+        sampler=evaluation.sampler,
+        num_sampling_steps=evaluation.num_sampling_steps,
+        cfg_scale=evaluation.cfg_scale,
+        cfg_channels=evaluation.cfg_channels,
+        clip_denoised=evaluation.clip_denoised,
+        seed=experiment.train.seed,
+        eta=evaluation.eta,
+        cfg_interval=evaluation.cfg_interval,
+    )
+
+
+def open_samples(experiment: Experiment, split: str = "train") -> Samples:
+    """Return the samples of a split; ConfigError if the network does not fit them."""
+    model, data = experiment.model, experiment.data
+    shape = (model.in_channels, model.input_size, model.input_size)
+    context_shape = None
+    if model.type == "dit" and model.conditioning == "text":
+        context_shape = model.context_length, model.context_dim
+    if data.type == "synthetic":
+        return SyntheticSource(
+            shape,
+            model.num_classes,
+            _SYNTHETIC_SAMPLES,
+            seed=experiment.train.seed,
+            context_shape=context_shape,
+        )
+    assert data.shards is not None
+    folder = Folder(data.shards, data.storage_options)
+    manifest = read_manifest(folder, split)
+    if manifest.shape != shape:
+        raise ConfigError(
+            f"model.in_channels and model.input_size make samples {list(shape)}, the manifest in "
+            f"{data.shards} has {list(manifest.shape)}; change the model or data.shards"
+        )
+    if context_shape != manifest.context_shape:
+        raise ConfigError(
+            f"model.conditioning = {model.conditioning!r} needs texts of shape {context_shape}, "
+            f"the manifest in {data.shards} has {manifest.context_shape}; change "
+            "model.conditioning, model.context_length and model.context_dim, or data.shards"
+        )
+    if model.conditioning == "class" and manifest.num_classes != model.num_classes:
+        raise ConfigError(
+            f"model.num_classes = {model.num_classes}, the manifest in {data.shards} has "
+            f"{manifest.num_classes}; set --model.num_classes={manifest.num_classes}"
+        )
+    return SampleReader(
+        folder,
+        manifest,
+        split,
+        window_shards=data.window_shards,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
+        cache_max_bytes=int(data.cache_gb * GIB),
+    )
+
+
+def sampling_conditions(
+    experiment: Experiment,
+) -> tuple[Callable[[range], Tensor], Tensor] | tuple[None, None]:
+    """Return what gives the texts of samples, the held-out split's in order, and the null text.
+
+    None for classes.
+    """
+    if experiment.model.conditioning != "text":
+        return None, None
+    samples = open_samples(experiment, "val")
+    places = [(shard, i) for shard, size in enumerate(samples.shard_samples) for i in range(size)]
+
+    def texts(indices: range) -> Tensor:
+        tokens = [samples.read(*places[index % len(places)])[1] for index in indices]
+        return torch.from_numpy(np.stack(tokens))
+
+    return texts, torch.from_numpy(samples.null_condition())
+
+
+def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
+    """Return the manager of a run's checkpoints, local or s3://."""
+    checkpoint = experiment.checkpoint
+    place = checkpoint.dir or experiment.run_path / CHECKPOINTS
+    return CheckpointManager(
+        Folder(place, experiment.data.storage_options if checkpoint.dir else None),
+        world=world,
+        keep=Keep(
+            last=checkpoint.keep_last,
+            every=checkpoint.keep_every,
+            best=checkpoint.keep_best,
+            metric=checkpoint.best_metric,
+        ),
+        max_failures=checkpoint.max_failures,
+    )
+
+
+def build_timesteps(experiment: Experiment, diffusion: GaussianDiffusion) -> TimestepSampler:
+    """Return what draws an experiment's timesteps."""
+    return TimestepSampler(
+        seed=experiment.train.seed,
+        boundaries=_cluster_boundaries(experiment, diffusion),
+        global_batch_size=experiment.train.global_batch_size,
+    )
+
+
+def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) -> np.ndarray:
+    """Return what `TimestepSampler` draws in: ant_uw's clusters, equal strata for the others."""
+    model, objective = experiment.model, experiment.objective
+    num_timesteps, num_clusters = diffusion.num_timesteps, objective.num_clusters
+    timesteps = range(num_timesteps)
+    if model.expert is not None:
+        timesteps = expert_timesteps(model.expert, model.num_experts, num_timesteps)
+    if objective.type != "ant_uw":
+        return timestep_strata(timesteps, num_clusters)
+    if objective.clusters == "log_snr":
+        snr = diffusion.snr(torch.tensor(timesteps)).numpy()
+        return timesteps.start + log_snr_clusters(snr, num_clusters)
+    if objective.clusters == "gradient":
+        return np.array(objective.boundaries)
+    return timesteps.start + timestep_clusters(len(timesteps), num_clusters)
+
+
+def build_assembler(
+    experiment: Experiment, samples: Samples, kind: type[BatchAssembler] = BatchAssembler
+) -> BatchAssembler:
+    """Return what makes the micro-batches of an experiment."""
+    train, data, model = experiment.train, experiment.data, experiment.model
+    return kind(
+        samples,
+        GlobalOrder(samples.shard_samples, train.seed, data.window_shards, data.num_lanes),
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        draw_timesteps=build_timesteps(experiment, build_diffusion(experiment)),
+        conditioning=model.conditioning,
+        class_dropout_prob=model.class_dropout_prob,
+        horizontal_flip=data.horizontal_flip,
+    )
+
+
+def _build_engine(
+    experiment: Experiment, world: World, micro_batch_size: int, grad_accum_steps: int
+) -> Engine:
+    config, train = experiment.engine, experiment.train
+    network = build_network(experiment)
+    for module in network.modules():
+        if isinstance(module, Denoiser):
+            module.activation_checkpointing = config.activation_checkpointing
+    _announce(experiment, network)
+    if config.compile and config.type == "deepspeed" and config.zero_stage == 3:
+        if world.is_main:
+            log.warning(
+                "engine.compile has no effect under ZeRO-3, which gathers weights inside the "
+                "blocks; set engine.compile=false, or engine.type=fsdp2 to shard and compile"
+            )
+    elif config.compile:
+        _compile_blocks(network)
+    optimizer = {"lr": train.lr, "weight_decay": train.weight_decay}
+    step: Any = {"grad_clip": train.grad_clip, "precision": config.precision}
+    match config.type:
+        case "single":
+            return SingleEngine(network, device=world.device, **optimizer, **step)
+        case "fsdp2":
+            replicate, shard = config.mesh(world.world_size)
+            return Fsdp2Engine(
+                network,
+                blocks=network.routed_blocks(),
+                world=world,
+                replicate=replicate,
+                shard=shard,
+                reshard_after_forward=config.reshard_after_forward,
+                **optimizer,
+                **step,
+            )
+        case "deepspeed":
+            from dtr_scale.engines.zero import DeepSpeedEngine
+
+            settings = build_deepspeed_config(
+                config.deepspeed_config,
+                global_batch_size=train.global_batch_size,
+                micro_batch_size=micro_batch_size,
+                grad_accum_steps=grad_accum_steps,
+                zero_stage=config.zero_stage,
+                **step,
+            )
+            return DeepSpeedEngine(network, world=world, config=settings, **optimizer)
+
+
+def _compile_blocks(network: Denoiser) -> None:
+    """Compile before wrapping: one graph per block shape, no breaks, and names stay as they are."""
+    blocks = network.routed_blocks()
+    # The blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile()
+
+
+def _announce(experiment: Experiment, network: nn.Module) -> None:
+    model, engine = experiment.model, experiment.engine
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    stage = f" ZeRO-{engine.zero_stage}" if engine.type == "deepspeed" else ""
+    log.info(
+        "%s, %.4gM parameters, routing %s, objective %s; engine %s%s %s",
+        model.title,
+        millions,
+        model.routing.type,
+        experiment.objective.type,
+        engine.type,
+        stage,
+        engine.precision,
+    )
+    if model.title.startswith("DiT-XL") and model.routing.type == "dtr":
+        log.warning(
+            "the authors' own later table has DiT-XL with DTR behind plain DiT-XL "
+            "(FID 10.85 against 9.40 at 400K steps)"
+        )
+
+
+def build_tracker(experiment: Experiment, world: World, run_dir: RunDirectory) -> Tracker:
+    """Return what mirrors rank 0's journal, as the experiment asks."""
+    tracking = experiment.tracking
+    if tracking.type == "none":
+        return NullTracker()
+    from dtr_scale.tracking.mlflow import MlflowTracker
+
+    return MlflowTracker(
+        run_dir=run_dir.path,
+        journal=run_dir.journal,
+        uri=tracking.uri,
+        experiment=tracking.experiment,
+        name=experiment.name,
+        params=flatten(resolved(experiment)),
+        tags={
+            "dtr_scale.version": dtr_scale.__version__,
+            "torch.version": torch.__version__,
+            "world_size": str(world.world_size),
+            "device": str(world.device.type),
+            "host": socket.gethostname(),
+            "run_dir": str(run_dir.path.resolve()),
+        },
+    )
+
+
+def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:
+    """Return the split that samples are compared with, if they will and can be."""
+    wanted = experiment.evaluation.every_steps and experiment.data.type == "latents"
+    if not wanted or not has_pixel_metrics(trainer.loader.samples):
+        return None
+    return open_samples(experiment, "val")
+
+
+def build_evaluation(
+    experiment: Experiment, trainer: Trainer, run_dir: RunDirectory | None, tracker: Tracker
+) -> PeriodicEvaluation:
+    """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to."""
+    evaluation = experiment.evaluation
+    conditions, null_condition = None, None
+    if evaluation.every_steps:
+        conditions, null_condition = sampling_conditions(experiment)
+    return PeriodicEvaluation(
+        world=trainer.world,
+        engine=trainer.engine,
+        ema=trainer.ema,
+        settings=sampling_settings(experiment),
+        num_samples=evaluation.num_samples,
+        batch_size=evaluation.batch_size,
+        conditions=conditions,
+        null_condition=null_condition,
+        held_out=_held_out(experiment, trainer) if run_dir else None,
+        folder=run_dir.path / SAMPLES if run_dir else None,
+        tracker=NotingTracker(tracker, trainer.checkpoints.note),
+    )

@@ -1,0 +1,199 @@
+"""One job of a run: take the directory, go on from its checkpoint, train, write how it ended."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from dtr_scale.config.load import resolved
+from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.peers import Failure, PeerWatch
+from dtr_scale.engines.world import World, join_world
+from dtr_scale.errors import ConfigError, PeerError, UnsavedError
+from dtr_scale.jobs.build import build_evaluation, build_tracker, build_trainer
+from dtr_scale.jobs.resume import take_up
+from dtr_scale.launchers import launched_rank, launched_world_size
+from dtr_scale.tracking.base import NullTracker, Tracker
+from dtr_scale.tracking.journal import Journal, Record
+from dtr_scale.train.progress import Progress
+from dtr_scale.train.run_dir import RunDirectory, write_failure, write_status
+from dtr_scale.train.signals import LeaveRequest
+from dtr_scale.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+EXIT_FINISHED, EXIT_FAILED, EXIT_REQUEUE = 0, 1, 75
+_PEER_SECONDS = 5.0
+
+
+def train_experiment(experiment: Experiment) -> int:
+    """Run an experiment to its end or to a request to leave; return the exit code.
+
+    0: finished; 75: checkpointed, start it again to go on. The run directory's status.json tells
+    the same, since launchers replace exit codes. Errors are raised.
+    """
+    leave = LeaveRequest(experiment.train.max_minutes)
+    with ExitStack() as stack:
+        stack.enter_context(leave.listening())
+        world = _join(experiment)
+        run_dir = stack.enter_context(_run_directory(experiment, world))
+        peers = PeerWatch(world, end=partial(_end_with_peer, experiment.run_path))
+        stack.enter_context(_failures_told(experiment.run_path, peers))
+        trainer = build_trainer(experiment, world)
+        stack.callback(trainer.loader.close)
+        stack.callback(trainer.checkpoints.close)
+        take_up(trainer, experiment, world, run_dir)
+        records = stack.enter_context(_records(trainer, experiment, world, run_dir))
+        with world.agree():
+            evaluate = build_evaluation(experiment, trainer, run_dir, records.tracker)
+        # The last job may have been killed, or asked to leave, after it saved and before this.
+        if trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
+            evaluate(trainer.step)
+        reason = trainer.run(leave, log=records.write, evaluate=evaluate)
+        records.end("preempted" if reason else "finished", reason or "")
+        world.barrier()
+        peers.close()
+    # Not after an error: the other ranks may be waiting in a collective, or gone.
+    world.leave()
+    return EXIT_REQUEUE if reason else EXIT_FINISHED
+
+
+class _Records:
+    """What rank 0 writes of a run: journal, tracker, progress, status; nothing on other ranks."""
+
+    tracker: Tracker = NullTracker()
+
+    def write(self, record: Record) -> None: ...
+
+    def end(self, outcome: str, reason: str) -> None: ...
+
+
+class _MainRecords(_Records):
+    def __init__(
+        self, trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory
+    ) -> None:
+        self._trainer = trainer
+        self._path = run_dir.path
+        run_dir.write_config(resolved(experiment))
+        write_status(run_dir.path, "running", step=trainer.step)
+        self._journal = Journal(run_dir.journal, step=trainer.step)
+        self.tracker = build_tracker(experiment, world, run_dir)
+        self._told_saved_step: int | None = None
+        self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
+
+    def write(self, record: Record) -> None:
+        self._journal.write(record)
+        self._tell_of_save()
+        self.tracker.log(record)
+        self._progress.show(record)
+
+    def end(self, outcome: str, reason: str) -> None:
+        """Write how the run ended, first of all where launch scripts look for it.
+
+        UnsavedError if that, or the journal's last records, cannot be written.
+        """
+        try:
+            self._journal.close()
+            write_status(
+                self._path,
+                outcome,
+                step=self._trainer.step,
+                saved_step=self._trainer.saved_step,
+                reason=reason,
+            )
+        except OSError as error:
+            raise UnsavedError(
+                f"the end of the run cannot be written to {self._path}: {error.strerror}; make "
+                f"room and start it again; it has a checkpoint of step {self._trainer.saved_step}"
+            ) from None
+        checkpoint = None
+        if self._trainer.saved_step is not None:
+            checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
+        self.close(outcome, checkpoint)
+        told = f"leaving on request ({reason})" if reason else outcome
+        log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint)
+
+    def _tell_of_save(self) -> None:
+        """Note the newest checkpoint, so that a start without it does not begin again."""
+        saved_step = self._trainer.saved_step
+        if saved_step != self._told_saved_step:
+            with contextlib.suppress(OSError):  # told again at the next record
+                write_status(self._path, "running", step=self._trainer.step, saved_step=saved_step)
+                self._told_saved_step = saved_step
+
+    def close(self, outcome: str, checkpoint: str | None) -> None:
+        self._progress.close()
+        with contextlib.suppress(OSError):  # told already, when its records were kept in memory
+            self._journal.close()
+        self.tracker.finish(outcome, checkpoint)
+
+
+@contextmanager
+def _records(
+    trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
+) -> Iterator[_Records]:
+    """Open rank 0's records, with one verdict for all ranks; close them if the run fails."""
+    records = _Records()
+    with world.agree():
+        if run_dir:
+            records = _MainRecords(trainer, experiment, world, run_dir)
+    try:
+        yield records
+    except BaseException:
+        if isinstance(records, _MainRecords):
+            records.close("failed", None)
+        raise
+
+
+def _join(experiment: Experiment) -> World:
+    world_size = launched_world_size()
+    if experiment.engine.type == "single" and world_size > 1:
+        raise ConfigError(
+            f"engine.type = 'single' runs in one process, the launcher started {world_size}; "
+            "use --engine.type=deepspeed or fsdp2, or start one process"
+        )
+    return join_world(needs_process_group=experiment.engine.type != "single")
+
+
+@contextmanager
+def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirectory | None]:
+    """Hold the run directory on rank 0; the other ranks know that it is held."""
+    run_dir: RunDirectory | None = None
+    with world.agree():
+        if world.is_main:
+            run_dir = RunDirectory(experiment.run_path)
+    try:
+        yield run_dir
+    finally:
+        if run_dir:
+            run_dir.close()
+
+
+@contextmanager
+def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
+    """Let the rank that failed tell status.json and its peers why; what breaks after is no news.
+
+    When a rank is gone, the collectives of the others fail with errors that explain nothing.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and (failure := peers.wait_for_failure(_PEER_SECONDS)):
+            told = PeerError(f"another rank failed: {failure.reason}")
+            told.exit_code = failure.exit_code
+            told.reported = not write_failure(run_path, failure.reason)
+            raise told from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
+        peers.post(reason, getattr(error, "exit_code", EXIT_FAILED))
+        raise
+
+
+def _end_with_peer(run_path: Path, failure: Failure) -> None:
+    """End this process, which still waits for a rank that has failed."""
+    if write_failure(run_path, failure.reason) or launched_rank() == 0:
+        log.error("another rank failed: %s", failure.reason)
+    os._exit(failure.exit_code)

@@ -1,0 +1,219 @@
+"""What is finished of data that is being prepared, kept in the folder itself.
+
+`preparing.json` says what is being prepared, `<shard>.record.json` that a shard is stored with
+its index. They let a killed run go on, and ranks work without talking: whoever stores the last
+shard writes the manifest, which replaces them.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from dtr_scale.data.manifest import (
+    MANIFEST_NAME,
+    NULL_CONTEXT_NAME,
+    Manifest,
+    Sha256,
+    Shard,
+    data_errors,
+    read_manifest,
+    write_manifest,
+)
+from dtr_scale.errors import ConfigError
+from dtr_scale.storage.folder import Folder
+
+PLAN_NAME = "preparing.json"
+
+
+class ShardRecord(BaseModel):
+    """A finished shard, and what it adds to the manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fingerprint: Sha256
+    shard: Shard
+    unreadable: tuple[str, ...]
+    sums: tuple[float, ...]
+    """Of the stored numbers of each channel, without mirror images and deviations."""
+    squares: tuple[float, ...]
+    """Sums of their squares."""
+
+    @property
+    def name(self) -> str:
+        return record_name(self.shard.name)
+
+
+def record_name(shard_name: str) -> str:
+    """Return the name of a shard's record."""
+    return f"{shard_name.removesuffix('.tar')}.record.json"
+
+
+class Ledger:
+    """The state of a folder against `plan`: the manifest to be, yet without shards."""
+
+    def __init__(self, folder: Folder, plan: Manifest) -> None:
+        self._folder = folder
+        self._plan = plan
+        content = json.dumps(_identity(plan), sort_keys=True)
+        self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def begin(self) -> list[str]:
+        """Note the plan and return the splits to be written: [] when all are there.
+
+        Raises ConfigError when the folder holds, or is about to hold, other data.
+        """
+        with data_errors(self._folder, PLAN_NAME):
+            names = self._folder.names()
+        if PLAN_NAME in names:
+            # Another rank may write the manifest, and remove the plan, at this very moment.
+            with contextlib.suppress(FileNotFoundError):
+                begun = Manifest.model_validate_json(self._folder.read_bytes(PLAN_NAME))
+                self._must_be_alike(begun, "unfinished ", begun.origins | self._plan.origins)
+        present: set[str] = set()
+        if MANIFEST_NAME in names:
+            manifest = read_manifest(self._folder, split=None)
+            present = {shard.split for shard in manifest.shards}
+            self._must_be_alike(manifest, "", present & self._plan.origins.keys())
+        missing = [split for split in self._plan.origins if split not in present]
+        if not missing:
+            self._clear(names)
+        elif PLAN_NAME not in names:
+            self._folder.write_bytes(PLAN_NAME, self._plan.model_dump_json(indent=1).encode())
+        return missing
+
+    def finished(self, shard_names: Iterable[str]) -> dict[str, ShardRecord]:
+        """Return the records of those shards that are stored as their records say."""
+        names = set(self._folder.names())
+        records: dict[str, ShardRecord] = {}
+        for shard_name in shard_names:
+            if record_name(shard_name) not in names or shard_name not in names:
+                continue
+            try:
+                content = self._folder.read_bytes(record_name(shard_name))
+            except FileNotFoundError:  # another rank has just written the manifest
+                continue
+            record = ShardRecord.model_validate_json(content)
+            stored = record.fingerprint == self._fingerprint and record.shard.index_name in names
+            if stored and self._folder.size(shard_name) == record.shard.bytes:
+                records[shard_name] = record
+        return records
+
+    def add(
+        self,
+        shard: Shard,
+        unreadable: Sequence[str],
+        sums: Sequence[float],
+        squares: Sequence[float],
+    ) -> None:
+        """Note a shard that is stored with its index."""
+        record = ShardRecord(
+            fingerprint=self._fingerprint,
+            shard=shard,
+            unreadable=tuple(unreadable),
+            sums=tuple(sums),
+            squares=tuple(squares),
+        )
+        self._folder.write_bytes(record.name, record.model_dump_json().encode())
+
+    def forget(self, record: ShardRecord) -> None:
+        """Let a stored shard be made again, by whichever rank makes it."""
+        self._folder.remove(record.name)
+
+    def finish(self, records: Sequence[ShardRecord]) -> Manifest:
+        """Write the manifest of all shards, beside those of splits that were there before."""
+        written = {record.shard.split for record in records}
+        before = self._plan
+        if self._folder.exists(MANIFEST_NAME):
+            before = read_manifest(self._folder, split=None)
+        shards = [shard for shard in before.shards if shard.split not in written]
+        unreadable = [name for name in before.unreadable if name.partition("/")[0] not in written]
+        content = {
+            "shards": (*shards, *(record.shard for record in records)),
+            "unreadable": (*unreadable, *(name for r in records for name in r.unreadable)),
+            "origins": before.origins | self._plan.origins,
+            "channel_mean": before.channel_mean,
+            "channel_std": before.channel_std,
+        }
+        if "train" in written:
+            content["channel_mean"], content["channel_std"] = self._statistics(
+                [record for record in records if record.shard.split == "train"]
+            )
+        if self._plan.context_shape is not None:
+            tokens = self._folder.read_bytes(NULL_CONTEXT_NAME)
+            content["null_context_sha256"] = hashlib.sha256(tokens).hexdigest()
+        manifest = self._plan.model_copy(update=content)
+        write_manifest(self._folder, manifest)
+        self._clear(self._folder.names())
+        return manifest
+
+    def _statistics(
+        self, records: Sequence[ShardRecord]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return mean and standard deviation of x_start, by channel."""
+        channels, height, width = self._plan.shape
+        count = max(1, sum(record.shard.samples for record in records)) * height * width
+        scale, shift = self._plan.scale_factor, self._plan.shift
+        mean, std = [], []
+        for channel in range(channels):
+            stored = math.fsum(record.sums[channel] for record in records) / count
+            square = math.fsum(record.squares[channel] for record in records) / count
+            mean.append(stored * scale + shift)
+            std.append(math.sqrt(max(0.0, square - stored**2)) * scale)
+        return tuple(mean), tuple(std)
+
+    def _clear(self, names: Sequence[str]) -> None:
+        """Remove what the manifest replaces, the plan last, and what a killed process left."""
+        if self._folder.is_local:
+            for split in self._plan.origins:
+                for left in self._folder.local_path.glob(f".{split}-*.part"):
+                    left.unlink(missing_ok=True)
+        for name in (*(name for name in names if name.endswith(".record.json")), PLAN_NAME):
+            if name in names:
+                self._folder.remove(name)
+
+    def _must_be_alike(self, found: Manifest, state: str, splits: Iterable[str]) -> None:
+        told = differences(_identity(found), _identity(self._plan), splits)
+        if told:
+            raise ConfigError(
+                f"{self._folder.url} holds {state}data of other settings: {'; '.join(told)}; fix: "
+                "give these settings, another --out, or remove the folder"
+            )
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], splits: Iterable[str]) -> list[str]:
+    """Return what differs between the identities of two manifests, a line per setting."""
+    origins = {split: found["origins"].get(split, {}) for split in splits}
+    wanted_origins = {split: wanted["origins"].get(split, {}) for split in origins}
+    pairs = _flat(found | {"origins": origins}), _flat(wanted | {"origins": wanted_origins})
+    return [
+        f"{name} is {_short(pairs[0].get(name))}, not {_short(pairs[1].get(name))}"
+        for name in sorted(pairs[0].keys() | pairs[1].keys())
+        if pairs[0].get(name) != pairs[1].get(name)
+    ]
+
+
+def _identity(plan: Manifest) -> dict[str, Any]:
+    """Return what two plans must have in common to be of the same data."""
+    told = {"shards", "unreadable", "channel_mean", "channel_std", "null_context_sha256"}
+    names: dict[str, Any] = {"encoder": {"name"}, "text_encoder": {"name"}}  # a folder may move
+    return plan.model_dump(mode="json", exclude=names | dict.fromkeys(told, True))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+def _short(value: object) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,161 @@
+"""Making shards: pictures are read ahead by threads, encoded in batches, and summed up."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dtr_scale.prepare.encode import PictureEncoder, TextEncoder
+from dtr_scale.prepare.images import UnreadablePictureError, read_ahead, read_picture
+from dtr_scale.prepare.listing import Picture
+from dtr_scale.prepare.writer import StoredSample, shard_name
+
+log = logging.getLogger(__name__)
+
+
+class Work(NamedTuple):
+    """A shard to be made."""
+
+    split: str
+    number: int
+    first_key: int
+    pictures: list[Picture]
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.split, self.number)
+
+    def told(self, picture: Picture) -> str:
+        """Return the picture's name for the manifest, whose JSON is UTF-8 whatever disks hold."""
+        name = picture.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        return f"{self.split}/{name}"
+
+
+@dataclass
+class MadeShard:
+    """A shard on its way to storage."""
+
+    work: Work
+    channels: int
+    samples: list[StoredSample] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = np.zeros(self.channels)  # float64 [C], of stored numbers
+        self.squares = np.zeros(self.channels)
+
+    def count(self, numbers: np.ndarray) -> None:
+        """Add one sample's [C, H, W] to the sums: one by one, they do not leave the cache."""
+        channels = numbers.reshape(self.channels, -1).astype(np.float64)
+        self.sums += channels.sum(1)
+        self.squares += np.einsum("cn,cn->c", channels, channels)
+
+
+class ShardMaker:
+    """Makes shards one after the other; batches never reach over the end of a shard.
+
+    So a shard's bytes do not depend on which shards this process makes beside it.
+    """
+
+    def __init__(
+        self,
+        encoder: PictureEncoder,
+        text_encoder: TextEncoder | None,
+        *,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        self._encoder = encoder
+        self._text_encoder = text_encoder
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+
+    def make(
+        self, works: Sequence[Work], on_batch: Callable[[int, int], bool]
+    ) -> Iterator[MadeShard]:
+        """Yield shards until `on_batch`, told of pictures and unreadable ones, says to stop."""
+        batches = (batch for work in works for batch in self._batches(work))
+        read = read_ahead(batches, self.read, num_workers=self._num_workers)
+        try:
+            for work in works:
+                shard = MadeShard(work, self._encoder.shape[0])
+                for batch in self._batches(work):
+                    before = len(shard.unreadable)
+                    self._add(shard, batch, next(read))
+                    if not on_batch(len(batch), len(shard.unreadable) - before):
+                        return
+                yield shard
+        finally:
+            read.close()
+
+    def _batches(self, work: Work) -> Iterator[list[Picture]]:
+        for first in range(0, len(work.pictures), self._batch_size):
+            yield work.pictures[first : first + self._batch_size]
+
+    def read(self, picture: Picture) -> np.ndarray | UnreadablePictureError:
+        """Return a picture, uint8 [3, size, size], or what is wrong with it."""
+        try:
+            size = self._encoder.size
+            return read_picture(picture.path, size, picture.offset, picture.length)
+        except UnreadablePictureError as error:
+            return error
+
+    def _add(
+        self,
+        shard: MadeShard,
+        batch: Sequence[Picture],
+        answers: Sequence[np.ndarray | UnreadablePictureError],
+    ) -> None:
+        pictures: list[Picture] = []
+        arrays: list[np.ndarray] = []
+        for picture, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, UnreadablePictureError):
+                shard.unreadable.append(shard.work.told(picture))
+                log.warning("%s cannot be read: %s", shard.unreadable[-1], answer)
+            else:
+                pictures.append(picture)
+                arrays.append(answer)
+        if not pictures:
+            return
+        stored = self._encoder.encode(np.stack(arrays))
+        for numbers in self._encoder.means(stored):
+            shard.count(numbers)
+        for array, picture, context in zip(stored, pictures, self._contexts(pictures), strict=True):
+            shard.samples.append(StoredSample(array, picture.label, picture.captions, context))
+
+    def _contexts(self, pictures: Sequence[Picture]) -> Sequence[np.ndarray | None]:
+        """Return the tokens of each picture's captions, float16 [captions, L, D]."""
+        if self._text_encoder is None:
+            return [None] * len(pictures)
+        tokens = self._text_encoder.encode([text for one in pictures for text in one.captions])
+        return np.split(tokens, np.cumsum([len(one.captions) for one in pictures])[:-1])
+
+
+class Progress:
+    """What a person sees: a bar with pictures/s and time left, or a line per shard in a log."""
+
+    def __init__(self, pictures: int, shards: int, *, shown: bool) -> None:
+        self._pictures, self._shards = pictures, shards
+        self._made = self._stored = 0
+        self._start = time.monotonic()
+        off = None if shown else True  # None: off where there is no terminal
+        self._bar = tqdm(total=pictures, unit=" pictures", smoothing=0.05, disable=off)
+
+    def made(self, pictures: int) -> None:
+        self._made += pictures
+        self._bar.update(pictures)
+
+    def stored(self, name: str, samples: int) -> None:
+        self._stored += 1
+        speed = max(1, self._made) / (time.monotonic() - self._start)
+        left = timedelta(seconds=round((self._pictures - self._made) / speed))
+        told = f"{name}: {samples} samples, shard {self._stored} of {self._shards}"
+        log.info("%s, %.1f pictures/s, eta %s", told, speed, left)
+
+    def close(self) -> None:
+        self._bar.close()

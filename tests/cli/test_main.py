@@ -1,0 +1,202 @@
+"""The command line: help with examples, exit codes, and errors in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtr_scale.cli.main import main
+from dtr_scale.data.manifest import read_manifest
+from dtr_scale.storage.folder import Folder
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "configs" / "demo_digits.json")
+COMMANDS = [
+    "train",
+    "sample",
+    "evaluate",
+    "cka",
+    "affinity",
+    "prepare",
+    "convert",
+    "checkpoint",
+    "ema",
+    "bench",
+    "plan",
+    "config",
+]
+OF_A_RUN = ["sample", "evaluate", "cka", "affinity"]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def refused(capsys, *arguments):
+    """Run a command that must fail with exit code 2; return its only line."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"] if command else ["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    examples = out.partition("example")[2]
+    assert f"dtr-scale {command}" in examples or "launch/train.py --config configs/" in examples
+    assert "%(" not in out and "local_rank" not in out
+
+
+# bench needs no file and would run
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "bench"])
+def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkeypatch):
+    """Every example parses: what it is refused for is that there is no such file or run."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    example = capsys.readouterr().out.strip().splitlines()[-1].split()
+    arguments = example[1:] if example[0] == "dtr-scale" else ["train", *example[2:]]
+    assert arguments[0] == command
+    if command == "prepare":
+        arguments[-1] = str(tmp_path / "out")
+        assert main(arguments) == 0
+    else:
+        line = refused(capsys, *arguments)
+        assert any(told in line for told in ("No such file", "no run directory", "no checkpoint"))
+
+
+def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):
+    line = refused(capsys, "sample", "run", "--colums", "3")
+    assert line.startswith("error: unknown argument --colums; of a trained run evaluation.* alone")
+    line = refused(capsys, "evaluate", "run", "--train.lr=3")
+    assert line.startswith("error: unknown argument --train.lr;")
+    assert "unexpected argument 'extra'" in refused(capsys, "evaluate", "run", "extra")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["cka", "run", "--colums", "3"],
+        ["affinity", "run", "extra"],
+        ["prepare", "digits", "--out", "there", "--fast"],
+        ["config", "schema", "--indent=2"],
+        ["bench", "checkpoint", "--fast"],
+    ],
+)
+def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
+    line = refused(capsys, *arguments)
+    assert line.startswith("error: unknown argument ")
+    assert f"see dtr-scale {arguments[0]} -h" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["trian"],
+        ["train"],
+        ["train", "--conf", DEMO],
+        ["prepare", "cifar", "--out", "there"],
+        ["sample", "run", "--num", "0"],
+        ["sample", "run", "--num", "-1"],
+        ["evaluate", "run", "--num-samples", "many"],
+        ["plan", "--config", DEMO],
+        ["bench"],
+        ["bench", "checkpoint", "--rounds", "0"],
+    ],
+)
+def test_a_command_that_cannot_be_understood_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err and "error: " in err.splitlines()[-1]
+
+
+def test_config_show_fills_in_every_default_and_override(capsys):
+    assert main(["config", "show", DEMO, "--train.lr=2e-4", "--model.depth", "2"]) == 0
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    assert (shown["train"]["lr"], shown["model"]["depth"]) == (2e-4, 2)
+    assert (shown["run_dir"], shown["tracking"]["type"]) == ("runs/demo_digits", "mlflow")
+    assert err == ""
+
+
+def test_what_is_shown_can_be_run_again(capsys, tmp_path):
+    assert main(["config", "show", DEMO]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "shown.json").write_text(shown)
+    assert main(["config", "show", str(tmp_path / "shown.json")]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_secrets_are_not_shown(capsys):
+    options = '--data.storage_options={"key": "KEY0", "secret": "SECRET0", "token": "TOKEN0"}'
+    assert main(["config", "show", DEMO, options]) == 0
+    shown = capsys.readouterr().out
+    assert not [secret for secret in ("KEY0", "SECRET0", "TOKEN0") if secret in shown]
+
+
+def test_config_schema_is_a_json_schema(capsys):
+    assert main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"model", "data", "train"} <= set(schema["properties"])
+
+
+def test_prepare_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
+    assert main(["prepare", "digits", "--out", f"{tmp_path}/"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 1500 samples in 3 shards",
+        "val: 297 samples in 1 shards",
+        f"manifest: {tmp_path}/manifest.json",
+    ]
+    assert read_manifest(Folder(tmp_path)).num_samples("train") == 1500
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "prepare", "digits", "--out", str(tmp_path / "file" / "digits"))
+    assert "file/digits cannot be written: Not a directory" in line
+    assert "unknown kind of folder" in refused(capsys, "prepare", "digits", "--out", "gs://a/b")
+
+
+@pytest.mark.parametrize("command", OF_A_RUN)
+def test_what_is_no_run_directory_is_refused(command, tmp_path, capsys):
+    assert "is no run directory" in refused(capsys, command, str(tmp_path))
+    assert "is no run directory" in refused(capsys, command, str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("command", OF_A_RUN)
+def test_a_run_without_a_checkpoint_is_refused(command, tmp_path, digits, capsys):
+    overrides = [f"--run_dir={tmp_path}", f"--data.shards={digits}"]
+    assert main(["config", "show", DEMO, *overrides]) == 0
+    (tmp_path / "config.json").write_text(capsys.readouterr().out)
+    assert "no complete checkpoint in" in refused(capsys, command, str(tmp_path))
+
+
+def test_rank_0_alone_reports_an_error_of_the_experiment(monkeypatch, capsys):
+    arguments = ["train", "--config", DEMO, "--local_rank=1", "--train.lrr=1"]
+    assert "train.lrr; did you mean train.lr?" in refused(capsys, *arguments)
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("script", [["-m", "dtr_scale", "train"], ["launch/train.py"]])
+def test_a_process_exits_with_the_code_and_without_a_traceback(script):
+    command = [sys.executable, *script, "--local_rank=0", "--config", "missing.json"]
+    ended = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: cannot read the experiment file 'missing.json'")
+    assert len(ended.stderr.splitlines()) == 1

@@ -1,0 +1,452 @@
+"""Preparing pictures: the same bytes whoever makes them, nothing lost, nothing mixed up."""
+
+import io
+import json
+import os
+import tarfile
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from s3fs import S3FileSystem
+
+from dtr_scale.data.manifest import MANIFEST_NAME, NULL_CONTEXT_NAME, read_manifest
+from dtr_scale.errors import ConfigError, DataError
+from dtr_scale.prepare.encode import PixelEncoder, PosteriorEncoder, TextEncoder
+from dtr_scale.prepare.images import read_picture
+from dtr_scale.prepare.inspection import draw_samples, verify
+from dtr_scale.prepare.ledger import PLAN_NAME
+from dtr_scale.prepare.listing import coco, image_folder, one_class
+from dtr_scale.prepare.preparation import Preparation
+from dtr_scale.storage.folder import Folder
+from tests.support.pictures import (
+    as_bytes,
+    captioned,
+    class_folders,
+    noise_picture,
+    small_autoencoder,
+    small_clip,
+    tar_of,
+)
+
+SIZE = 16
+SAMPLE_BYTES = 5 * 512  # of a tar: two headers, a class, 128 + 768 bytes of an array
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Three classes of 23, 9 and 14 pictures."""
+    root = tmp_path_factory.mktemp("source")
+    return class_folders(root / "train", {"n03": 14, "n01": 23, "n02": 9})
+
+
+@pytest.fixture(scope="module")
+def vae_path(tmp_path_factory):
+    return small_autoencoder(tmp_path_factory.mktemp("vae") / "vae")
+
+
+def preparation(source, folder, encoder=None, **options):
+    listing = source if hasattr(source, "splits") else image_folder(source)
+    settings: dict[str, Any] = {"shard_bytes": 10 * SAMPLE_BYTES, "batch_size": 4}
+    return Preparation(listing, folder, encoder or PixelEncoder(SIZE), **settings | options)
+
+
+def contents(folder):
+    return {name: folder.read_bytes(name) for name in folder.names()}
+
+
+def written(folder, names):
+    """Return what changes whenever a file is written: inode and time, or S3's time."""
+    if folder.is_local:
+        stats = [(folder.local_path / name).stat() for name in names]
+        return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
+    return [S3FileSystem().info(f"{folder.url}/{name}")["LastModified"] for name in names]
+
+
+def stop_after(batches):
+    """Return what says, after so many batches, that the process should leave."""
+    calls = iter(range(batches))
+    return lambda: None if next(calls, None) is not None else "SIGTERM"
+
+
+def test_every_picture_is_stored_once(source, folder):
+    outcome = preparation(source, folder).run()
+    manifest = read_manifest(folder)
+    assert outcome.manifest == manifest
+    assert [shard.samples for shard in manifest.shards] == [10, 10, 10, 10, 6]
+    padding = manifest.shards[0].bytes - 10 * SAMPLE_BYTES
+    assert 0 < padding <= 10 * 1024 + 1024  # a tar ends with zeros, up to whole 10 KB
+    names = [name for shard in manifest.shards for name in (shard.name, shard.index_name)]
+    assert sorted(folder.names()) == sorted([MANIFEST_NAME, *names])
+    assert not [problem for *_, problem in verify(folder, manifest) if problem]
+    assert manifest.class_names == ("n01", "n02", "n03")
+    assert (manifest.encoding, manifest.dtype, manifest.shape) == ("pixels", "uint8", (3, 16, 16))
+
+    x_start, labels = draw_samples(folder, manifest, "train", 46)
+    found = {(x.tobytes(), label) for x, label in zip(x_start, labels, strict=True)}
+    pictures = image_folder(source).splits["train"]
+    expected = {
+        ((read_picture(p.path, SIZE) * np.float32(1 / 127.5) - 1).tobytes(), p.label)
+        for p in pictures
+    }
+    assert found == expected
+    assert len(found) == 46
+    np.testing.assert_allclose(manifest.channel_mean, x_start.mean((0, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(manifest.channel_std, x_start.std((0, 2, 3)), rtol=1e-4)
+
+
+def test_classes_are_mixed_within_shards(source, tmp_path):
+    """Training shuffles within a window of shards, and the source is sorted by class."""
+    folder = Folder(tmp_path)
+    manifest = preparation(source, folder).run().manifest
+    assert manifest is not None
+    for shard in manifest.shards:
+        labels = np.load(tmp_path / shard.index_name)[:, 1]
+        assert len(set(labels)) > 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_any_number_of_ranks_writes_the_same_bytes(source, folder, tmp_path, world_size):
+    alone = Folder(tmp_path / "alone")
+    preparation(source, alone).run()
+    outcomes = [
+        preparation(source, folder, rank=rank, world_size=world_size).run()
+        for rank in range(world_size)
+    ]
+    assert [outcome.manifest is not None for outcome in outcomes[:5]] == [
+        rank == min(world_size, 5) - 1 for rank in range(min(world_size, 5))
+    ]
+    assert contents(folder) == contents(alone)
+
+
+@pytest.mark.parametrize("batches", [0, 3, 8, 12])
+def test_a_stopped_run_goes_on_with_what_is_missing(source, folder, tmp_path, batches):
+    alone = Folder(tmp_path / "alone")
+    preparation(source, alone).run()
+    outcome = preparation(source, folder, leaving=stop_after(batches)).run()
+    assert outcome.manifest is None
+    assert (outcome.stored, outcome.shards) == (batches // 3, 5)
+    with pytest.raises(DataError, match=r"manifest.json is missing"):
+        read_manifest(folder)
+    made = [name for name in folder.names() if name.endswith(".tar")]
+    before = written(folder, made)
+    preparation(source, folder, num_workers=3).run()
+    assert written(folder, made) == before
+    assert contents(folder) == contents(alone)
+
+
+def test_a_shard_without_a_whole_tar_index_and_record_is_made_again(source, tmp_path):
+    alone, folder = Folder(tmp_path / "alone"), Folder(tmp_path / "folder")
+    preparation(source, alone).run()
+    preparation(source, folder, leaving=stop_after(12)).run()
+    path = folder.local_path
+    (path / "train-000000.tar").write_bytes((path / "train-000000.tar").read_bytes()[:-512])
+    (path / "train-000001.index.npy").unlink()
+    (path / "train-000002.record.json").unlink()
+    (path / ".train-000003.tar.123-456.part").write_bytes(b"what a killed process left")
+    assert preparation(source, folder).run().manifest is not None
+    assert contents(folder) == contents(alone)
+    assert not list(path.glob(".*"))
+
+
+def test_finished_data_is_left_alone(source, folder):
+    preparation(source, folder).run()
+    before = contents(folder)
+    again = preparation(source, folder).run()
+    assert again.manifest == read_manifest(folder)
+    assert again.shards == 0
+    assert contents(folder) == before
+
+
+def test_what_a_kill_left_after_the_manifest_is_removed(source, tmp_path):
+    folder = Folder(tmp_path)
+    preparation(source, folder, leaving=stop_after(4)).run()
+    left = {n: c for n, c in contents(folder).items() if n.endswith(".json")}
+    assert left.keys() == {PLAN_NAME, "train-000000.record.json"}
+    preparation(source, folder).run()
+    before = contents(folder)
+    for name, content in left.items():
+        folder.write_bytes(name, content)
+    preparation(source, folder).run()
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": PixelEncoder(8)}, r"shape is \[3, 16, 16\], not \[3, 8, 8\]; fix: give these"),
+        ({"shard_bytes": 5 * SAMPLE_BYTES}, "origins.train.samples_per_shard is 10, not 5"),
+        ({"more": True}, "origins.train.pictures is 46, not 47"),
+    ],
+)
+def test_other_settings_are_refused_by_name(source, folder, unfinished, options, message, tmp_path):
+    leaving = stop_after(4) if unfinished else stop_after(10**6)
+    preparation(source, folder, leaving=leaving).run()
+    before = contents(folder)
+    if options.get("more"):
+        other = tmp_path / "more"
+        other.mkdir()
+        for wnid in source.iterdir():
+            (other / wnid.name).symlink_to(wnid)
+        (other / "n04").mkdir()
+        (other / "n04" / "x.png").write_bytes(as_bytes(noise_picture(0)))
+        source, options = other, {}
+    state = "unfinished data" if unfinished else "data"
+    with pytest.raises(ConfigError, match=f"holds {state} of other settings: .*{message}"):
+        preparation(source, folder, **options).run()
+    assert contents(folder) == before
+
+
+def test_batch_size_and_workers_may_change(source, tmp_path):
+    folder, alone = Folder(tmp_path / "a"), Folder(tmp_path / "b")
+    preparation(source, alone).run()
+    preparation(source, folder, leaving=stop_after(6)).run()
+    preparation(source, folder, batch_size=7, num_workers=4).run()
+    assert contents(folder) == contents(alone)
+
+
+def test_a_further_split_joins_the_manifest(source, folder, tmp_path):
+    train = preparation(source, folder).run().manifest
+    assert train is not None
+    val = class_folders(tmp_path / "val", {"n01": 3, "n02": 4, "n03": 5}, first_seed=100)
+    joined = preparation(image_folder(val, "val"), folder).run().manifest
+    assert joined is not None and joined == read_manifest(folder)
+    assert (joined.num_samples("train"), joined.num_samples("val")) == (46, 12)
+    assert joined.hash("train") == train.hash("train")
+    assert joined.channel_mean == train.channel_mean
+    assert joined.origins.keys() == {"train", "val"}
+    assert not [problem for *_, problem in verify(folder, joined) if problem]
+    assert preparation(image_folder(val, "val"), folder).run().shards == 0
+
+    fewer = class_folders(tmp_path / "fewer", {"n01": 3}, first_seed=100)
+    with pytest.raises(ConfigError, match="num_classes is 3, not 1"):
+        preparation(image_folder(fewer, "test"), folder).run()
+
+
+def test_two_splits_at_once_are_those_made_one_after_the_other(source, tmp_path):
+    class_folders(tmp_path / "src" / "val", {"n01": 3, "n02": 4, "n03": 5}, first_seed=100)
+    (tmp_path / "src" / "train").symlink_to(source)
+    both, single = Folder(tmp_path / "both"), Folder(tmp_path / "single")
+    preparation(tmp_path / "src", both).run()
+    for split in ("train", "val"):
+        preparation(image_folder(tmp_path / "src", split), single).run()
+    assert contents(both) == contents(single)
+
+
+def test_two_ranks_that_finish_together_agree(source, tmp_path, monkeypatch):
+    """The second finds the last record, and the first has written the manifest by then."""
+    folder, alone = Folder(tmp_path / "folder"), Folder(tmp_path / "alone")
+    preparation(source, alone).run()
+    second = preparation(source, folder)
+    finish = second._ledger.finish
+
+    def after_the_first(records):
+        assert preparation(source, folder).run().manifest is not None
+        return finish(records)
+
+    monkeypatch.setattr(second._ledger, "finish", after_the_first)
+    second.run()
+    assert contents(folder) == contents(alone)
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Forty pictures, of which three are none."""
+    root = class_folders(tmp_path / "damaged", {"a": 20, "b": 20})
+    (root / "a" / "004.png").write_bytes(b"")
+    (root / "b" / "000.png").write_text("no picture")
+    content = (root / "b" / "010.png").read_bytes()
+    (root / "b" / "010.png").write_bytes(content[: len(content) // 2])
+    return root
+
+
+def test_unreadable_pictures_are_listed(damaged, folder, warnings_of):
+    manifest = preparation(damaged, folder, max_unreadable=0.1, batch_size=1).run().manifest
+    assert manifest is not None
+    names = ["train/a/004.png", "train/b/000.png", "train/b/010.png"]
+    assert sorted(manifest.unreadable) == names
+    assert manifest.num_samples("train") == 37
+    assert sum(shard.samples for shard in manifest.shards) == 37
+    warnings = sorted(warnings_of("dtr_scale.prepare.maker"))
+    assert [w.partition(" cannot be read: ")[0] for w in warnings] == names
+    assert not [problem for *_, problem in verify(folder, manifest) if problem]
+    keys = [name for shard in manifest.shards for name in _keys(folder, shard)]
+    assert len(set(keys)) == 37
+
+
+def test_an_unreadable_picture_whose_name_is_not_utf_8_is_listed(tmp_path, warnings_of):
+    root = class_folders(tmp_path / "src", {"a": 3})
+    (root / "a" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    folder = Folder(tmp_path / "out")
+    preparation(root, folder, max_unreadable=1.0).run()
+    assert read_manifest(folder).unreadable == (r"train/a/caf\xe9.png",)
+    (warning,) = warnings_of("dtr_scale.prepare.maker")
+    assert warning.startswith(r"train/a/caf\xe9.png cannot be read")
+
+
+def _keys(folder, shard):
+    with tarfile.open(fileobj=io.BytesIO(folder.read_bytes(shard.name))) as tar:
+        return [name for name in tar.getnames() if name.endswith(".cls")]
+
+
+def test_a_shard_of_unreadable_pictures_alone_is_empty(tmp_path):
+    (tmp_path / "src").mkdir()
+    for i in range(12):
+        (tmp_path / "src" / f"{i}.png").write_bytes(b"")
+    folder = Folder(tmp_path / "out")
+    manifest = preparation(one_class(tmp_path / "src"), folder, max_unreadable=1.0).run().manifest
+    assert manifest is not None
+    assert [shard.samples for shard in manifest.shards] == [0, 0]
+    assert len(manifest.unreadable) == 12
+    assert not [problem for *_, problem in verify(folder, manifest) if problem]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_too_many_unreadable_pictures_stop_the_run(damaged, tmp_path, rank):
+    folder = Folder(tmp_path / "out")
+    message = (
+        "of 40 pictures cannot be read .*--max-unreadable=0.05 allows; fix: mend .*another --out"
+    )
+    options = {"max_unreadable": 0.05, "world_size": 2}
+    if rank == 0:
+        preparation(damaged, folder, rank=1, **options | {"max_unreadable": 1.0}).run()
+    with pytest.raises(DataError, match=message):
+        preparation(damaged, folder, rank=0, **options).run()
+        preparation(damaged, folder, rank=1, **options).run()
+    assert not folder.exists(MANIFEST_NAME)
+    preparation(damaged, folder, max_unreadable=0.1).run()
+    assert read_manifest(folder).num_samples("train") == 37
+
+
+def test_mended_pictures_are_stored_by_the_next_start(damaged, folder, tmp_path):
+    """The shards that lack them are made again, the others are left alone."""
+    ranks = {"world_size": 2, "max_unreadable": 1.0}
+    preparation(damaged, folder, rank=1, **ranks).run()
+    records = [name for name in folder.names() if name.endswith(".record.json")]
+    lacking = {name: json.loads(folder.read_bytes(name))["unreadable"] for name in records}
+    names = {name for some in lacking.values() for name in some}
+    assert names and not all(lacking.values())
+    complete = [
+        json.loads(folder.read_bytes(n))["shard"]["name"] for n in records if not lacking[n]
+    ]
+    before = written(folder, complete)
+    for name in names:
+        noise_picture(500).save(damaged / name.removeprefix("train/"))
+
+    assert preparation(damaged, folder, rank=0, **ranks).run().manifest is None
+    assert written(folder, complete) == before
+    manifest = preparation(damaged, folder, rank=1, **ranks).run().manifest
+    assert manifest is not None and not names & set(manifest.unreadable)
+    alone = Folder(tmp_path / "alone")
+    preparation(damaged, alone, max_unreadable=1.0).run()
+    assert contents(folder) == contents(alone)
+
+
+def test_shards_without_pictures_that_stay_unreadable_are_left_alone(damaged, folder):
+    ranks = {"world_size": 2, "max_unreadable": 1.0}
+    preparation(damaged, folder, rank=0, **ranks).run()
+    tars = [name for name in folder.names() if name.endswith(".tar")]
+    before = written(folder, tars)
+    assert preparation(damaged, folder, rank=1, **ranks).run().manifest is not None
+    assert written(folder, tars) == before
+
+
+def test_latents_of_both_views_are_stored(source, vae_path, folder):
+    encoder = PosteriorEncoder(str(vae_path), SIZE, CPU)
+    manifest = preparation(source, folder, encoder).run().manifest
+    assert manifest is not None and manifest == read_manifest(folder)
+    assert manifest.encoder == encoder.record
+    assert (manifest.stored_shape, manifest.dtype) == ((2, 2, 4, 4, 4), "float16")
+    x_start, labels = draw_samples(folder, manifest, "train", 46)
+    assert np.bincount(labels).tolist() == [23, 9, 14]
+    pictures = np.stack([read_picture(p.path, SIZE) for p in image_folder(source).splits["train"]])
+    expected = encoder.means(encoder.encode(pictures)).astype(np.float64) * 0.18215
+    np.testing.assert_allclose(manifest.channel_mean, expected.mean((0, 2, 3)), atol=2e-4)
+    np.testing.assert_allclose(manifest.channel_std, expected.std((0, 2, 3)), atol=2e-4)
+    order = np.lexsort(x_start.reshape(46, -1).T[:1])
+    expected_order = np.lexsort(expected.reshape(46, -1).T[:1])
+    np.testing.assert_allclose(x_start[order], expected[expected_order], atol=2e-3)
+
+
+def test_moved_weights_are_the_same_weights(source, vae_path, tmp_path):
+    folder = Folder(tmp_path / "out")
+    encoder = PosteriorEncoder(str(vae_path), SIZE, CPU)
+    preparation(source, folder, encoder, leaving=stop_after(4)).run()
+    (tmp_path / "moved").symlink_to(vae_path)
+    moved = PosteriorEncoder(str(tmp_path / "moved"), SIZE, CPU)
+    assert preparation(source, folder, moved).run().manifest is not None
+
+
+def test_captions_are_stored_with_their_tokens(folder, tmp_path):
+    captions = {
+        f"{i}.png": [f"picture {i}, caption {j}" for j in range(5 - i % 2)] for i in range(9)
+    }
+    pictures = {name: as_bytes(noise_picture(i)) for i, name in enumerate(captions)}
+    root = captioned(tmp_path / "coco", pictures, captions)
+    listing = coco(root / "images", root / "captions.json")
+    text_encoder = TextEncoder(str(small_clip(tmp_path / "clip")), "", CPU)
+    manifest = (
+        preparation(listing, folder, text_encoder=text_encoder, shard_bytes=10**5).run().manifest
+    )
+    assert manifest is not None
+    assert (manifest.context_shape, manifest.text_encoder) == ((77, 32), text_encoder.record)
+    assert not [problem for *_, problem in verify(folder, manifest) if problem]
+    folder.get(NULL_CONTEXT_NAME, tmp_path / "null.npy")
+    null = np.load(tmp_path / "null.npy")
+    np.testing.assert_array_equal(null, text_encoder.encode([""])[0])
+
+    found = {}
+    for shard in manifest.shards:
+        tar = folder.read_bytes(shard.name)
+        folder.get(shard.index_name, tmp_path / "index.npy")
+        for _, label, start, count in np.load(tmp_path / "index.npy"):
+            tokens = np.frombuffer(tar, np.float16, count * 77 * 32, start).reshape(-1, 77, 32)
+            text = _captions_before(tar, start)
+            assert (label, len(text)) == (0, count)
+            expected = text_encoder.encode(text)
+            np.testing.assert_allclose(tokens, expected, rtol=2e-2, atol=2e-2)
+            found[text[0]] = text
+    assert sorted(found.values()) == sorted(captions.values())
+
+
+def _captions_before(tar, start):
+    """Return the captions that lie in a tar before the tokens at `start`."""
+    with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
+        members = [m for m in opened if m.name.endswith(".captions.json") and m.offset_data < start]
+        file = opened.extractfile(members[-1])
+        assert file
+        return json.loads(file.read())
+
+
+def test_tars_and_folders_give_the_same_shards(source, tmp_path):
+    tars = {
+        f"{folder.name}.tar": tar_of({p.name: p.read_bytes() for p in sorted(folder.iterdir())})
+        for folder in sorted(source.iterdir())
+    }
+    (tmp_path / "all.tar").write_bytes(tar_of(tars))
+    a, b = Folder(tmp_path / "a"), Folder(tmp_path / "b")
+    preparation(source, a).run()
+    preparation(tmp_path / "all.tar", b).run()
+    assert contents(a) == contents(b)
+
+
+def test_a_folder_made_otherwise_is_not_mixed_with(digits, source, tmp_path):
+    folder = Folder(tmp_path / "copy")
+    for path in digits.iterdir():
+        folder.write_bytes(path.name, path.read_bytes())
+    with pytest.raises(ConfigError, match=r"origins.train.source is absent, not imagefolder"):
+        preparation(source, folder).run()
+
+
+def test_pictures_larger_than_a_shard_have_one_each(tmp_path):
+    (tmp_path / "src").mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / "src" / f"{i}.png")
+    folder = Folder(tmp_path / "out")
+    manifest = preparation(one_class(tmp_path / "src"), folder, shard_bytes=1).run().manifest
+    assert manifest is not None
+    assert [shard.samples for shard in manifest.shards] == [1, 1, 1]

@@ -1,0 +1,70 @@
+"""Small runs of the demo's experiment for tests, in this process or on ranks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from dtr_scale.config.load import load_experiment
+from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.world import World
+from dtr_scale.jobs.build import build_evaluation, build_trainer
+from dtr_scale.jobs.train import train_experiment
+from dtr_scale.tracking.base import NullTracker
+from dtr_scale.tracking.journal import Record
+from dtr_scale.train.signals import LeaveRequest
+from dtr_scale.train.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo_digits.json"
+TIMINGS = {"samples_per_second", "data_wait_fraction"}
+SMALL = (
+    "--model.hidden_size=32",
+    "--model.depth=2",
+    "--data.num_workers=0",
+    "--tracking.type=none",
+    "--train.log_every=1",
+    "--checkpoint.every_steps=1000",
+)
+SINGLE = ("--engine.type=single", "--engine.precision=fp32")
+
+
+def demo_experiment(digits: Path | str, run_dir: Path, *overrides: str) -> Experiment:
+    """Return the demo's experiment on a prepared folder, smaller unless overridden."""
+    places = (f"--data.shards={digits}", f"--run_dir={run_dir}")
+    return load_experiment(DEMO, [*SMALL, *places, *overrides])
+
+
+def train(digits: Path | str, run_dir: Path, *overrides: str) -> int:
+    """Train in this process and return the exit code."""
+    return train_experiment(demo_experiment(digits, run_dir, *SINGLE, *overrides))
+
+
+def run_trainer(
+    trainer: Trainer, evaluate: Callable[[int], None] = lambda step: None
+) -> list[Record]:
+    """Run a trainer to its end and return the records of its steps."""
+    records: list[Record] = []
+    trainer.run(LeaveRequest(), log=records.append, evaluate=evaluate)
+    trainer.loader.close()
+    return records
+
+
+def train_on(
+    world: World, experiment: Experiment, *, resume: bool = False, evaluating: bool = False
+) -> list[Record]:
+    """Train an experiment on a rank's world and return the records of its steps."""
+    trainer = build_trainer(experiment, world)
+    if resume:
+        assert trainer.resume()
+    if evaluating:
+        return run_trainer(trainer, build_evaluation(experiment, trainer, None, NullTracker()))
+    return run_trainer(trainer)
+
+
+def journal(run_dir: Path) -> list[Record]:
+    """Return a run's journal without the figures that tell the time."""
+    lines = (run_dir / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in TIMINGS}
+        for line in lines
+    ]
