@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
@@ -26,6 +27,8 @@ SMALL = (
     "--checkpoint.every_steps=1000",
 )
 SINGLE = ("--engine.type=single", "--engine.precision=fp32")
+BATCH = ("--train.global_batch_size=32", "--train.micro_batch_size=32")
+TINY = (*BATCH, "--train.max_steps=4", "--checkpoint.every_steps=2")
 
 
 def demo_experiment(digits: Path | str, run_dir: Path, *overrides: str) -> Experiment:
@@ -37,6 +40,11 @@ def demo_experiment(digits: Path | str, run_dir: Path, *overrides: str) -> Exper
 def train(digits: Path | str, run_dir: Path, *overrides: str) -> int:
     """Train in this process and return the exit code."""
     return train_experiment(demo_experiment(digits, run_dir, *SINGLE, *overrides))
+
+
+def tiny(digits: Path | str, run_dir: Path, *overrides: str) -> int:
+    """Train four steps in this process, saving every second one, and return the exit code."""
+    return train(digits, run_dir, *TINY, *overrides)
 
 
 def run_trainer(
@@ -68,3 +76,22 @@ def journal(run_dir: Path) -> list[Record]:
         {key: value for key, value in json.loads(line).items() if key not in TIMINGS}
         for line in lines
     ]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """Return what a run tells about itself."""
+    return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+
+
+def kept(run_dir: Path) -> list[int]:
+    """Return the steps whose checkpoints a run has kept."""
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def copied(digits: Path, tmp_path: Path) -> Path:
+    """Copy the digits to where a test may damage them."""
+    place = tmp_path / "digits"
+    place.mkdir()
+    for path in digits.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    return place

@@ -1,0 +1,97 @@
+"""The convert command: official files and runs in, files and folders out."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dtr_scale.checkpoint.convert import from_official, official_config
+from dtr_scale.checkpoint.weights import read_weights
+from dtr_scale.cli.main import main
+from dtr_scale.jobs.trained import load_run
+from dtr_scale.models.build import build_model
+from tests.support.runs import train
+from tests.support.weights import (
+    ADM,
+    assert_same,
+    checkpoint,
+    dtr_masks,
+    load_diffusers,
+    mask_name,
+    released,
+)
+
+
+def refused(capsys, *arguments):
+    assert main(["convert", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert out == ""
+    assert line.startswith("error: ")
+    return line
+
+
+def test_masks_that_share_memory_are_written(tmp_path):
+    mask = dtr_masks().float()
+    weights = released() | {mask_name(i): mask for i in range(3)}
+    torch.save(weights, tmp_path / "weights.pt")
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "weights.pt"), "--from", "dtr", "--to", "safetensors",
+                 "--out", str(out)]) == 0  # fmt: skip
+    assert_same(load_file(out), {name: value.float() for name, value in weights.items()})
+
+
+def test_the_command_converts_official_files(tmp_path, saved, capsys):
+    path = saved(checkpoint() | {"ema": {f"module.{k}": v for k, v in released().items()}})
+    to_file = ["--from", "dit", "--to", "safetensors", "--out", f"{tmp_path}/a.safetensors"]
+    assert main(["convert", str(path), *to_file]) == 0
+    assert capsys.readouterr() == (f"{tmp_path}/a.safetensors\n", "")
+    official = {name: value.float() for name, value in released().items()}
+    assert_same(load_file(tmp_path / "a.safetensors"), official)
+
+    to_folder = ["--from", "dit", "--to", "diffusers", "--out", f"{tmp_path}/b"]
+    assert "give it by --num-heads" in refused(capsys, tmp_path / "a.safetensors", *to_folder)
+    arguments = [f"{tmp_path}/a.safetensors", *to_folder, "--num-heads", "4"]
+    assert main(["convert", *arguments]) == 0
+    assert load_diffusers(tmp_path / "b").config["num_attention_heads"] == 4
+
+
+def test_the_command_keeps_the_masks_of_dtr(tmp_path, saved):
+    official = released(dtr_masks())
+    arguments = ["--from", "dtr", "--to", "safetensors", "--out", f"{tmp_path}/a.safetensors"]
+    assert main(["convert", str(saved(official)), *arguments]) == 0
+    written = read_weights(tmp_path / "a.safetensors")
+    assert_same(from_official(written, "dtr"), from_official(official, "dtr"))
+    assert torch.equal(written[mask_name(2)], dtr_masks().float())
+
+
+def test_the_command_refuses_in_one_line(tmp_path, saved, capsys):
+    path, out = saved(released(dtr_masks())), ["--out", tmp_path / "out"]
+    file, folder = ["--to", "safetensors", *out], ["--to", "diffusers", *out]
+    assert "kind 'dit' does not fit" in refused(capsys, path, "--from", "dit", *file)
+    heads = ["--num-heads", 4]
+    assert "has no masks" in refused(capsys, path, "--from", "dtr", *folder, *heads)
+    adm = saved(build_model(ADM).state_dict())
+    assert "'adm' is no DiT" in refused(capsys, adm, "--from", "adm", *folder)
+    assert "No such file" in refused(capsys, tmp_path / "no.pt", "--from", "dit", *file)
+    assert "is no run directory" in refused(capsys, tmp_path, "--from", "run", *file)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["none", "random", "dtr"])
+def test_the_command_converts_a_run(digits, tmp_path, capsys, kind):
+    run = tmp_path / "run"
+    small = ("--train.max_steps=2", f"--model.routing.type={kind}", "--train.ema_decay=0.5")
+    assert train(digits, run, *small) == 0
+    capsys.readouterr()
+    out = ["--out", f"{tmp_path}/a.safetensors"]
+    assert main(["convert", str(run), "--from", "run", "--to", "safetensors", *out]) == 0
+    network = load_run(run).network
+    official = read_weights(tmp_path / "a.safetensors")
+    weights = from_official(official, "dit" if kind == "none" else "dtr")
+    assert_same(weights, network.state_dict())
+    config = official_config(official, "dit" if kind == "none" else "dtr", num_heads=4)
+    assert config["routing"]["type"] == kind
+    if kind == "none":
+        folder = ["--out", f"{tmp_path}/b"]
+        assert main(["convert", str(run), "--from", "run", "--to", "diffusers", *folder]) == 0
+        assert load_diffusers(tmp_path / "b").config["sample_size"] == 8

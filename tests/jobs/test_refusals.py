@@ -1,0 +1,104 @@
+"""Refuse bad data and places in use, with one line and nothing lost."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dtr_scale.checkpoint.inspection import find_checkpoint
+from dtr_scale.errors import ConfigError, DataError
+from tests.support.runs import ROOT, copied, journal, tiny
+
+
+def without_a_shard(place):
+    (place / "train-000001.tar").unlink()
+
+
+def with_a_cut_shard(place):
+    path = place / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[: 512 * 100])
+
+
+def with_an_altered_shard(place):
+    path = place / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def with_an_empty_manifest(place):
+    (place / "manifest.json").write_text("")
+
+
+def without_manifest(place):
+    (place / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_a_shard, r"train-000001\.tar .*is missing"),
+        (with_a_cut_shard, r"train-000001\.tar.*1034240.*51200"),
+        (with_an_altered_shard, r"train-000001\.tar.*sha256"),
+        (with_an_empty_manifest, "manifest.json is empty"),
+        (without_manifest, "manifest.json is missing"),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_data_is_one_line_and_nothing_is_lost(digits, tmp_path, damage, message, num_workers):
+    place, run_dir = copied(digits, tmp_path), tmp_path / "run"
+    workers = f"--data.num_workers={num_workers}"
+    assert tiny(place, run_dir, "--train.max_steps=2") == 0
+    before = journal(run_dir)
+    damage(place)
+    with pytest.raises(DataError, match=message) as caught:
+        tiny(place, run_dir, "--train.max_steps=60", workers)
+    assert "\n" not in str(caught.value)
+    assert "fix: " in str(caught.value)
+    assert journal(run_dir)[:2] == before
+    assert (run_dir / "checkpoints" / "step_00000002" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--model.in_channels=3", r"make samples \[3, 8, 8\], the manifest in .* has \[1, 8, 8\]"),
+        ("--model.num_classes=7", "set --model.num_classes=10"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused(digits, tmp_path, override, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny(digits, tmp_path, override)
+
+
+def test_a_checkpoint_dir_is_that_of_one_run(digits, tmp_path):
+    dir_ = f"--checkpoint.dir={tmp_path / 'shared'}"
+    assert tiny(digits, tmp_path / "one", dir_) == 0
+    with pytest.raises(ConfigError, match=r"belongs to the run in '.*one'; choose another"):
+        tiny(digits, tmp_path / "two", dir_)
+    assert find_checkpoint(str(tmp_path / "one")).meta["step"] == 4
+
+
+def test_a_second_job_on_a_run_directory_is_refused(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("dtr_scale.train.run_dir._LOCK_PATIENCE_SECONDS", 0.2)
+    holder = (
+        "import sys, time; from pathlib import Path;"
+        "from dtr_scale.train.run_dir import RunDirectory;"
+        f"held = RunDirectory(Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ConfigError, match=f"is in use by pid {process.pid} on "):
+            tiny(digits, tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    assert tiny(digits, tmp_path) == 0  # a killed holder holds nothing
+
+
+def test_one_process_cannot_be_many(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process, the launcher started 2"):
+        tiny(digits, tmp_path)
