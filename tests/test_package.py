@@ -23,7 +23,7 @@ OWNERS = {
     "diffusers": {"prepare/encode.py"},
     "open_clip": {"prepare/encode.py"},
 }
-EVERYWHERE = {"errors", "launchers", "logs", "storage", "randomness"}
+EVERYWHERE = {"", "errors", "launchers", "logs", "storage", "randomness"}  # "": dtr_scale itself
 PURE = {"torch", "numpy"}
 _COMPONENTS = {"models", "diffusion", "objectives", "data", "engines", "checkpoint", "tracking"}
 MAY_IMPORT = {
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "train": {"train", "evaluation", *_COMPONENTS},
     "evaluation": {"evaluation", "models", "diffusion", "data", "engines"},
     "jobs": {"jobs", "config", "train", "evaluation", "prepare", *_COMPONENTS},
-    "cli": {"cli", "jobs", "config", "prepare", "data", "checkpoint", "train"},
+    "cli": {"cli", "jobs", "config", "prepare", "data", "checkpoint", "train", "evaluation"},
 }
 
 
