@@ -42,7 +42,8 @@ from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage.folder import Folder
-from dtr_scale.tracking.base import NotingTracker, NullTracker, Tracker
+from dtr_scale.tracking.base import NullTracker, Tracker
+from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from dtr_scale.train.run_dir import CHECKPOINTS, SAMPLES, RunDirectory
@@ -393,6 +394,11 @@ def build_evaluation(
     conditions, null_condition = None, None
     if evaluation.every_steps:
         conditions, null_condition = sampling_conditions(experiment)
+
+    def report(step: int, metrics: Record, picture: Path) -> None:
+        trainer.checkpoints.note(step, metrics)  # for checkpoint.keep_best
+        tracker.log_evaluation(step, metrics, picture)
+
     return PeriodicEvaluation(
         world=trainer.world,
         engine=trainer.engine,
@@ -404,5 +410,5 @@ def build_evaluation(
         null_condition=null_condition,
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
-        tracker=NotingTracker(tracker, trainer.checkpoints.note),
+        report=report,
     )

@@ -1,7 +1,6 @@
-"""Where a run's figures go besides the journal."""
+"""Show a run's journal and its evaluations somewhere else too."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 
 from dtr_scale.tracking.journal import Record
@@ -31,21 +30,3 @@ class NullTracker(Tracker):
     def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None: ...
 
     def finish(self, outcome: str, checkpoint_url: str | None) -> None: ...
-
-
-class NotingTracker(Tracker):
-    """Tells somebody else of evaluations, too."""
-
-    def __init__(self, tracker: Tracker, note: Callable[[int, Record], None]) -> None:
-        self._tracker = tracker
-        self._note = note
-
-    def log(self, record: Record) -> None:
-        self._tracker.log(record)
-
-    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None:
-        self._note(step, metrics)
-        self._tracker.log_evaluation(step, metrics, picture)
-
-    def finish(self, outcome: str, checkpoint_url: str | None) -> None:
-        self._tracker.finish(outcome, checkpoint_url)

@@ -21,7 +21,7 @@ from dtr_scale.evaluation.sampling import (
 )
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.storage.folder import Folder
-from dtr_scale.tracking.base import Tracker
+from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class PeriodicEvaluation:
         conditions: Callable[[range], torch.Tensor] | None,
         held_out: Samples | None,
         folder: Path | None,
-        tracker: Tracker,
+        report: Callable[[int, Record, Path], None],
         null_condition: torch.Tensor | None = None,
     ) -> None:
         self._world = world
@@ -61,7 +61,7 @@ class PeriodicEvaluation:
         self._null_condition = null_condition
         self._held_out = held_out
         self._folder = folder
-        self._tracker = tracker
+        self._report = report
 
     def __call__(self, step: int) -> None:
         network = self._engine.network
@@ -107,4 +107,4 @@ class PeriodicEvaluation:
         Folder(folder).write_bytes(name, samples.getbuffer())
         picture = folder / name
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
-        self._tracker.log_evaluation(step, {"frechet_distance": distance}, picture)
+        self._report(step, {"frechet_distance": distance}, picture)

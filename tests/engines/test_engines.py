@@ -126,7 +126,7 @@ def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarra
             conditions=None,
             held_out=None,
             folder=folder if world.is_main else None,
-            tracker=NullTracker(),
+            report=NullTracker().log_evaluation,
         )
         evaluate(num_samples)
     files = sorted(folder.iterdir(), reverse=True) if world.is_main else []
