@@ -1,9 +1,9 @@
-"""A rank's part of a checkpoint as it was at one moment, while training goes on."""
+"""Hold a rank's part of a checkpoint as it was at one moment, while training goes on."""
 
 import logging
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,17 +151,33 @@ def _left_in_groups() -> Iterator[int]:
             yield int(text) - int(used.read_text()) + int(cached[1] if cached else 0)
 
 
+Place = tuple[str, int, int]
+"""Key, offset and number of elements: what makes two ranks' pieces the same one."""
+
+
 def own_share(state: Mapping[str, Piece], world: World) -> dict[str, Piece]:
     """Return the pieces that this rank stores: each piece once, replicas spread over the ranks.
 
     Every rank calls it.
     """
-    mine = {(key, piece.offset, piece.data.numel()): piece for key, piece in state.items()}
-    everyone = world.all_gather_object(dict.fromkeys(mine))
-    load = [0] * world.world_size
-    owner: dict[tuple[str, int, int], int] = {}
-    for place in dict.fromkeys(place for held in everyone for place in held):
-        holders = [rank for rank, held in enumerate(everyone) if place in held]
-        owner[place] = min(holders, key=lambda rank: load[rank])
-        load[owner[place]] += place[2]
-    return {place[0]: piece for place, piece in mine.items() if owner[place] == world.rank}
+    mine: list[Place] = [(key, piece.offset, piece.data.numel()) for key, piece in state.items()]
+    owners = share_out(world.all_gather_object(mine))
+    return {place[0]: state[place[0]] for place in mine if owners[place] == world.rank}
+
+
+def share_out(held: Sequence[Sequence[Place]]) -> dict[Place, int]:
+    """Return which rank stores each place, given what every rank holds.
+
+    The holder with the fewest elements so far gets it. Every rank works this out for itself, so
+    the answer depends on `held` alone, never on the order of a set.
+    """
+    holders: dict[Place, list[int]] = {}
+    for rank, places in enumerate(held):  # once over all: with 256 ranks these are 10^5 places
+        for place in places:
+            holders.setdefault(place, []).append(rank)
+    load = [0] * len(held)
+    owners: dict[Place, int] = {}
+    for place, ranks in holders.items():
+        owners[place] = min(ranks, key=load.__getitem__)
+        load[owners[place]] += place[2]
+    return owners

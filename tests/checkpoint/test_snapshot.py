@@ -9,7 +9,13 @@ from safetensors.torch import load
 from dtr_scale.checkpoint import snapshot
 from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.checkpoint.manager import CheckpointManager
-from dtr_scale.checkpoint.snapshot import Snapshot, available_memory, have_room
+from dtr_scale.checkpoint.snapshot import (
+    Snapshot,
+    available_memory,
+    have_room,
+    own_share,
+    share_out,
+)
 from dtr_scale.engines.world import World
 
 STATE = {
@@ -76,3 +82,41 @@ def test_a_save_without_a_copy_is_stored_when_it_returns(folder, monkeypatch):
 
 def test_there_is_memory():
     assert 10**8 < available_memory() < 10**14
+
+
+places = st.tuples(st.sampled_from("abcdef"), st.integers(0, 3), st.integers(1, 50))
+ranks_places = st.lists(st.lists(places, unique=True, max_size=12), min_size=1, max_size=6)
+
+
+@given(ranks_places)
+def test_each_piece_is_stored_once_by_a_rank_that_holds_it(held):
+    owners = share_out(held)
+    assert owners.keys() == {place for of_rank in held for place in of_rank}
+    assert all(place in held[rank] for place, rank in owners.items())
+
+
+@given(st.lists(places, unique=True), st.integers(1, 8))
+def test_replicas_are_spread_evenly(replicated, num_ranks):
+    load = [0] * num_ranks
+    for place, rank in share_out([replicated] * num_ranks).items():
+        load[rank] += place[2]
+    largest = max((place[2] for place in replicated), default=0)
+    assert max(load) - min(load) <= largest
+
+
+class Gathered(World):
+    """One of 256 ranks, each with its own range of the same tensors and replicas of one."""
+
+    def all_gather_object(self, value):
+        own = [[(key, rank, 1) for key in "abc"] for rank in range(self.world_size)]
+        return [[*places, ("replica", 0, 1)] for places in own]
+
+
+def test_a_rank_stores_its_own_ranges_and_its_share_of_replicas():
+    data = torch.zeros(1)
+    stored = []
+    for rank in range(256):
+        world = Gathered(rank=rank, local_rank=0, world_size=256, device=torch.device("cpu"))
+        state = {key: Piece((256,), rank, data) for key in "abc"}
+        stored.append(set(own_share(state | {"replica": Piece((1,), 0, data)}, world)))
+    assert sorted(map(len, stored)) == [3] * 255 + [4]
