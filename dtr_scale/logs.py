@@ -1,20 +1,30 @@
-"""Logging: rank 0 tells the story, the other ranks speak up when something is wrong."""
+"""Set up logging: all of rank 0, warnings of the other ranks; leave passwords out of URLs."""
 
 import logging
+import re
 import sys
-from urllib.parse import urlsplit, urlunsplit
 
 from tqdm import tqdm
 
+# A password may hold any character but "@", as SQLAlchemy reads it; a port is no password.
+_USER = re.compile(r"(?<=://)([^/?#]*@|[^:/@]*:(?!\d*/)[^@]*@([^/?#]*@)?)")
+_SECRET = re.compile(
+    r"(?<=[?&;#])[^=&;#]*(pass(?!file)|pwd|token|secret|credential|signature|api_?key|access_?key)"
+    r"[^=&;#]*=[^&;#]*[&;]?",
+    re.IGNORECASE,
+)
+
 
 def without_password(url: str) -> str:
-    """Return a URL as it may be shown and stored: user and password left out."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    """Return a URL as it may be shown and stored: without user, password and secrets in its query.
+
+    All else stays as it is: `urlunsplit` would turn sqlite:///x into sqlite:/x, which is no place.
+    """
+    return _SECRET.sub("", _USER.sub("", url, count=1)).rstrip("?&;#")
 
 
 class _BesideProgressBar(logging.Handler):
-    """Writes to stderr without tearing a progress bar apart."""
+    """Write to stderr without tearing a progress bar apart."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

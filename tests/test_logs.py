@@ -8,7 +8,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from dtr_scale.logs import setup_logging
+from dtr_scale.logs import setup_logging, without_password
 
 log = logging.getLogger("dtr_scale.tests")
 
@@ -64,3 +64,29 @@ def test_a_reader_that_is_gone_does_not_stop_the_run():
     assert process.stdout.read() == b"went on\n"
     process.stdout.close()
     assert process.wait() in (0, 120)  # 120: Python could not flush stderr at its end
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("sqlite:///x/mlflow.db", "sqlite:///x/mlflow.db"),
+        ("sqlite:////x/ml@flow.db?timeout=5", "sqlite:////x/ml@flow.db?timeout=5"),
+        ("http://h:5000/a@b?x=1#y", "http://h:5000/a@b?x=1#y"),
+        ("https://me:hush@h:5000/", "https://h:5000/"),
+        ("postgresql+psycopg2://me:hu/s#h@@h:5432/runs", "postgresql+psycopg2://h:5432/runs"),
+        (
+            "postgresql://h/db?user=me&password=hush&sslmode=on",
+            "postgresql://h/db?user=me&sslmode=on",
+        ),
+        ("postgresql://h/db?password=hush", "postgresql://h/db"),
+        ("https://h/api?API_KEY=hush;auth_token=hush", "https://h/api"),
+        ("https://h/api?x=1#access_token=hush", "https://h/api?x=1"),
+        (
+            "postgresql://h/db?passfile=/home/me/.pgpass",
+            "postgresql://h/db?passfile=/home/me/.pgpass",
+        ),
+        ("databricks", "databricks"),
+    ],
+)
+def test_no_password_is_shown(url, shown):
+    assert without_password(url) == shown
