@@ -28,7 +28,7 @@ PURE = {"torch", "numpy"}
 _COMPONENTS = {"models", "diffusion", "objectives", "data", "engines", "checkpoint", "tracking"}
 MAY_IMPORT = {
     "storage": {"storage"},
-    "config": {"config"},
+    "config": {"config", "diffusion"},
     "models": {"models"},
     "diffusion": {"diffusion"},
     "objectives": {"objectives", "models", "diffusion"},

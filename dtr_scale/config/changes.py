@@ -1,8 +1,10 @@
-"""Tell what makes two runs the same, and what may change from one job of a run to the next."""
+"""Compare two experiments: what makes a run another run, and what may change from job to job."""
 
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from dtr_scale.config.load import resolved, validate
+from dtr_scale.config.load import PATHS, filled_in, validate
+from dtr_scale.errors import ConfigError
 
 _IDENTITY = (
     "model.",
@@ -37,13 +39,33 @@ def changes(stored: dict[str, Any], wanted: dict[str, Any], source: str) -> list
     run to the next; network, diffusion, objective, batch size, seed, order of samples and mirroring
     are what the run is.
     """
-    # Keys that came after `stored` was written had their default's effect then.
-    before, after = flatten(resolved(validate(stored, source))), flatten(wanted)
+    before, after = flatten(_filled_in(stored, source)), flatten(wanted)
     return [
         Change(key, before.get(key), after.get(key), _is_identity(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
+        if not _is_same(key, before.get(key), after.get(key))
     ]
+
+
+def _filled_in(stored: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a stored experiment with what keys that are newer than it meant then: their default.
+
+    An experiment that would be refused by now was trained all the same: it is compared as it is.
+    """
+    try:
+        return filled_in(validate(stored, source))
+    except ConfigError:
+        return stored
+
+
+def _is_same(key: str, before: Any, after: Any) -> bool:  # noqa: ANN401
+    if before == after:
+        return True
+    if key not in PATHS or not (isinstance(before, str) and isinstance(after, str)):
+        return False
+    # Older runs kept paths as they were given, from a folder that nobody knows now.
+    short, full = (PurePath(path.removeprefix("sqlite:///")).parts for path in (before, after))
+    return full[-len(short) :] == short
 
 
 def _is_identity(key: str) -> bool:

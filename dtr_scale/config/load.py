@@ -1,19 +1,34 @@
 """Read an experiment: a JSON file, then dotted overrides, then validation."""
 
-import difflib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from dtr_scale.config.messages import explain, known_keys, suggestion
 from dtr_scale.config.schema import Experiment
 from dtr_scale.errors import ConfigError
 from dtr_scale.logs import without_password
 
 SECRETS = frozenset({"key", "secret", "token"})
 """Names in data.storage_options that are used and never written anywhere."""
+
+PATHS = (
+    "run_dir",
+    "data.shards",
+    "data.cache_dir",
+    "checkpoint.dir",
+    "checkpoint.start_from",
+    "tracking.uri",
+)
+"""Keys whose value may be a path on this machine."""
+
+_SQLITE_FILE = re.compile(r"sqlite[+\w]*:///(?!:memory:|$)")
+_NO_PATH = re.compile(r"$|file:|[\w+.-]+://|(databricks(-uc)?|uc)$")  # the last are MLflow's names
+_TWICE = object()
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -23,7 +38,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     a string where it is not JSON. Raises ConfigError, in one line.
     """
     raw = _read_json(Path(path), "the experiment file", example="configs/demo_digits.json")
-    for key, value in parse_overrides(overrides):
+    given = list(parse_overrides(overrides))
+    for key, value in given:
         _set(raw, key, value)
     engine = raw.get("engine")
     if isinstance(engine, dict) and isinstance(engine.get("deepspeed_config"), str):
@@ -32,23 +48,23 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         engine["deepspeed_config"] = _read_json(
             Path(engine["deepspeed_config"]), place, example="deepspeed.json"
         )
-    return validate(raw, source=str(path))
+    return validate(raw, source=str(path), overrides=[key for key, _ in given])
 
 
-def validate(raw: dict[str, Any], source: str) -> Experiment:
-    """Return `raw` as an Experiment; ConfigError names the first thing wrong and its fix."""
+def validate(raw: dict[str, Any], source: str, overrides: Collection[str] = ()) -> Experiment:
+    """Return `raw` as an Experiment; ConfigError names what is wrong and its fix.
+
+    `overrides` are the keys that do not come from `source` but from the command line.
+    """
     try:
         # Strict JSON mode: "8" is no integer and true is no step count.
         experiment = Experiment.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        message = _explain(problems[0], raw)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{source}: {message}{more}") from None
+        raise ConfigError(explain(error.errors(include_url=False), source, overrides)) from None
     for key in experiment.checkpoint.allow_changes:
-        if key not in _known_keys(Experiment):
+        if key not in known_keys():
             raise ConfigError(
-                f"{source}: checkpoint.allow_changes names an unknown key {key}{_suggestion(key)}"
+                f"{source}: checkpoint.allow_changes names an unknown key {key}{suggestion(key)}"
             )
     return experiment
 
@@ -65,17 +81,31 @@ def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 "for example --train.lr=2e-4"
             )
         if not equals:
-            if not rest:
-                raise ConfigError(f"override --{key} has no value; write --{key}=VALUE")
+            # What looks like the next override is no value: it would be lost in silence.
+            if not rest or rest[0].startswith("--"):
+                before = f" before {rest[0]}" if rest else ""
+                raise ConfigError(f"override --{key} has no value{before}; write --{key}=VALUE")
             text = rest.pop(0)
         yield key, _parse_value(text)
 
 
 def resolved(experiment: Experiment) -> dict[str, Any]:
-    """Return the experiment as plain JSON data, every default filled in, secrets left out.
+    """Return the experiment as plain JSON data: every default filled in, local paths absolute.
 
-    This is what `config show` prints and what config.json, checkpoints and MLflow keep.
+    This is what `config show` prints and what config.json, checkpoints and MLflow keep, so that a
+    run's commands work from any folder. Secrets are left out.
     """
+    data = filled_in(experiment)
+    for key in PATHS:
+        section, _, name = key.rpartition(".")
+        node = data[section] if section else data
+        if node[name] is not None:
+            node[name] = _absolute(node[name])
+    return data
+
+
+def filled_in(experiment: Experiment) -> dict[str, Any]:
+    """Return the experiment as `resolved` does, with paths as they were given."""
     data = experiment.model_dump(mode="json", by_alias=True)
     data["run_dir"] = str(experiment.run_path)
     options = data["data"]["storage_options"]
@@ -88,9 +118,16 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
     return data
 
 
+def _absolute(place: str) -> str:
+    """Return a local path, also that in the URI of an SQLite file, from the root on."""
+    if found := _SQLITE_FILE.match(place):
+        return found[0] + str(Path(place.removeprefix(found[0])).absolute())
+    return place if _NO_PATH.match(place) else str(Path(place).absolute())
+
+
 def _read_json(path: Path, what: str, example: str) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_marking_twice)
     except OSError as error:
         raise ConfigError(
             f"cannot read {what} {str(path)!r}: {error.strerror}; "
@@ -100,7 +137,29 @@ def _read_json(path: Path, what: str, example: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; {what} is a JSON object")
+    if key := _twice(raw):
+        raise ConfigError(
+            f"{path}: {key} stands twice, and the first would have no effect; make them one"
+        )
     return raw
+
+
+def _marking_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object in which a key that stands twice is marked: json drops the first."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        made[key] = _TWICE if key in made else value
+    return made
+
+
+def _twice(node: dict[str, Any], prefix: str = "") -> str | None:
+    """Return the dotted key of the first value that is marked."""
+    for key, value in node.items():
+        if value is _TWICE:
+            return prefix + key
+        if isinstance(value, dict) and (found := _twice(value, f"{prefix}{key}.")):
+            return found
+    return None
 
 
 def _parse_value(text: str) -> Any:  # noqa: ANN401
@@ -118,57 +177,3 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401
         if not isinstance(node, dict):
             raise ConfigError(f"override --{key}: {section!r} is a value, not a section")
     node[last] = value
-
-
-def _explain(problem: Any, raw: dict[str, Any]) -> str:  # noqa: ANN401
-    """Turn one pydantic problem into: key, value, what is accepted."""
-    key = ".".join(str(part) for part in _written(problem["loc"]))
-    kind = problem["type"]
-    if kind == "combination":
-        return problem["msg"]
-    if kind == "extra_forbidden":
-        return f"unknown key {key}{_suggestion(key)}"
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind.startswith("union_tag"):
-        tag = problem["ctx"].get("tag")
-        found = "is missing" if tag is None else f"= {json.dumps(tag)} is unknown"
-        return f"{key}.type {found}; accepted are {', '.join(_known_types(key))}"
-    accepted = problem["msg"].removeprefix("Input ")
-    if key.startswith("data.storage_options"):
-        return f"{key}: {accepted}"  # what was given may hold a secret
-    return f"{key} = {json.dumps(problem['input'])}: {accepted}"
-
-
-def _written(location: Sequence[str | int]) -> list[str | int]:
-    """Return a location as the file has it: pydantic puts a network's type after "model"."""
-    return [part for i, part in enumerate(location) if not (i == 1 and location[0] == "model")]
-
-
-def _suggestion(key: str) -> str:
-    """Name the nearest known key: by its full path, else by its last part alone."""
-    known = list(dict.fromkeys(_known_keys(Experiment)))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    if not near:
-        by_name = {k.rpartition(".")[2]: k for k in known}
-        last = key.rpartition(".")[2]
-        near = [by_name[n] for n in difflib.get_close_matches(last, list(by_name), 1, 0.75)]
-    if near:
-        return f"; did you mean {near[0]}?"
-    section = key.rpartition(".")[0]
-    siblings = [k for k in known if k.rpartition(".")[0] == section]
-    return f"; known are {', '.join(siblings)}"
-
-
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + (field.alias or name)
-        for section in get_args(field.annotation) or [field.annotation]:
-            if isinstance(section, type) and issubclass(section, BaseModel):
-                yield from _known_keys(section, f"{prefix}{name}.")
-
-
-def _known_types(section: str) -> list[str]:
-    """Return the `type`s of a section that is one of several."""
-    options = get_args(Experiment.model_fields[section].annotation)
-    return [get_args(option.model_fields["type"].annotation)[0] for option in options]

@@ -20,14 +20,24 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from dtr_scale.diffusion.schedule import space_timesteps
 from dtr_scale.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 RelativeWidth = Annotated[float, Field(gt=0.0, lt=0.28)]
-PositiveInt = Annotated[int, Field(ge=1)]
+
+
+def _whole(value: Any) -> Any:  # noqa: ANN401
+    """Take 1e3, which JSON reads as a float, for the whole number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_whole)]
+"""What torch.manual_seed takes."""
 
 SectionOrFile = Annotated[
     dict[str, Any] | None, WithJsonSchema({"type": ["object", "string", "null"]})
@@ -78,10 +88,21 @@ class RoutingConfig(Section):
     """Share of the channels that each timestep sees."""
     num_clusters: PositiveInt = 8
     """Clusters of timesteps that share a mask (cdtr, ercddt)."""
-    seed: Count = 0
+    seed: Seed = 0
     """Of the masks of random and max_roaming."""
     update_every_steps: PositiveInt = 500
     """Training steps between two changes of max_roaming's masks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_type(cls, section: Any) -> Any:  # noqa: ANN401
+        if isinstance(section, dict) and section and "type" not in section:
+            given = ", ".join(f"{key} = {json.dumps(value)}" for key, value in section.items())
+            raise _refuse(
+                f"model.routing.type is missing, with which {given} would have no effect; give "
+                'model.routing.type = "dtr" (or another routing), or "none" to train without'
+            )
+        return section
 
 
 class NetworkConfig(Section):
@@ -267,8 +288,22 @@ class TrainConfig(Section):
     reconstruct` makes one of any width of those in the kept checkpoints."""
     grad_clip: PositiveFloat | None = None
     """Largest global gradient norm; null: no clipping (the norm is logged all the same)."""
-    seed: Count = 0
+    seed: Seed = 0
     log_every: PositiveInt = 100
+
+    @model_validator(mode="after")
+    def _averages_differ(self) -> Self:
+        for key in ("ema_decays", "ema_sigma_rel"):
+            by_name: dict[str, float] = {}
+            for value in getattr(self, key):
+                name = f"{value:g}"  # as checkpoints name the average
+                if name in by_name:
+                    raise _refuse(
+                        f"train.{key} = {getattr(self, key)}: {by_name[name]!r} and {value!r} are "
+                        f"both kept as {name}, so one average would be lost; remove one of them"
+                    )
+                by_name[name] = value
+        return self
 
 
 class EngineConfig(Section):
@@ -348,7 +383,8 @@ class EvaluationConfig(Section):
     eta: Fraction = 0.0
     """DDIM's noise: 0 none, 1 that of the posterior, as in DDPM."""
     num_sampling_steps: (
-        Annotated[int, Field(ge=2)] | Annotated[str, Field(pattern=r"^ddim\d+$")]
+        Annotated[int, Field(ge=2), BeforeValidator(_whole)]
+        | Annotated[str, Field(pattern=r"^ddim\d+$")]
     ) = 250
     """Timesteps that are kept, evenly spread; "ddim50": at one whole-number stride."""
     clip_denoised: bool = False
@@ -402,13 +438,12 @@ class Experiment(Section):
         if problem := self._clusters_problem():
             raise _refuse(problem)
         sampling, num_timesteps = self.evaluation, self.diffusion.num_timesteps
-        if isinstance(sampling.num_sampling_steps, int) and (
-            sampling.num_sampling_steps > num_timesteps
-        ):
-            raise _refuse(
-                f"evaluation.num_sampling_steps = {sampling.num_sampling_steps} exceeds "
-                f"diffusion.num_timesteps = {num_timesteps}; choose at most {num_timesteps}"
+        try:
+            space_timesteps(
+                num_timesteps, sampling.num_sampling_steps, "evaluation.num_sampling_steps"
             )
+        except ConfigError as error:
+            raise _refuse(str(error)) from None
         if sampling.cfg_channels and sampling.cfg_channels > self.model.in_channels:
             raise _refuse(
                 f"evaluation.cfg_channels = {sampling.cfg_channels} exceeds model.in_channels = "

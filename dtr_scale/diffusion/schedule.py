@@ -32,13 +32,18 @@ def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
     raise ConfigError(f"diffusion.noise_schedule: {name!r} is unknown; accepted: {accepted}")
 
 
-def space_timesteps(num_timesteps: int, respacing: str | int | Sequence[int] | None) -> np.ndarray:
+def space_timesteps(
+    num_timesteps: int,
+    respacing: str | int | Sequence[int] | None,
+    key: str = "timestep_respacing",
+) -> np.ndarray:
     """Return the kept timesteps, ascending int64, as in improved-diffusion.
 
     "250" (or 250) spreads 250 steps from the first timestep to the last; "10,20,30" (or a list)
     does so in three equal sections; "ddim25" takes 25 steps at one whole-number stride; "" or None
-    keeps all. Raises ConfigError for what does not fit.
+    keeps all. Raises ConfigError, which names the setting by its `key`, for what does not fit.
     """
+    given = respacing
     if isinstance(respacing, Sequence) and not isinstance(respacing, str):
         respacing = ",".join(map(str, respacing))
     respacing = "" if respacing is None else str(respacing)
@@ -53,15 +58,12 @@ def space_timesteps(num_timesteps: int, respacing: str | int | Sequence[int] | N
             [_spread(section, count) for section, count in zip(sections, counts, strict=True)]
         )
     except ValueError as error:
-        raise ConfigError(
-            f"timestep_respacing: {respacing!r} does not fit {num_timesteps} timesteps: {error}; "
-            "give e.g. '250', 'ddim50' or '10,20,30'"
-        ) from None
+        raise ConfigError(f"{key} = {given!r}: {error}") from None
 
 
 def _count(text: str) -> int:
     if not text.strip().isdecimal():
-        raise ValueError(f"{text!r} is no number of steps")
+        raise ValueError(f"{text!r} is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'")
     return int(text)
 
 
@@ -70,13 +72,17 @@ def _constant_stride(num_timesteps: int, count: int) -> np.ndarray:
     strides = {-(-num_timesteps // stride): stride for stride in range(num_timesteps - 1, 0, -1)}
     if count not in strides:
         nearest = min(strides, key=lambda kept: abs(kept - count))
-        raise ValueError(f"no whole-number stride keeps {count}, the nearest is 'ddim{nearest}'")
+        raise ValueError(
+            f"no whole-number stride keeps {count} of {num_timesteps} timesteps; give "
+            f"'ddim{nearest}', the nearest"
+        )
     return np.arange(0, num_timesteps, strides[count])
 
 
 def _spread(section: np.ndarray, count: int) -> np.ndarray:
     if not 1 <= count <= len(section):
-        raise ValueError(f"{count} steps of {len(section)}")
+        fitting = f"at most {len(section)}" if count > 1 else "at least 1, of at least 1"
+        raise ValueError(f"{count} steps of {len(section)} timesteps; choose {fitting}")
     stride = (len(section) - 1) / max(count - 1, 1)
     # Added up, not multiplied: the original rounds the running sum, and ties depend on it.
     places = np.cumsum(np.append(0.0, np.full(count - 1, stride)))

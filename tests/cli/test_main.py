@@ -129,7 +129,8 @@ def test_config_show_fills_in_every_default_and_override(capsys):
     out, err = capsys.readouterr()
     shown = json.loads(out)
     assert (shown["train"]["lr"], shown["model"]["depth"]) == (2e-4, 2)
-    assert (shown["run_dir"], shown["tracking"]["type"]) == ("runs/demo_digits", "mlflow")
+    run_dir = str(Path.cwd() / "runs" / "demo_digits")
+    assert (shown["run_dir"], shown["tracking"]["type"]) == (run_dir, "mlflow")
     assert err == ""
 
 

@@ -67,9 +67,40 @@ def test_overrides_reach_the_experiment():
         ("--checkpoint.allow_changes=5", "checkpoint.allow_changes = 5: should be a valid"),
         ("--train.lr.x=5", "override --train.lr.x: 'lr' is a value, not a section"),
         ("train.lr=5", "unexpected argument 'train.lr=5'"),
-        ("--train.lr", "override --train.lr has no value"),
+        ("--train.lr", "override --train.lr has no value; write --train.lr=VALUE"),
         ("--run_dir=s3://b/run", 'run_dir = "s3://b/run": must be a local folder'),
-        ("--name=a/b", 'name = "a/b": String should match pattern'),
+        ("--name=a/b", 'name = "a/b": is a folder\'s name; give letters, digits, '),
+        ("--train.lrr=3", "the command line: unknown key train.lrr; did you mean train.lr?"),
+        ("--train.betas=[0.9, 0.95]", "unknown key train.betas; known are train.max_steps, train."),
+        ("--train.zero_stage=1", "unknown key train.zero_stage; did you mean engine.zero_stage?"),
+        ("--train.max_steps=1.5", "train.max_steps = 1.5: should be a valid integer"),
+        ("--train.seed=18446744073709551616", "train.seed = 18446744073709551616: should be less"),
+        ("--model.routing.seed=1e30", "should be less than 18446744073709551616"),
+        (
+            "--evaluation.num_sampling_steps=ddim300",
+            "evaluation.num_sampling_steps = 'ddim300': no whole-number stride keeps 300 of 1000 "
+            "timesteps; give 'ddim334', the nearest",
+        ),
+        (
+            "--evaluation.num_sampling_steps=ddim1",
+            "evaluation.num_sampling_steps = 'ddim1': no whole-number stride keeps 1 of 1000",
+        ),
+        (
+            "--evaluation.num_sampling_steps=ddim",
+            'evaluation.num_sampling_steps = "ddim": should be a valid integer or a whole-number '
+            "stride as 'ddim50'",
+        ),
+        ("--diffusion.num_timesteps=100", "evaluation.num_sampling_steps = 250: 250 steps of 100"),
+        (
+            "--train.ema_decays=[0.99, 0.9999, 0.99990000001]",
+            "0.9999 and 0.99990000001 are both kept as 0.9999, so one average would be lost",
+        ),
+        ("--train.ema_sigma_rel=[0.1, 0.1]", "train.ema_sigma_rel = [0.1, 0.1]: 0.1 and 0.1 are"),
+        (
+            '--model.routing={"alpha": 3}',
+            "model.routing.type is missing, with which alpha = 3 would have no effect; give "
+            'model.routing.type = "dtr"',
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_key_value_and_fix(override, message):
@@ -77,6 +108,52 @@ def test_a_mistake_is_one_line_with_key_value_and_fix(override, message):
         load_experiment(FLAGSHIP, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_override_is_no_value_of_the_one_before():
+    with pytest.raises(ConfigError, match=r"--run_dir has no value before --train\.lr=5e-4; wr"):
+        load_experiment(FLAGSHIP, ["--run_dir", "--train.lr=5e-4"])
+    assert load_experiment(FLAGSHIP, ["--run_dir=--odd"]).run_dir == "--odd"
+    assert list(parse_overrides(["--a", "-1"])) == [("a", -1)]
+
+
+def test_every_mistake_is_told():
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(FLAGSHIP, ["--model.routing.alpha=-4", "--model.routing.beta=2"])
+    assert str(caught.value) == (
+        "the command line: model.routing.alpha = -4: should be greater than 0, also "
+        "model.routing.beta = 2: should be less than or equal to 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"name": "a", "name": "b"}', "name"),
+        ('{"train": {"lr": 1e-3}, "data": {}, "train": {"seed": 1}}', "train"),
+        ('{"model": {"routing": {"type": "dtr", "beta": 0.5, "beta": 0.8}}}', "model.routing.beta"),
+    ],
+)
+def test_what_stands_twice_is_refused(tmp_path, text, key):
+    path = tmp_path / "experiment.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"experiment.json: {key} stands twice, .* make them one"):
+        load_experiment(path)
+
+
+def test_settings_that_look_odd_but_fit_are_accepted():
+    odd = load_experiment(
+        FLAGSHIP,
+        [
+            "--train.max_steps=1e3",
+            f"--train.seed={2**64 - 1}",
+            "--model.routing={}",
+            "--evaluation.num_sampling_steps=ddim250",
+            "--train.ema_decays=[0.999, 0.9999]",
+        ],
+    )
+    assert (odd.train.max_steps, odd.train.seed) == (1000, 2**64 - 1)
+    assert odd.model.routing.type == "none"
 
 
 @pytest.mark.parametrize("num_clusters", [1, 7, 1000])
@@ -161,12 +238,40 @@ def test_resolved_loads_again_and_keeps_no_secret():
         ],
     )
     data = resolved(experiment)
-    assert data["run_dir"] == "runs/dit_l_dtr_antuw"
+    assert data["run_dir"] == str(Path.cwd() / "runs/dit_l_dtr_antuw")
     options = {"region": "eu", "endpoint_url": "https://s3.local"}
     assert data["data"]["storage_options"] == options
     assert data["tracking"]["uri"] == "postgresql+psycopg2://db.local:5432/runs"
     assert "hush" not in json.dumps(data)
     assert experiment.data.storage_options["secret"] == "hush"
+
+
+def test_what_a_run_keeps_works_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "data.shards": ("data/digits/", "{}/data/digits"),
+        "data.cache_dir": ("/fast/cache", "/fast/cache"),
+        "checkpoint.dir": ("s3://bucket/run/", "s3://bucket/run/"),
+        "checkpoint.start_from": ("../dit.pt", "{}/../dit.pt"),
+        "tracking.uri": ("sqlite:///ml.db?timeout=9", "sqlite:///{}/ml.db?timeout=9"),
+        "run_dir": ("runs/x", "{}/runs/x"),
+    }
+    overrides = [f"--{key}={before}" for key, (before, _) in given.items()]
+    data = flatten(resolved(load_experiment(FLAGSHIP, overrides)))
+    kept = {key: data[key] for key in given}
+    assert kept == {key: after.format(tmp_path) for key, (_, after) in given.items()}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(resolved(load_experiment(FLAGSHIP, overrides))))
+    monkeypatch.chdir("/")
+    assert flatten(resolved(load_experiment(path))) == data
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://mlflow:5000", "databricks", "databricks://me", "sqlite:///:memory:", "file:/x"]
+)
+def test_a_tracking_server_is_no_path(uri):
+    experiment = load_experiment(FLAGSHIP, [f"--tracking.uri={uri}"])
+    assert resolved(experiment)["tracking"]["uri"] == uri
 
 
 def test_a_mistake_in_storage_options_tells_no_secret():

@@ -84,28 +84,25 @@ def test_odd_forms_of_a_good_respacing():
 @pytest.mark.parametrize(
     ("respacing", "reason"),
     [
-        ("0", "0 steps of 10"),
-        ("11", "11 steps of 10"),
-        ("5,6", "6 steps of 5"),
-        ("-1", "'-1' is no number of steps"),
-        ("abc", "'abc' is no number of steps"),
-        ("5,", "'' is no number of steps"),
-        ("1.5", "'1.5' is no number of steps"),
-        (" ", "' ' is no number of steps"),
-        ("ddim", "'' is no number of steps"),
-        ("ddim-5", "'-5' is no number of steps"),
-        ("ddim0", "no whole-number stride keeps 0, the nearest is 'ddim2'"),
-        ("ddim6", "no whole-number stride keeps 6, the nearest is 'ddim5'"),
-        ("1,1,1,1,1,1,1,1,1,1,1", "1 steps of 0"),
+        ("0", "0 steps of 10 timesteps; choose at least 1, of at least 1"),
+        ("11", "11 steps of 10 timesteps; choose at most 10"),
+        ("5,6", "6 steps of 5 timesteps; choose at most 5"),
+        ("-1", "'-1' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        ("abc", "'abc' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        ("5,", "'' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        ("1.5", "'1.5' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        (" ", "' ' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        ("ddim", "'' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        ("ddim-5", "'-5' is no number of steps; give e.g. '250', 'ddim50' or '10,20,30'"),
+        ("ddim0", "no whole-number stride keeps 0 of 10 timesteps; give 'ddim2', the nearest"),
+        ("ddim6", "no whole-number stride keeps 6 of 10 timesteps; give 'ddim5', the nearest"),
+        ("1,1,1,1,1,1,1,1,1,1,1", "1 steps of 0 timesteps; choose at least 1, of at least 1"),
     ],
 )
 def test_a_respacing_that_does_not_fit_is_refused(respacing, reason):
     with pytest.raises(ConfigError) as refusal:
         space_timesteps(10, respacing)
-    assert str(refusal.value) == (
-        f"timestep_respacing: {respacing!r} does not fit 10 timesteps: {reason}; "
-        "give e.g. '250', 'ddim50' or '10,20,30'"
-    )
+    assert str(refusal.value) == f"timestep_respacing = {respacing!r}: {reason}"
 
 
 def test_a_linear_schedule_of_few_timesteps_is_refused():

@@ -1,0 +1,97 @@
+"""Say in one line what is wrong with an experiment: key = value: what is wrong; what to give."""
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from dtr_scale.config.schema import Experiment
+
+# What pydantic puts into a location for the branch of a union that it tried.
+_BRANCH = re.compile(r"(int|float|str|(constrained|function|literal|nullable)[-\[].*)")
+
+_PATTERNS = {
+    "name": "is a folder's name; give letters, digits, '.', '_' and '-', a letter or digit first",
+    "evaluation.num_sampling_steps": "or a whole-number stride as 'ddim50'",
+}
+
+
+def explain(problems: Sequence[Any], source: str, overrides: Collection[str] = ()) -> str:
+    """Return pydantic's problems with an experiment from `source` as one line.
+
+    `overrides` are the keys that the command line gave: what is wrong with them is its mistake.
+    """
+    by_key: dict[str, list[Any]] = {}
+    for problem in problems:
+        by_key.setdefault(_key(problem["loc"]), []).append(problem)
+    told = ", also ".join(_explain(key, of_key) for key, of_key in by_key.items())
+    first = next(iter(by_key))
+    given = any(first == key or first.startswith(f"{key}.") for key in overrides)
+    return f"{'the command line' if given else source}: {told}"
+
+
+def known_keys() -> list[str]:
+    """Return every key of an experiment, dotted."""
+    return list(dict.fromkeys(_keys(Experiment)))
+
+
+def suggestion(key: str) -> str:
+    """Name the nearest known key, or the section's keys where none is near."""
+    known = known_keys()
+    section, _, name = key.rpartition(".")
+    siblings = [k for k in known if k.rpartition(".")[0] == section]
+    by_name = {k.rpartition(".")[2]: k for k in known}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    if not near and (name in by_name or not siblings or not section):
+        near = [by_name[n] for n in difflib.get_close_matches(name, list(by_name), 1, 0.75)]
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known are {', '.join(siblings)}"
+
+
+def _explain(key: str, problems: Sequence[Any]) -> str:
+    problem = problems[0]
+    kind = problem["type"]
+    if kind == "combination":
+        return problem["msg"]
+    if kind == "extra_forbidden":
+        return f"unknown key {key}{suggestion(key)}"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind.startswith("union_tag"):
+        tag = problem["ctx"].get("tag")
+        found = "is missing" if tag is None else f"= {json.dumps(tag)} is unknown"
+        return f"{key}.type {found}; accepted are {', '.join(_known_types(key))}"
+    accepted = " ".join(dict.fromkeys(_accepted(key, problem) for problem in problems))
+    if key.startswith("data.storage_options"):
+        return f"{key}: {accepted}"  # what was given may hold a secret
+    return f"{key} = {json.dumps(problem['input'])}: {accepted}"
+
+
+def _accepted(key: str, problem: Any) -> str:  # noqa: ANN401
+    if problem["type"] == "string_pattern_mismatch":
+        return _PATTERNS[key]
+    return problem["msg"].removeprefix("Input ")
+
+
+def _key(location: Sequence[str | int]) -> str:
+    """Return a location as the file has it: pydantic puts a network's type after "model"."""
+    parts = [part for i, part in enumerate(location) if not (i == 1 and location[0] == "model")]
+    return ".".join(str(p) for p in parts if isinstance(p, int) or not _BRANCH.fullmatch(p))
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + (field.alias or name)
+        for section in get_args(field.annotation) or [field.annotation]:
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                yield from _keys(section, f"{prefix}{name}.")
+
+
+def _known_types(section: str) -> list[str]:
+    """Return the `type`s of a section that is one of several."""
+    options = get_args(Experiment.model_fields[section].annotation)
+    return [get_args(option.model_fields["type"].annotation)[0] for option in options]
