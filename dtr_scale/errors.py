@@ -7,6 +7,7 @@ DtrScaleError
 │   ├── DamagedCheckpointError
 │   └── UnsavedError
 ├── EngineError       devices, launchers, DeepSpeed
+│   ├── DivergenceError
 │   └── PeerError
 └── EvaluationError   sampling and metrics
 
@@ -54,6 +55,13 @@ class UnsavedError(CheckpointError):
 
 class EngineError(DtrScaleError):
     """The network cannot be run on these devices in this way."""
+
+
+class DivergenceError(EngineError):
+    """The loss or its gradient is no number any more."""
+
+    exit_code = 1
+    on_every_rank = True
 
 
 class PeerError(EngineError):

@@ -1,7 +1,7 @@
 """Gaussian diffusion (Ho et al., 2020) with learned variances (Nichol & Dhariwal, 2021)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,17 @@ class GaussianDiffusion:
         """Return x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise, fp32 [N, C, H, W]."""
         signal = self.at("sqrt_alphas_cumprod", t) * x_start.float()
         return signal + self.at("sqrt_one_minus_alphas_cumprod", t) * noise.float()
+
+    def training_losses(
+        self,
+        model_fn: Callable[[Tensor, Tensor], Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the `loss_terms` of what `model_fn(x_t, t)` makes of x_start noised to t."""
+        x_t = self.q_sample(x_start, t, noise)
+        return self.loss_terms(model_fn(x_t, t), x_start=x_start, x_t=x_t, t=t, noise=noise)
 
     def loss_terms(
         self, model_output: Tensor, *, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor

@@ -52,8 +52,11 @@ class Engine(ABC):
         """Add the gradient of `loss` [] to what will become the sum over micro-steps and ranks."""
 
     @abstractmethod
-    def step(self) -> float:
-        """Clip, update the weights, clear the gradients; return the global norm before clipping."""
+    def step(self) -> Tensor:
+        """Clip, update the weights, clear the gradients; return the global norm before clipping.
+
+        The norm [] stays on the device: reading it would make the host wait.
+        """
 
     @abstractmethod
     def fragments(self) -> list[Fragment]:

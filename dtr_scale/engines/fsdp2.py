@@ -77,7 +77,7 @@ class Fsdp2Engine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         assert isinstance(norm, DTensor)
@@ -85,7 +85,7 @@ class Fsdp2Engine(Engine):
         nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def fragments(self) -> list[Fragment]:
         return self._fragments

@@ -42,11 +42,11 @@ class SingleEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-        return norm.item()
+        return norm
 
     def fragments(self) -> list[Fragment]:
         return self._fragments

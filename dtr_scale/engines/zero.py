@@ -89,13 +89,14 @@ class DeepSpeedEngine(Engine):
         # The gradient is averaged over ranks on its way; ours is a sum.
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self) -> Tensor:
         # Stage 0 offers no norm in fp32; its gradients are already exchanged and whole.
         norm = self._total_norm() if self._stage == 0 else None
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm()
-        return float(norm)
+        # A tensor on the device, or a number that DeepSpeed has read already.
+        return torch.as_tensor(norm, dtype=torch.float64, device=self._world.device)
 
     def fragments(self) -> list[Fragment]:
         return self._fragments

@@ -1,6 +1,7 @@
 """Task affinity between timesteps: how alike the network's gradients are (ANT, Go et al., 2023)."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -64,11 +65,8 @@ def _gradients(
         for row, time in zip(gradients, timesteps.tolist(), strict=True):
             t = torch.full((len(x_start),), time, device=x_start.device)
             noise = _noise(samples, time, x_start, seed)
-            x_t = diffusion.q_sample(x_start, t, noise)
-            terms = diffusion.loss_terms(
-                network(x_t, t, y, step), x_start=x_start, x_t=x_t, t=t, noise=noise
-            )
-            loss = (terms["mse"] + terms["vb"]).sum()
+            losses = diffusion.training_losses(partial(network, y=y, step=step), x_start, t, noise)
+            loss = (losses["mse"] + losses["vb"]).sum()
             parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             row.add_(torch.cat([part.flatten() for part in parts]).cpu())
     return gradients

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,15 +48,11 @@ def take_probe(
         return None
     sample_ids, batch = found
     batch = batch.to(world.device)
-    x_t = diffusion.q_sample(batch.x_start, batch.t, batch.noise)
-    step = position // loader.global_batch_size
+    model_fn = partial(engine.network, y=batch.y, step=position // loader.global_batch_size)
     # Compiled blocks would be compiled again for so few samples.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        output = engine.network(x_t, batch.t, batch.y, step)
-    terms = diffusion.loss_terms(
-        output, x_start=batch.x_start, x_t=x_t, t=batch.t, noise=batch.noise
-    )
-    return Probe(sample_ids, (terms["mse"] + terms["vb"]).double().mean().item())
+        losses = diffusion.training_losses(model_fn, batch.x_start, batch.t, batch.noise)
+    return Probe(sample_ids, (losses["mse"] + losses["vb"]).double().mean().item())
 
 
 def compare(stored: dict[str, Any], found: Probe, precisions: set[str], url: str) -> str:

@@ -1,17 +1,49 @@
-"""What a person sees of a run: a bar on a terminal, plain lines in a log file."""
+"""Measure a run's speed and show it: a bar on a terminal, plain lines in a log file."""
 
 import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 from tqdm import tqdm
 
+from dtr_scale.data.batch import MicroBatch
 from dtr_scale.tracking.journal import Record
 
 log = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Throughput and the share of the time spent waiting for data, since the last reading."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = 0.0
+        self._samples = 0
+
+    def next_of(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        before = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - before
+        return batch
+
+    def count(self, samples: int) -> None:
+        self._samples += samples
+
+    def read(self) -> Record:
+        elapsed = time.perf_counter() - self._start
+        figures: Record = {
+            "samples_per_second": self._samples / elapsed,
+            "data_wait_fraction": self._waited / elapsed,
+        }
+        self.restart()
+        return figures
 
 
 class Progress:

@@ -1,11 +1,12 @@
 """The training loop. It does not know which engine, data, tracker or machine it has."""
 
 import math
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,12 @@ from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
-from dtr_scale.errors import EngineError
+from dtr_scale.errors import DivergenceError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.probe import Probe, take_probe
+from dtr_scale.train.progress import Stopwatch
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.state import TrainingState
 
@@ -33,41 +35,59 @@ class StepResult:
 
     mse: float
     vb: float
-    cluster_loss: list[float]
-    counts: list[int]
+    cluster_loss: dict[int, float]
+    """Of the clusters that had samples."""
     objective: float
     grad_norm: float
     leave: bool
 
 
-class Stopwatch:
-    """Throughput and the share of the time spent waiting for data, since the last reading."""
+class StepSums:
+    """Sums over the global batch of a step, fp64 on the device.
 
-    def __init__(self) -> None:
-        self.restart()
+    They lie in one tensor, so that they cost one collective and one read:
+    [wishes to leave, mse, vb, objective, loss of cluster 0, 1, ...].
+    """
 
-    def restart(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._samples = 0
+    def __init__(self, counts: np.ndarray, device: torch.device) -> None:
+        self._host_counts = counts
+        self.counts = torch.from_numpy(counts).to(device, non_blocking=True)
+        self._sums = torch.zeros(4 + len(counts), dtype=torch.float64, device=device)
 
-    def next_of(self, batches: Iterator[MicroBatch]) -> MicroBatch:
-        before = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - before
-        return batch
+    @property
+    def cluster_loss(self) -> Tensor:
+        """Mean loss of each cluster, fp64 [K] on the device; nan where it has no samples."""
+        return self._sums[4:] / self.counts
 
-    def count(self, samples: int) -> None:
-        self._samples += samples
+    def add(self, losses: dict[str, Tensor], share: Tensor, cluster: Tensor) -> None:
+        """Add the losses [n] of a micro-batch, by cluster id, and its share of the objective."""
+        mse, vb = losses["mse"].detach().double(), losses["vb"].detach().double()
+        self._sums[1] += mse.sum()
+        self._sums[2] += vb.sum()
+        self._sums[3] += share.detach()
+        self._sums[4:].index_add_(0, cluster, mse + vb)
 
-    def read(self) -> Record:
-        elapsed = time.perf_counter() - self._start
-        figures: Record = {
-            "samples_per_second": self._samples / elapsed,
-            "data_wait_fraction": self._waited / elapsed,
-        }
-        self.restart()
-        return figures
+    def reduce(self, world: World, leave: LeaveRequest) -> None:
+        """Sum over all ranks."""
+        # The wish to leave rides with the losses. All ranks learn of it at the same step, and so
+        # save the same one, without a collective of its own.
+        self._sums[0] = float(leave.reason is not None)
+        world.all_reduce_sum(self._sums)
+
+    def read(self, grad_norm: Tensor) -> StepResult:
+        """Return the means on the host. It waits here for the device, once per step."""
+        leave, mse, vb, objective, *losses, norm = torch.cat(
+            [self._sums, grad_norm.detach().double().view(1)]
+        ).tolist()
+        counts = self._host_counts.tolist()
+        return StepResult(
+            mse=mse / sum(counts),
+            vb=vb / sum(counts),
+            cluster_loss={k: losses[k] / count for k, count in enumerate(counts) if count},
+            objective=objective,
+            grad_norm=norm,
+            leave=leave > 0,
+        )
 
 
 class Trainer:
@@ -201,60 +221,50 @@ class Trainer:
         return take_probe(self.world, self.engine, self.diffusion, self.loader, self.samples_seen)
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
-        counts = torch.from_numpy(self.timesteps.counts(self.step)).to(self.world.device)
-        sums = torch.zeros(4 + len(counts), dtype=torch.float64, device=self.world.device)
+        """Update the weights once; everything is queued on the device before the host reads it."""
+        sums = StepSums(self.timesteps.counts(self.step), self.world.device)
         for micro in range(self.loader.grad_accum_steps):
             batch = self._watch.next_of(batches).to(self.world.device)
+            model_fn = partial(self.engine.forward, y=batch.y, step=self.step)
             with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
-                x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
-                terms = self.diffusion.loss_terms(
-                    self.engine.forward(x_t, batch.t, batch.y, self.step),
-                    x_start=batch.x_start,
-                    x_t=x_t,
-                    t=batch.t,
-                    noise=batch.noise,
+                losses = self.diffusion.training_losses(
+                    model_fn, batch.x_start, batch.t, batch.noise
                 )
-                mse, vb = terms["mse"], terms["vb"]
                 snr = self.diffusion.snr(batch.t)
-                share = self.objective.loss(mse, vb, snr=snr, cluster=batch.cluster, counts=counts)
+                share = self.objective.loss(
+                    **losses, snr=snr, cluster=batch.cluster, counts=sums.counts
+                )
                 self.engine.backward(share)
-            _add_losses(sums, mse.detach(), vb.detach(), share.detach(), batch.cluster)
-        sums[0] = float(leave.reason is not None)
-        self.world.all_reduce_sum(sums)
+            sums.add(losses, share, batch.cluster)
+        # Before the update, whose all-gathers would stand in front of these few numbers: so they
+        # have arrived when the host asks for them.
+        sums.reduce(self.world, leave)
         grad_norm = self.engine.step()
-        cluster_loss = sums[4:] / counts
-        self.objective.update(cluster_loss, counts)
+        # After the last backward: all micro-batches were weighted by the same log-variances. Their
+        # gradient is made of reduced losses, so each rank makes the same update of its replica.
+        self.objective.update(sums.cluster_loss, sums.counts)
+        # Of the weights after the update, whose step counts from 1.
         self.ema.update(self.step + 1)
         self._watch.count(self.global_batch_size)
-        leaving, mse_sum, vb_sum, objective = sums[:4].tolist()
-        result = StepResult(
-            mse=mse_sum / self.global_batch_size,
-            vb=vb_sum / self.global_batch_size,
-            cluster_loss=cluster_loss.tolist(),
-            counts=counts.tolist(),
-            objective=objective,
-            grad_norm=grad_norm,
-            leave=leaving > 0,
-        )
+        result = sums.read(grad_norm)
         self._refuse_divergence(result)
         return result
 
     def _refuse_divergence(self, result: StepResult) -> None:
         """Stop before broken weights reach a checkpoint."""
         if not math.isfinite(result.mse + result.vb + result.grad_norm):
-            raise EngineError(
+            self.checkpoints.close()  # the save in flight may be the one to go on from
+            saved = "nothing was saved yet; start again"
+            if self.saved_step is not None:
+                saved = f"the newest checkpoint is of step {self.saved_step}; go on from it"
+            raise DivergenceError(
                 f"step {self.step + 1}: loss {result.mse + result.vb}, gradient norm "
-                f"{result.grad_norm}; the newest checkpoint is of step {self.saved_step}. "
-                "Go on from it with a lower train.lr or train.grad_clip=1"
+                f"{result.grad_norm}: the training has diverged; {saved} with a lower train.lr "
+                "or train.grad_clip=1"
             )
 
     def _figures(self, result: StepResult) -> Record:
         """Return the journal's record of a step, but for the figures that tell the time."""
-        clusters = {
-            f"loss_cluster_{k}": loss
-            for k, (loss, count) in enumerate(zip(result.cluster_loss, result.counts, strict=True))
-            if count
-        }
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
@@ -262,7 +272,7 @@ class Trainer:
             "objective": result.objective,
             "mse": result.mse,
             "vb": result.vb,
-            **clusters,
+            **{f"loss_cluster_{k}": loss for k, loss in result.cluster_loss.items()},
             **self.objective.metrics(),
             "lr": self.lr,
             "grad_norm": result.grad_norm,
@@ -270,12 +280,3 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.max_steps
-
-
-def _add_losses(sums: Tensor, mse: Tensor, vb: Tensor, share: Tensor, cluster: Tensor) -> None:
-    """Add to sums [leave, mse, vb, objective, loss of cluster 0, 1, ...] by cluster id, in fp64."""
-    mse, vb = mse.double(), vb.double()
-    sums[1] += mse.sum()
-    sums[2] += vb.sum()
-    sums[3] += share
-    sums[4:].index_add_(0, cluster, mse + vb)

@@ -22,10 +22,20 @@ def test_losses_equal_the_released_code(schedule):
     diffusion = GaussianDiffusion(schedule)
     x_t = diffusion.q_sample(X_START, T, NOISE)
     np.testing.assert_allclose(x_t, GOLDEN[f"{schedule}.xt"], rtol=1e-5, atol=1e-6)
+    seen = []
+
+    def model_fn(x_t, t):
+        seen.extend([x_t, t])
+        return MODEL_OUTPUT
+
     terms = loss_terms(diffusion, MODEL_OUTPUT)
+    losses = diffusion.training_losses(model_fn, X_START, T, NOISE)
+    assert torch.equal(seen[0], x_t)
+    assert torch.equal(seen[1], T)
     assert (T == 0).any()  # the decoder's likelihood is among the terms
     for name in ("mse", "vb"):
         np.testing.assert_allclose(terms[name], GOLDEN[f"{schedule}.constant.{name}"], rtol=1e-5)
+        assert torch.equal(losses[name], terms[name])
 
 
 def test_snr_gives_the_released_min_snr_weights():

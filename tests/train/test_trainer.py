@@ -1,0 +1,68 @@
+"""A step: what it adds to the averages, what it makes of broken losses, how it sums."""
+
+import numpy as np
+import pytest
+import torch
+
+from dtr_scale.engines.world import World
+from dtr_scale.errors import DivergenceError
+from dtr_scale.jobs.build import build_trainer
+from dtr_scale.train.ema import power_gamma
+from dtr_scale.train.signals import LeaveRequest
+from dtr_scale.train.trainer import StepSums
+from tests.support.runs import SINGLE, demo_experiment, train
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+STEPS = ("--train.global_batch_size=32", "--train.micro_batch_size=32", "--train.max_steps=3")
+
+
+def test_the_averages_hold_every_step_with_its_own_weight(digits, tmp_path):
+    averages = ("--train.ema_decay=0.5", "--train.ema_sigma_rel=[0.1]")
+    trainer = build_trainer(demo_experiment(digits, tmp_path, *SINGLE, *STEPS, *averages), ALONE)
+    weights = trainer.engine.network.state_dict()
+    name = "final_layer.linear.weight"
+    path = [weights[name].clone()]
+    with trainer.loader:
+        trainer.run(
+            LeaveRequest(),
+            log=lambda record: path.append(weights[name].clone()),
+            evaluate=lambda step: None,
+        )
+    assert not any(torch.equal(path[i], path[i + 1]) for i in range(3))
+    constant = path[0] / 8 + path[1] / 8 + path[2] / 4 + path[3] / 2
+    # Karras et al., 2024, eq. 127: step t takes the share 1 - (1 - 1/t)^(gamma + 1).
+    shares = 1 - (1 - 1 / np.arange(1, 4)) ** (power_gamma(0.1) + 1)
+    power = torch.zeros_like(path[0])
+    for value, share in zip(path[1:], shares.tolist(), strict=True):
+        power = (1 - share) * power + share * value
+    pieces = trainer.ema.pieces()
+    for kind, expected in (("ema", constant), ("ema_power_0.1", power)):
+        found = pieces[f"{kind}/{name}"].data.view(expected.shape)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("every", "message"),
+    [
+        (1000, "nothing was saved yet; start again with a lower train.lr"),
+        (1, "the newest checkpoint is of step 1; go on from it with a lower train.lr"),
+    ],
+)
+def test_a_divergence_is_a_failure_and_tells_where_to_go_on(digits, tmp_path, every, message):
+    diverging = ("--train.lr=1e30", f"--checkpoint.every_steps={every}")
+    with pytest.raises(DivergenceError, match=f"step 2: loss (inf|nan).*{message}") as caught:
+        train(digits, tmp_path, *STEPS, *diverging)
+    assert caught.value.exit_code == 1
+
+
+def test_the_sums_of_a_step_are_means_by_cluster():
+    counts = np.array([1, 2, 0])
+    sums = StepSums(counts, ALONE.device)
+    mse, vb = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.25])
+    sums.add({"mse": mse, "vb": vb}, torch.tensor(2.0), torch.tensor([1, 0]))
+    sums.add({"mse": mse[:1], "vb": vb[:1]}, torch.tensor(1.0), torch.tensor([1]))
+    sums.reduce(ALONE, LeaveRequest())
+    result = sums.read(torch.tensor(4.0))
+    assert (result.mse, result.vb, result.objective) == (5 / 3, 1.25 / 3, 3.0)
+    assert result.cluster_loss == {0: 3.25, 1: 1.5}
+    assert (result.grad_norm, result.leave) == (4.0, False)
