@@ -19,6 +19,16 @@ from tests.support.faulty_proxy import FaultyProxy
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 
 
+_SLOW_SECONDS = 3600
+
+
+def pytest_collection_modifyitems(items):
+    """Give what trains for minutes more than the time limit of `pyproject.toml`."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """Ceph's gateway; the AWS environment points at it, and holds nothing of the user's own."""
