@@ -1,13 +1,15 @@
-"""Ends every rank of a run in which one has failed.
+"""End every rank of a run in which one has failed.
 
-A rank that waits in a collective for one that is gone may wait for half an hour (NCCL), and the
-launcher that would end it may be another or none. So all ranks look at one board, a key-value
-store that rank 0 serves, from a thread that does not wait for collectives.
+A rank that waits in a collective for one that is gone may wait for half an hour (NCCL), and there
+may be no launcher that would end it. So every rank looks for failures in a key-value store that
+rank 0 serves, from a thread that does not wait for collectives.
 """
 
+import atexit
 import json
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,9 +39,9 @@ _LOST_MAIN = Failure("rank 0 is gone: it was killed, or its node is lost")
 class PeerWatch:
     """One rank's watch over the others, from its construction to `close`.
 
-    Every `interval_seconds` a rank shows that it lives and looks for a failure. Rank 0 posts that
-    of a rank that showed nothing for `silence_seconds`. A rank that still runs `grace_seconds`
-    after a failure was posted, or after rank 0 was lost, ends by `end(failure)`.
+    Every `interval_seconds` a rank shows that it is alive and looks for a failure. Rank 0 posts a
+    failure for a rank that has shown nothing for `silence_seconds`. A rank that still runs
+    `grace_seconds` after a failure was posted, or after rank 0 was lost, ends by `end(failure)`.
     """
 
     def __init__(
@@ -98,7 +100,11 @@ class PeerWatch:
         return None
 
     def close(self) -> None:
-        """Stop watching. Every rank calls it after the last collective, rank 0 serves till then."""
+        """Stop watching; every rank calls it after the last collective.
+
+        The caller's barrier before it matters: once rank 0 is gone, its store is gone, and a rank
+        that still watches takes that for a failure.
+        """
         self._closing.set()
         if self._world.world_size > 1:
             self._thread.join()
@@ -132,6 +138,24 @@ class PeerWatch:
 
     def _post(self, reason: str, exit_code: int) -> None:
         self._store.set(_FAILURE, json.dumps([reason, exit_code]))
+
+
+def end_at_exit(exit_code: int) -> None:
+    """Let this process end by `os._exit` when Python would begin to take itself down.
+
+    For a rank that has failed: its watch, its saves and gloo may be inside C++ at that moment, and
+    cannot be waited for where peers are gone. Python ends such a thread when it next asks for the
+    GIL, by unwinding its stack through frames that may not be unwound: the process aborts with
+    "terminate called without an active exception" and -6 instead of the exit code.
+    """
+    atexit.register(_end, exit_code)
+
+
+def _end(exit_code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _store(host: str, port: int, *, serves: bool) -> Any:  # noqa: ANN401

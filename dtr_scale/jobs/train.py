@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
-from dtr_scale.engines.peers import Failure, PeerWatch
+from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, PeerError, UnsavedError
 from dtr_scale.jobs.build import build_evaluation, build_tracker, build_trainer
@@ -185,10 +185,14 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
             told = PeerError(f"another rank failed: {failure.reason}")
             told.exit_code = failure.exit_code
             told.reported = not write_failure(run_path, failure.reason)
+            end_at_exit(told.exit_code)
             raise told from None
         reason = str(error).partition("\n")[0] or type(error).__name__
         write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
-        peers.post(reason, getattr(error, "exit_code", EXIT_FAILED))
+        exit_code = getattr(error, "exit_code", EXIT_FAILED)
+        peers.post(reason, exit_code)
+        if launched_world_size() > 1:
+            end_at_exit(exit_code)
         raise
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dtr_scale.cli.main import main
-from dtr_scale.engines.peers import Failure, PeerWatch
+from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs import train as run_module
 from dtr_scale.train.trainer import Trainer
@@ -48,7 +48,7 @@ def test_an_exception_on_one_rank_ends_all(digits, tmp_path, capfd):
     started = time.monotonic()
     codes = exit_codes(2, train_with_a_failure, digits, tmp_path)
     assert time.monotonic() - started < 90
-    assert codes == [1, 0]  # rank 1's answer is its traceback
+    assert codes == [1, 1]
     status = json.loads((tmp_path / "status.json").read_text(encoding="utf-8"))
     assert status["outcome"] == "failed"
     assert "a bug on rank 1" in status["reason"]
@@ -104,6 +104,19 @@ def quiet_end() -> list[Failure]:
 
 def test_a_watch_that_is_closed_ends_nobody():
     assert run_on_ranks(2, quiet_end) == [[], []]
+
+
+def failed_rank() -> None:
+    """Runs on each rank: it leaves while its watch is in the store, as it always is here."""
+    world = join_world(needs_process_group=True)
+    watch = PeerWatch(world, end=lambda failure: None, interval_seconds=0, grace_seconds=100)
+    watch._closing.wait = lambda timeout=None: False
+    time.sleep(0.5)
+    end_at_exit(7)
+
+
+def test_a_rank_that_has_failed_ends_with_its_exit_code_whatever_its_threads_do():
+    assert exit_codes(2, failed_rank) == [7, 7]
 
 
 def test_one_process_has_no_peers():
