@@ -1,4 +1,4 @@
-"""Requests to leave: a signal, a time limit that comes near, or a launcher that is gone."""
+"""Hear requests to leave: a signal, a time limit, a launcher that is gone."""
 
 import os
 import signal
@@ -14,7 +14,10 @@ from dtr_scale.launchers import launched_rank
 LAUNCHER_PID = "DTR_SCALE_LAUNCHER_PID"
 """Set by a launch script to its own pid: when it is gone, the ranks below it leave."""
 
-_DEEPSPEED_LAUNCH = b"deepspeed.launcher.launch"
+_DEEPSPEED, _DEEPSPEED_LAUNCH = "deepspeed", "deepspeed.launcher.launch"
+_TORCHRUN = {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
+_SRUN = "slurmstepd:"  # what `srun` has each node start the ranks by
+_LAUNCHERS = {*_TORCHRUN, _SRUN, _DEEPSPEED, _DEEPSPEED_LAUNCH}
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
@@ -66,18 +69,31 @@ class LeaveRequest:
 
 
 def _launchers() -> list[int]:
-    """Return the pids of those that wait for this process, its parent first.
+    """Return the pids from this process's parent up to its launcher; none without a launcher.
 
-    The one that `deepspeed` starts on each node outlives what started it, so that counts too. A
-    launch script counts only above this process: ssh and `srun` hand its variable on to machines
-    where it is not.
+    A launcher is a known one, or the script that DTR_SCALE_LAUNCHER_PID names. Any other parent may
+    go: `nohup dtr-scale train &` outlives its shell. The script counts only above this process:
+    ssh and `srun` hand its variable on to machines where it is not.
     """
     ancestors = list(_ancestors())
     script = int(os.environ.get(LAUNCHER_PID) or 0)
     if script in ancestors:
         return ancestors[: ancestors.index(script) + 1]
-    by_deepspeed = _DEEPSPEED_LAUNCH in _process_file(os.getppid(), "cmdline").split(b"\0")
-    return ancestors[: 2 if by_deepspeed else 1]
+    launchers = [bool(_command(pid) & _LAUNCHERS) for pid in ancestors]
+    if True not in launchers:
+        return []
+    number = 1 + launchers.index(True)
+    # `deepspeed` has each node start the ranks by a process that outlives it.
+    if _DEEPSPEED_LAUNCH in _command(ancestors[number - 1]) and launchers[number : number + 1]:
+        number += _DEEPSPEED in _command(ancestors[number])
+    return ancestors[:number]
+
+
+def _command(pid: int) -> set[str]:
+    """Return the words of a process's command, without their folders."""
+    words = _process_file(pid, "cmdline").decode(errors="replace").split("\0")
+    # One of SLURM's has written "slurmstepd: [job.step]" over its command.
+    return {word.rpartition("/")[2] for word in [*words, words[0].partition(" ")[0]]}
 
 
 def _ancestors() -> Iterator[int]:

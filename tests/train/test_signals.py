@@ -80,13 +80,49 @@ def test_an_ignored_sighup_stays_ignored(start):
     assert rank.communicate(timeout=20)[0] == "SIGTERM\n"
 
 
-def test_a_parent_that_is_gone_is_noticed(start):
-    launcher = start(RANK, "sh", "-c", '"$@" & wait', "sh")
+STARTING = ("sh", "-c", '"$@" & wait')
+
+
+# One process of SLURM's has written its name over its command.
+SLURMSTEPD = ("bash", "-c", """exec -a "slurmstepd: [12.0]" sh -c '"$@" & wait' sh "$@" """, "bash")
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        (*STARTING, "/venv/bin/torchrun"),
+        (*STARTING, "torch.distributed.run"),
+        (*STARTING, "deepspeed"),
+        SLURMSTEPD,
+    ],
+)
+def test_a_launcher_that_is_gone_is_noticed(start, before):
+    launcher = start(RANK, *before)
     launcher.kill()
     assert launcher.stdout.readline() == "the launcher is gone\n"
 
 
-STARTING = ("sh", "-c", '"$@" & wait')
+# Waits for its parent to go, then says whether that is a reason to leave.
+LEFT_ALONE = """
+import os, time
+from dtr_scale.train.signals import LeaveRequest
+parent, leave = os.getppid(), LeaveRequest()
+with leave.listening():
+    print("ready", flush=True)
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    print(leave.reason, flush=True)
+"""
+
+
+@pytest.mark.parametrize("before", [("setsid",), ("nohup",), ()])
+def test_a_parent_that_launches_nothing_may_go(start, before):
+    """As a shell does after `nohup dtr-scale train ... &` and a logout."""
+    shell = start(LEFT_ALONE, *STARTING, "sh", *before)
+    shell.kill()
+    assert shell.stdout.readline() == "None\n"
+
+
 # `deepspeed` starts one process that starts the ranks, which stays when `deepspeed` goes.
 DEEPSPEED = (*STARTING, "deepspeed", *STARTING, "deepspeed.launcher.launch")
 SCRIPT = ("sh", "-c", f'export {LAUNCHER_PID}=$$; "$@" & wait', "script")
