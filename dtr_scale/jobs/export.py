@@ -1,5 +1,6 @@
 """Averaged weights out of a run's checkpoints, as a file of weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,9 @@ from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.config.load import validate
 from dtr_scale.config.schema import Experiment
 from dtr_scale.errors import ConfigError
-from dtr_scale.train.ema import PowerFunction, combination
+from dtr_scale.train.reconstruction import StoredAverage, combine
+
+_POWER = "ema_power_"
 
 
 def export_checkpoint(place: str, ema: str, out: Path) -> None:
@@ -33,32 +36,39 @@ def reconstruct_run(
     and the relative distance of the profile reached (see `combination`).
     """
     readers = list(complete_checkpoints(place))
-    newest = readers[0]
-    experiment = validate(newest.meta["config"], newest.url)
-    if not experiment.train.ema_sigma_rel:
-        raise ConfigError(
-            f"{place} was trained without train.ema_sigma_rel, so nothing can be reconstructed; "
-            "train with --train.ema_sigma_rel=[0.05,0.1]"
-        )
-    target = newest.meta["step"] if step is None else step
+    target = readers[0].meta["step"] if step is None else step
     readers = [reader for reader in readers if reader.meta["step"] <= target]
     if not readers or readers[0].meta["step"] != target:
         raise ConfigError(f"--step={target}: {place} has no complete checkpoint of that step")
     stored = [
-        (reader, PowerFunction(sigma))
-        for reader in readers
-        for sigma in experiment.train.ema_sigma_rel
+        (reader, key, average) for reader in readers for key, average in _power_functions(reader)
     ]
-    weights, distance = combination(
-        [(reader.meta["step"], profile.sigma_rel) for reader, profile in stored], target, sigma_rel
-    )
+    if not stored:
+        raise ConfigError(
+            f"{place} was trained without train.ema_sigma_rel, so nothing can be reconstructed; "
+            "train with --train.ema_sigma_rel=[0.05,0.1]"
+        )
+    weights, distance = combine([average for _, _, average in stored], target, sigma_rel)
     total: dict[str, Tensor] = {}
-    for (reader, profile), weight in zip(stored, weights.tolist(), strict=True):
-        for name, value in _tensors(reader, profile.key).items():
+    for (reader, key, _), weight in zip(stored, weights.tolist(), strict=True):
+        for name, value in _tensors(reader, key).items():
             part = value.double() * weight
             total[name] = total[name] + part if name in total else part
-    _write(experiment, {name: value.float() for name, value in total.items()}, newest, out)
+    experiment = validate(readers[0].meta["config"], readers[0].url)
+    _write(experiment, {name: value.float() for name, value in total.items()}, readers[0], out)
     return len(stored), distance
+
+
+def _power_functions(reader: CheckpointReader) -> Iterator[tuple[str, StoredAverage]]:
+    """Yield the power-function averages that a checkpoint really holds, by key.
+
+    Its experiment tells what the run keeps now, not what it kept then.
+    """
+    for key in dict.fromkeys(key.partition("/")[0] for key in reader.shapes):
+        if key.startswith(_POWER):
+            history = reader.meta.get("averages", {}).get(key, [{"from_step": 0}])
+            sigma_rel = float(history[0].get("sigma_rel", key.removeprefix(_POWER)))
+            yield key, StoredAverage(reader.meta["step"], sigma_rel, history[0]["from_step"])
 
 
 def _kind(reader: CheckpointReader, experiment: Experiment, ema: str) -> str:

@@ -73,7 +73,7 @@ def _resume(trainer: Trainer, experiment: Experiment) -> bool:
     meta = trainer.resume(accept)
     if meta is None:
         return False
-    trainer.ema.restart(new_averages)
+    trainer.ema.load(meta.get("averages", {}), trainer.step, new_averages)
     url = trainer.checkpoints.url(trainer.step)
     log.info("resumed %s at step %d", url, trainer.step)
     _check_probe(trainer, meta, url, lenient=bool(allowed))

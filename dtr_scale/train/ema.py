@@ -1,9 +1,9 @@
 """Exponential moving averages of the weights, on each rank's fp32 fragments alone."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,10 @@ class EmaProfile(Protocol):
         """Return the weight of the past in the update after training step `step`, 1, 2, ..."""
         ...
 
+    def meta(self) -> dict[str, float]:
+        """Return the profile as a checkpoint's meta keeps it."""
+        ...
+
 
 @dataclass(frozen=True)
 class ConstantDecay:
@@ -40,13 +44,16 @@ class ConstantDecay:
     def decay(self, step: int) -> float:
         return self.value
 
+    def meta(self) -> dict[str, float]:
+        return {"decay": self.value}
+
 
 @dataclass(frozen=True)
 class PowerFunction:
     """EDM2's profile (Karras et al., 2024, eq. 3): the past weighs as t^gamma.
 
     Its width grows with training: `sigma_rel` is its standard deviation as a share of the steps
-    so far. Averages of any other width can be made of a few stored ones, see `combination`.
+    so far. Averages of any other width can be made of a few stored ones, see `combine`.
     """
 
     sigma_rel: float
@@ -62,6 +69,9 @@ class PowerFunction:
     def decay(self, step: int) -> float:
         return (1 - 1 / step) ** (self.gamma + 1)
 
+    def meta(self) -> dict[str, float]:
+        return {"sigma_rel": self.sigma_rel}
+
 
 class Ema:
     """Averages of one or more profiles, without communication or a full replica."""
@@ -71,10 +81,20 @@ class Ema:
         self._profiles = tuple(profiles)
         self._masters = [fragment.master for fragment in engine.fragments()]
         self._values = [[master.clone() for master in self._masters] for _ in profiles]
+        self._histories: dict[str, list[dict[str, Any]]] = {}
+        self.load({}, step=0, new=())
 
     @property
     def keys(self) -> list[str]:
         return [profile.key for profile in self._profiles]
+
+    def meta(self) -> dict[str, list[dict[str, Any]]]:
+        """Return how each average was made, by key: {"from_step": n, "decay" or "sigma_rel": x}.
+
+        The first entry's step is where the average began, at the weights of then; a further entry
+        is a change of its decay.
+        """
+        return dict(self._histories)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -83,11 +103,22 @@ class Ema:
         for profile, values in zip(self._profiles, self._values, strict=True):
             foreach_lerp_(values, self._masters, 1.0 - profile.decay(step))
 
-    def restart(self, keys: Collection[str]) -> None:
-        """Let the named averages begin at the weights as they are now."""
+    def load(
+        self, histories: Mapping[str, list[dict[str, Any]]], step: int, new: Collection[str]
+    ) -> None:
+        """Go on at `step` with averages that were made as a checkpoint's `meta` tells.
+
+        Those whose keys are in `new` were not stored and begin at the weights as they are now.
+        """
         for profile, values in zip(self._profiles, self._values, strict=True):
-            for value, master in zip(values, self._masters, strict=True):
-                if profile.key in keys:
+            key = profile.key
+            # Without a history, the average is as old as the run.
+            history = [] if key in new else histories.get(key, [{"from_step": 0, **profile.meta()}])
+            if not history or history[-1] != history[-1] | profile.meta():
+                history = [*history, {"from_step": step, **profile.meta()}]
+            self._histories[key] = history
+            if key in new:
+                for value, master in zip(values, self._masters, strict=True):
                     value.copy_(master)
 
     def pieces(self) -> dict[str, Piece]:
@@ -123,31 +154,3 @@ def power_gamma(sigma_rel: float) -> float:
     """
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
-
-
-def combination(
-    stored: Sequence[tuple[int, float]], step: int, sigma_rel: float
-) -> tuple[np.ndarray, float]:
-    """Return how to make an average of `stored` ones, and how far its profile stays from the goal.
-
-    `stored` are (step, sigma_rel) of power-function averages. The first result holds their
-    weights, float64 [n], by least squares over the profiles (Karras et al., 2024, appendix C.3);
-    the second is the remaining distance of the profiles relative to the wanted one's norm.
-    """
-    profiles = [(t, power_gamma(sigma)) for t, sigma in stored]
-    goal = (step, power_gamma(sigma_rel))
-    gram = np.array([[_inner(a, b) for b in profiles] for a in profiles])
-    towards = np.array([_inner(a, goal) for a in profiles])
-    weights = np.linalg.lstsq(gram, towards, rcond=1e-12)[0]
-    rest = _inner(goal, goal) - 2 * weights @ towards + weights @ gram @ weights
-    return weights, float(np.sqrt(max(rest, 0.0) / _inner(goal, goal)))
-
-
-def _inner(a: tuple[int, float], b: tuple[int, float]) -> float:
-    """Return the integral of the product of two profiles (gamma + 1) tau^gamma / t^(gamma + 1)."""
-    (t, gamma), (s, delta) = a, b
-    both = gamma + delta + 1
-    # Relative times: powers of millions of steps would overflow.
-    first = min(t, s)
-    scale = (first / t) ** (gamma + 0.5) * (first / s) ** (delta + 0.5) / np.sqrt(t * s)
-    return (gamma + 1) * (delta + 1) / both * float(scale)

@@ -184,6 +184,7 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.samples_seen,
             "optimizer_step": self.engine.optimizer_step,
+            "averages": self.ema.meta(),
             "probe": probe.as_dict() if (probe := self.probe()) else None,
         }
         self.checkpoints.save(self.step, self._state.pieces(), meta, self._figures(result))

@@ -105,6 +105,28 @@ def test_reconstruct_makes_an_average_that_was_not_kept(run_dir, capsys, tmp_pat
     assert made[0.07].isfinite().all()
 
 
+def test_reconstruct_knows_what_was_switched_on_later(digits, tmp_path, capsys):
+    """Beside a run that kept the averages from the first step on: weights are the same."""
+    later, always = tmp_path / "later", tmp_path / "always"
+    small = (*SETTINGS, "--evaluation.every_steps=0")
+    assert train(digits, later, *small, "--train.ema_sigma_rel=[]", "--train.max_steps=40") == 0
+    assert train(digits, later, *small, "--train.max_steps=80") == 0
+    assert train(digits, always, *small, "--train.max_steps=80") == 0
+    reader = find_checkpoint(str(later))
+    assert reader.meta["averages"]["ema_power_0.1"] == [{"from_step": 40, "sigma_rel": 0.1}]
+
+    name, made = "blocks.0.mlp.fc1.weight", {}
+    for run in (later, always):
+        out = tmp_path / f"{run.name}.safetensors"
+        text = output(capsys, "ema", "reconstruct", run, "--sigma-rel", 0.12, "--out", out)
+        assert f"made of {4 * 3 if run == later else 8 * 3} averages" in text
+        made[run] = load_file(out)[name]
+    apart = (made[later] - made[always]).norm()
+    kept = [find_checkpoint(str(always)).read([f"{k}/{name}"]) for k in ("master", "ema_power_0.1")]
+    weights, near = (value for read in kept for value in read.values())
+    assert apart < 0.1 * (weights - near).norm()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from dtr_scale.engines.single import SingleEngine
-from dtr_scale.train.ema import ConstantDecay, Ema, PowerFunction, combination, power_gamma
+from dtr_scale.train.ema import ConstantDecay, Ema, PowerFunction, power_gamma
 
 
 def engine_of_one_weight():
@@ -68,39 +66,6 @@ def test_a_power_function_weighs_the_past_by_its_exponent():
     assert shares == pytest.approx(list(expected), rel=0.15, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    sigma_rel=st.floats(0.04, 0.15),
-    num_snapshots=st.integers(10, 40),
-    every=st.sampled_from([10, 5_000, 100_000]),
-)
-def test_averages_of_other_widths_are_made_of_two_stored_ones(sigma_rel, num_snapshots, every):
-    stored = [(every * k, s) for k in range(1, num_snapshots + 1) for s in (0.05, 0.1)]
-    weights, distance = combination(stored, every * num_snapshots, sigma_rel)
-    assert weights.sum() == pytest.approx(1.0, abs=0.01)
-    assert distance < 0.12
-
-
-def test_a_stored_average_is_its_own_combination():
-    stored = [(100, 0.05), (100, 0.1), (200, 0.05), (200, 0.1)]
-    weights, distance = combination(stored, 200, 0.1)
-    assert weights == pytest.approx([0, 0, 0, 1], abs=1e-8)
-    assert distance < 1e-6
-
-
-def test_a_combination_of_real_averages_is_the_average_that_was_not_kept():
-    """Weights that drift and jitter, as in training; nine snapshots of two widths."""
-    rng = np.random.default_rng(1)
-    weights = np.sin(np.arange(1, 1801) / 400) + 0.1 * rng.normal(size=1800)
-    kept = averages([PowerFunction(0.05), PowerFunction(0.1), PowerFunction(0.15)], weights)
-    steps = range(200, 1801, 200)
-    stored = [(step, sigma) for step in steps for sigma in (0.05, 0.1)]
-    values = [kept[step - 1, i] for step in steps for i in (0, 1)]
-    combined = combination(stored, 1800, 0.15)[0] @ np.array(values)
-    assert combined == pytest.approx(kept[-1, 2], abs=0.01)
-    assert abs(kept[-1, 1] - kept[-1, 2]) > 0.03  # the stored ones are not near it
-
-
 def test_the_first_average_takes_the_place_of_the_weights_for_a_while():
     engine = engine_of_one_weight()
     ema = Ema(engine, [ConstantDecay(0.5, is_first=True), PowerFunction(0.1)])
@@ -110,3 +75,24 @@ def test_the_first_average_takes_the_place_of_the_weights_for_a_while():
         assert engine.network(torch.ones(1)).item() == 3.0
     assert engine.network(torch.ones(1)).item() == 1.0
     assert [piece.data.item() for piece in ema.pieces().values()] == [3.0, 1.0]
+
+
+def test_an_average_knows_since_when_and_how_it_was_made():
+    engine = engine_of_one_weight()
+    profiles = [ConstantDecay(0.9, is_first=True), PowerFunction(0.1)]
+    stored = {"ema": [{"from_step": 0, "decay": 0.5}]}
+    ema = Ema(engine, profiles)
+    assert ema.meta() == {
+        "ema": [{"from_step": 0, "decay": 0.9}],
+        "ema_power_0.1": [{"from_step": 0, "sigma_rel": 0.1}],
+    }
+    engine.fragments()[0].master.fill_(3.0)
+    ema.load(stored, step=7, new={"ema_power_0.1"})
+    assert ema.meta() == {
+        "ema": [{"from_step": 0, "decay": 0.5}, {"from_step": 7, "decay": 0.9}],
+        "ema_power_0.1": [{"from_step": 7, "sigma_rel": 0.1}],
+    }
+    assert [piece.data.item() for piece in ema.pieces().values()] == [5.0, 3.0]
+    later = Ema(engine, profiles)
+    later.load(ema.meta(), step=9, new=())
+    assert later.meta() == ema.meta()
