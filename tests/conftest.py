@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from dtr_scale.prepare.digits import prepare_digits
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.ceph import CephServer
 from tests.support.faulty_proxy import FaultyProxy
 
@@ -71,15 +71,15 @@ def s3_url(s3_server):
 def folder(request, tmp_path):
     """An empty folder that does not exist yet, on disk and on S3."""
     if request.param == "local":
-        return Folder(tmp_path / "folder")
-    return Folder(request.getfixturevalue("s3_url"))
+        return open_folder(tmp_path / "folder")
+    return open_folder(request.getfixturevalue("s3_url"))
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The digits, prepared once in a local folder that no test writes to."""
     path = tmp_path_factory.mktemp("digits")
-    prepare_digits(Folder(path))
+    prepare_digits(open_folder(path))
     return path
 
 

@@ -16,8 +16,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 OWNERS = {
     "deepspeed": {"engines/zero.py"},
     "mlflow": {"tracking/mlflow.py"},
-    "fsspec": {"storage/folder.py"},
-    "s3fs": {"storage/folder.py"},
+    "s3fs": {"storage/s3.py"},
+    "aiohttp": {"storage/s3.py"},
+    "botocore": {"storage/s3.py"},
     "xformers": {"models/attention.py"},
     "matplotlib": {"evaluation/heatmaps.py"},
     "diffusers": {"prepare/encode.py"},

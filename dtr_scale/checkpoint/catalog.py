@@ -1,8 +1,8 @@
-"""The checkpoints of a run as folders: how one appears, counts, and goes.
+"""List, commit and remove the checkpoints of a run, each a folder `step_*`.
 
-A checkpoint under its final name is complete: it is written to a temporary folder, synced, marked
-and renamed. Object storage cannot rename, so there the mark is the last object, and UNFINISHED
-tells a save that was cut off from a checkpoint that was damaged later.
+A checkpoint is staged, filled by all ranks, and published with COMPLETE as its last file. What a
+save that was cut off leaves was never published, and does not count; what was published and is
+not whole any more is a damaged checkpoint.
 """
 
 import re
@@ -13,7 +13,6 @@ from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.errors import CheckpointError, DamagedCheckpointError
 from dtr_scale.storage.folder import Folder
 
-UNFINISHED = "UNFINISHED"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -40,7 +39,7 @@ class Catalog:
             raise CheckpointError(f"cannot list {self.folder.url}: {error}") from None
         matches = [match for name in names if (match := _STEP_NAME.fullmatch(name))]
         steps = sorted((int(match[1]) for match in matches), reverse=True)
-        return [step for step in steps if not self._is_unfinished(_name(step))]
+        return [step for step in steps if self.folder.is_published(_name(step), COMPLETE)]
 
     def is_complete(self, step: int) -> bool:
         """Tell whether mark, index and file sizes fit: cheap, and all but altered bytes shows."""
@@ -50,53 +49,33 @@ class Catalog:
             return False
         return True
 
-    def begin(self, step: int) -> Folder:
-        """Return the empty folder that ranks write the checkpoint of `step` to.
-
-        What saves and removals that were cut off have left makes room first.
-        """
+    def begin(self, step: int) -> None:
+        """Make room for the checkpoint of `step`, also of what kills have left."""
         for name in self.folder.names():
-            if name.startswith(".step_") or self._is_unfinished(name):
+            if "step_" in name and not self.folder.is_published(name, COMPLETE):
                 self.folder.remove(name)
-        target = self.target(step)
-        self.folder.remove(_last_part(target))
-        if not target.is_local:
-            target.write_bytes(UNFINISHED, b"")
-        return target
+        self.folder.stage(_name(step))
 
     def target(self, step: int) -> Folder:
-        name = _name(step)
-        return self.folder.child(f".{name}.tmp" if self.folder.is_local else name)
+        """Return the folder that ranks write the checkpoint of `step` to."""
+        return self.folder.staged(_name(step))
 
     def commit(self, step: int, entries: list[dict[str, Any]], meta: dict[str, Any]) -> None:
-        """Make the checkpoint that ranks have written appear under its final name."""
+        """Make the checkpoint that ranks have written count."""
         target = self.target(step)
         self._check_sizes(target, entries)
         index = build_index(entries, meta)
+        # COMPLETE last: a power cut before it leaves no checkpoint, never one without an index.
         target.write_bytes(INDEX, index)
-        target.write_bytes(COMPLETE, complete_mark(index))
-        target.fsync()
-        if self.folder.is_local:
-            # A damaged checkpoint of the same step, passed over at the start, makes room.
-            self.discard(step)
-            self.folder.rename(_last_part(target), _name(step))
-            self.folder.fsync()
-        else:
-            target.remove(UNFINISHED)
+        self.folder.publish(_name(step), COMPLETE, complete_mark(index))
 
     def abandon(self, step: int) -> None:
         """Give back at once what a failed save has taken of a disk that may be full."""
-        if self.folder.is_local:
-            self.folder.remove(_last_part(self.target(step)))
+        self.folder.unstage(_name(step))
 
     def discard(self, step: int) -> None:
-        """Remove a checkpoint so that a kill in between leaves no half of it."""
-        name = _name(step)
-        if self.folder.is_local and self.folder.exists(name):
-            self.folder.remove(f".{name}.old")
-            self.folder.rename(name, f".{name}.old")
-            name = f".{name}.old"
-        self.folder.remove(name)
+        """Remove a checkpoint."""
+        self.folder.discard(_name(step))
 
     def _check_sizes(self, target: Folder, entries: list[dict[str, Any]]) -> None:
         """Refuse to commit what rank 0 does not see: folders of that name on several nodes."""
@@ -107,16 +86,6 @@ class Catalog:
                     "finds there; give a checkpoint.dir that all nodes share, or s3://"
                 )
 
-    def _is_unfinished(self, name: str) -> bool:
-        if self.folder.is_local or not _STEP_NAME.fullmatch(name):
-            return False
-        children = self.folder.child(name).names()
-        return UNFINISHED in children and COMPLETE not in children
-
 
 def _name(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def _last_part(folder: Folder) -> str:
-    return folder.url.rpartition("/")[2]

@@ -9,7 +9,7 @@ from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.layout import INDEX, ITEM_BYTES
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import Folder, open_folder
 
 _POSITION = ("step", "samples_seen", "optimizer_step", "world_size", "version", "torch")
 
@@ -19,7 +19,7 @@ def find_checkpoint(place: str) -> CheckpointReader:
 
     Raises ConfigError where there is none, CheckpointError where none is complete.
     """
-    folder = Folder(place)
+    folder = open_folder(place)
     if folder.exists(INDEX):
         return CheckpointReader(folder)
     return next(complete_checkpoints(place))
@@ -30,7 +30,7 @@ def complete_checkpoints(place: str) -> Iterator[CheckpointReader]:
 
     Raises ConfigError where there are none, CheckpointError where none is complete.
     """
-    catalogs = [Catalog(folder) for folder in _folders(Folder(place))]
+    catalogs = [Catalog(folder) for folder in _folders(open_folder(place))]
     places = [(catalog, step) for catalog in catalogs for step in catalog.steps()]
     if not places:
         raise ConfigError(
@@ -49,7 +49,7 @@ def _folders(place: Folder) -> Iterator[Folder]:
     if place.exists("config.json"):
         config = place.read_json("config.json")
         if elsewhere := config["checkpoint"]["dir"]:
-            yield Folder(elsewhere, config["data"]["storage_options"])
+            yield open_folder(elsewhere, config["data"]["storage_options"])
 
 
 def describe(reader: CheckpointReader) -> str:

@@ -197,10 +197,10 @@ def _list_webdataset(arguments: argparse.Namespace) -> "Listing":
 
 def _prepare(arguments: argparse.Namespace) -> int:
     from dtr_scale.prepare.preparation import Preparation
-    from dtr_scale.storage.folder import Folder
+    from dtr_scale.storage.folder import open_folder
     from dtr_scale.train.signals import LeaveRequest
 
-    folder = Folder(arguments.out)
+    folder = open_folder(arguments.out)
     request = LeaveRequest()
     try:
         with request.listening():
@@ -262,12 +262,12 @@ def _own_cores() -> int:
 
 def _digits(arguments: argparse.Namespace) -> int:
     from dtr_scale.prepare.digits import prepare_digits
-    from dtr_scale.storage.folder import Folder
+    from dtr_scale.storage.folder import open_folder
 
     if launched_rank() > 0:
         return 0
     try:
-        manifest = prepare_digits(Folder(arguments.out))
+        manifest = prepare_digits(open_folder(arguments.out))
     except OSError as error:
         raise _not_written(arguments.out, error) from None
     _tell(arguments.out, manifest)
@@ -292,9 +292,9 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from dtr_scale.data.manifest import read_manifest
     from dtr_scale.prepare.inspection import verify
-    from dtr_scale.storage.folder import Folder
+    from dtr_scale.storage.folder import open_folder
 
-    folder = Folder(arguments.url)
+    folder = open_folder(arguments.url)
     manifest = read_manifest(folder, split=None)
     size = sum(shard.bytes for shard in manifest.shards)
     files = damaged = 0
@@ -314,9 +314,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from dtr_scale.data.manifest import read_manifest
     from dtr_scale.prepare.encode import decoder_of
     from dtr_scale.prepare.inspection import describe, draw_samples
-    from dtr_scale.storage.folder import Folder
+    from dtr_scale.storage.folder import open_folder
 
-    folder = Folder(arguments.url)
+    folder = open_folder(arguments.url)
     manifest = read_manifest(folder, arguments.split)
     print(*describe(folder, manifest), sep="\n")
     try:

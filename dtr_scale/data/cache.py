@@ -18,7 +18,7 @@ from pathlib import Path
 from dtr_scale.data.eviction import CacheFolder
 from dtr_scale.data.manifest import Shard, data_errors
 from dtr_scale.errors import DataError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import Folder, open_folder
 
 GIB = 2**30
 _ATTEMPTS = 10
@@ -97,7 +97,7 @@ class ShardCache:
             raise self.mismatch(shard.index_name, f"sha256 {shard.index_sha256}", found)
         if is_copied:
             with contextlib.suppress(OSError):  # a second copy is a convenience
-                Folder(copy.parent).write_bytes(copy.name, content)
+                open_folder(copy.parent).write_bytes(copy.name, content)
         return content
 
     def mismatch(self, name: str, expected: str, found: object) -> DataError:

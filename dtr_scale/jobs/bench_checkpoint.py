@@ -16,7 +16,7 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.launchers import launched_world_size
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.state import TrainingState
@@ -32,7 +32,7 @@ def bench_checkpoint(model: str, *, rounds: int, place: str | None = None) -> st
     world = join_world(needs_process_group=several)
     on_gpu = world.device.type == "cuda"
     batch_size = 32 if on_gpu else 4
-    folder = Folder(place or tempfile.gettempdir())
+    folder = open_folder(place or tempfile.gettempdir())
     name = world.broadcast_object(f"dtr-scale-bench-{uuid.uuid4().hex[:8]}")
     settings = {
         "name": "bench",
@@ -79,7 +79,7 @@ def measure(experiment: Experiment, world: World, rounds: int) -> str:
         world.barrier()
         restores.append(_seconds(lambda: checkpoints.restore(state)))
         world.barrier()
-        stored = Folder(checkpoints.url(number), experiment.data.storage_options)
+        stored = open_folder(checkpoints.url(number), experiment.data.storage_options)
         readings.append(_seconds(lambda f=stored: _read_and_hash(f, rank_file(world.rank))))
     return "\n".join(
         [

@@ -41,7 +41,7 @@ from dtr_scale.models.build import build_model
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
@@ -167,7 +167,7 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
             context_shape=context_shape,
         )
     assert data.shards is not None
-    folder = Folder(data.shards, data.storage_options)
+    folder = open_folder(data.shards, data.storage_options)
     manifest = read_manifest(folder, split)
     if manifest.shape != shape:
         raise ConfigError(
@@ -219,7 +219,7 @@ def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
     checkpoint = experiment.checkpoint
     place = checkpoint.dir or experiment.run_path / CHECKPOINTS
     return CheckpointManager(
-        Folder(place, experiment.data.storage_options if checkpoint.dir else None),
+        open_folder(place, experiment.data.storage_options if checkpoint.dir else None),
         world=world,
         keep=Keep(
             last=checkpoint.keep_last,

@@ -12,7 +12,6 @@ import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count, islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -110,9 +109,3 @@ def _npy_shape(file: io.BytesIO) -> tuple[int, ...]:
     """Read the header of a .npy file, up to where its numbers start."""
     np.lib.format.read_magic(file)
     return np.lib.format.read_array_header_1_0(file)[0]
-
-
-def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dtr_scale.errors import DataError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Journal:
         self.path = path
         if path.exists():
             kept = [json.dumps(record) + "\n" for record in read_journal(path, last_step=step)]
-            Folder(path.parent).write_bytes(path.name, "".join(kept).encode())
+            open_folder(path.parent).write_bytes(path.name, "".join(kept).encode())
         self._file = path.open("ab", buffering=0)
         self._unwritten = bytearray()
         self._failing = False

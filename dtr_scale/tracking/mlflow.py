@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr_scale.logs import without_password
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.base import Tracker
 from dtr_scale.tracking.journal import Record, read_new_records
 
@@ -160,7 +160,7 @@ class MlflowTracker(Tracker):
         kept_uri = None if own else self._shown_uri
         content = {"run_id": run_id, "tracking_uri": kept_uri, "experiment": self._experiment}
         text = json.dumps(content, indent=2) + "\n"
-        Folder(self._run_dir).write_bytes(RUN_FILE, text.encode())
+        open_folder(self._run_dir).write_bytes(RUN_FILE, text.encode())
         return run_id
 
 

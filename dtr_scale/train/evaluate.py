@@ -20,7 +20,7 @@ from dtr_scale.evaluation.sampling import (
     save_grid,
 )
 from dtr_scale.models.denoiser import Denoiser
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 
@@ -97,14 +97,14 @@ class PeriodicEvaluation:
         if self._held_out is None:
             name = f"step_{step:08d}.npz"
             np.savez(samples, latents=images.numpy())
-            Folder(folder).write_bytes(name, samples.getbuffer())
+            open_folder(folder).write_bytes(name, samples.getbuffer())
             log.info("step %d: %d latents sampled to %s", step, len(images), folder / name)
             return
         reference, _ = read_all(self._held_out)
         distance = pixel_frechet_distance(images, reference)
         name, columns = f"step_{step:08d}.png", grid_columns(num_classes)
         save_grid(samples, images[: _GRID_ROWS * columns], columns=columns)
-        Folder(folder).write_bytes(name, samples.getbuffer())
+        open_folder(folder).write_bytes(name, samples.getbuffer())
         picture = folder / name
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
         self._report(step, {"frechet_distance": distance}, picture)

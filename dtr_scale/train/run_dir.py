@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import last_step
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class RunDirectory:
 
         Returns where it is now, a run directory of its own; None if nothing had been trained.
         """
-        if not (self.path / JOURNAL).exists() and not Folder(self.path / CHECKPOINTS).names():
+        if not (self.path / JOURNAL).exists() and not open_folder(self.path / CHECKPOINTS).names():
             return None
         present = [name for name in _OF_ONE_RUN if (self.path / name).exists()]
         place = self.path / f"replaced_{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
@@ -148,4 +148,4 @@ def write_failure(run_path: Path, reason: str) -> bool:
 
 
 def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:
-    Folder(folder).write_bytes(name, json.dumps(content, indent=2).encode() + b"\n")
+    open_folder(folder).write_bytes(name, json.dumps(content, indent=2).encode() + b"\n")

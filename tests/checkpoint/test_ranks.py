@@ -10,7 +10,7 @@ from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.engines.world import join_world
 from dtr_scale.errors import EngineError, UnsavedError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.ranks import run_on_ranks
 
 ENTRY = Snapshot.entry
@@ -19,7 +19,7 @@ ENTRY = Snapshot.entry
 def faulty_saves(place: Path) -> list[Any]:
     """Save while rank 1 has trouble now and then; return what the loop is told in the end."""
     world = join_world(needs_process_group=True)
-    manager = CheckpointManager(Folder(place), world=world, max_failures=2)
+    manager = CheckpointManager(open_folder(place), world=world, max_failures=2)
     half = torch.zeros(6)
     state = {
         "master/cut": Piece((12,), 6 * world.rank, half),
@@ -41,9 +41,9 @@ def faulty_saves(place: Path) -> list[Any]:
             told.append(manager.saved_step)
         except (UnsavedError, EngineError) as error:
             told.append((type(error).__name__, manager.saved_step))
-            manager = CheckpointManager(Folder(place), world=world, max_failures=2)
+            manager = CheckpointManager(open_folder(place), world=world, max_failures=2)
     meta = manager.restore(state)
-    told.append((meta, half.tolist(), Folder(place).names()))
+    told.append((meta, half.tolist(), open_folder(place).names()))
     world.leave()
     return told
 

@@ -12,7 +12,7 @@ from dtr_scale.checkpoint.layout import COMPLETE, INDEX, Piece, rank_file
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.snapshot import Snapshot
 from dtr_scale.errors import ConfigError, DamagedCheckpointError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 VALUES = torch.randn(100, generator=torch.Generator().manual_seed(0))
 
@@ -47,7 +47,7 @@ def test_any_range_is_read_from_any_cut_of_a_tensor(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "BLOCK_BYTES", block_bytes)
         reader = store(
-            Folder(tmp_path_factory.mktemp("cut")),
+            open_folder(tmp_path_factory.mktemp("cut")),
             *({"master/w": Piece((10, 10), first, VALUES[first:last])} for first, last in edges),
         )
     piece = Piece((10, 10), start, torch.zeros(length))
@@ -80,7 +80,7 @@ def test_only_the_blocks_that_are_needed_are_read_and_each_once(folder, monkeypa
 
 def test_damage_matters_only_to_whom_it_hits(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "BLOCK_BYTES", 64)
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     reader = store(folder, {"master/w": Piece((100,), 0, VALUES)})
     data = bytearray(folder.read_bytes(rank_file(0)))
     data[-1] ^= 1
@@ -100,12 +100,12 @@ def test_damage_matters_only_to_whom_it_hits(tmp_path, monkeypatch):
 
 
 def test_a_tensor_that_is_not_there_is_named(tmp_path):
-    reader = store(Folder(tmp_path), {"ema/w": Piece((100,), 0, VALUES)})
+    reader = store(open_folder(tmp_path), {"ema/w": Piece((100,), 0, VALUES)})
     with pytest.raises(ConfigError, match="of another network: it has no ema/v"):
         reader.read(["ema/w", "ema/v"])
 
 
 def test_elements_that_no_rank_stored_are_missed(tmp_path):
-    reader = store(Folder(tmp_path), {"ema/w": Piece((100,), 0, VALUES[:60])})
+    reader = store(open_folder(tmp_path), {"ema/w": Piece((100,), 0, VALUES[:60])})
     with pytest.raises(DamagedCheckpointError, match="holds 60 of 100 elements of ema/w"):
         reader.read(["ema/w"])

@@ -10,7 +10,7 @@ import pytest
 
 from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import read_manifest
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo_digits.json")
@@ -162,7 +162,7 @@ def test_prepare_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
         "val: 297 samples in 1 shards",
         f"manifest: {tmp_path}/manifest.json",
     ]
-    assert read_manifest(Folder(tmp_path)).num_samples("train") == 1500
+    assert read_manifest(open_folder(tmp_path)).num_samples("train") == 1500
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import read_manifest
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import class_folders, small_autoencoder, tar_of
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_the_way_from_pictures_to_a_contact_sheet(source, s3_url, vae_path, tmp_
     enlarged = pixels.shape[0] // 67  # two rows of eight pictures of 32 between lines of one
     assert pixels.shape == (67 * enlarged, 265 * enlarged, 3)
 
-    folder = Folder(s3_url)
+    folder = open_folder(s3_url)
     content = bytearray(folder.read_bytes("train-000003.tar"))
     content[5000] ^= 1
     folder.write_bytes("train-000003.tar", bytes(content))
@@ -94,7 +94,7 @@ def test_the_way_from_pictures_to_a_contact_sheet(source, s3_url, vae_path, tmp_
 def test_pixels_and_a_second_start(source, tmp_path, capsys):
     arguments = ("imagefolder", source, "--out", tmp_path / "out", "--pixels")
     assert prepare(*arguments) == 0
-    manifest = read_manifest(Folder(tmp_path / "out"))
+    manifest = read_manifest(open_folder(tmp_path / "out"))
     assert (manifest.encoding, manifest.shape) == ("pixels", (3, 64, 64))
     first = capsys.readouterr()
     assert prepare(*arguments) == 0
@@ -114,7 +114,7 @@ def test_tars_of_webdataset_with_classes(source, tmp_path, capsys):
     out = ("--out", tmp_path / "out", "--pixels", "--size", 16)
     assert prepare("webdataset", tmp_path / "x.tar", *out, "--split", "val") == 0
     assert capsys.readouterr().out.startswith("val: 64 samples in 1 shards\n")
-    assert read_manifest(Folder(tmp_path / "out"), "val").num_classes == 3
+    assert read_manifest(open_folder(tmp_path / "out"), "val").num_classes == 3
 
 
 def test_latents_without_their_autoencoder_have_no_sheet(source, vae_path, tmp_path, capsys):

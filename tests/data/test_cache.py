@@ -13,7 +13,7 @@ from dtr_scale.data.cache import ShardCache
 from dtr_scale.data.reader import SampleReader
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import prepare_digits
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 
 @pytest.fixture
@@ -90,13 +90,13 @@ def test_an_altered_index_is_named(prepared, tmp_path):
 
 @pytest.fixture
 def on_s3(s3_url):
-    folder = Folder(s3_url)
+    folder = open_folder(s3_url)
     return folder, prepare_digits(folder)
 
 
 def test_a_shard_is_fetched_once_per_node(on_s3, tmp_path, s3_proxy):
     folder, manifest = on_s3
-    proxied = Folder(folder.url, {"endpoint_url": s3_proxy.endpoint_url})
+    proxied = open_folder(folder.url, {"endpoint_url": s3_proxy.endpoint_url})
     s3_proxy.delay_seconds = 0.1  # time enough for the others to come
     caches = [_cache((proxied, manifest), tmp_path) for _ in range(4)]
     threads = [threading.Thread(target=lambda c=c: c.open(0).close()) for c in caches]
@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_hold_a_shard_or_be_written_says_so(on_s3, tmp_path)
     ],
 )
 def test_a_manifest_of_other_samples_is_refused(tmp_path, change, message):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     manifest = prepare_digits(folder)
     if change == "samples":
         shards = [s.model_copy(update={"samples": s.samples - 1}) for s in manifest.shards]

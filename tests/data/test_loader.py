@@ -24,7 +24,7 @@ from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import Source, prepare, prepare_digits
 from dtr_scale.prepare.writer import StoredSample, write_shards
 from dtr_scale.randomness import KeyedStream, keyed_generator
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 SEED, BATCH = 11, 24
 DRAWS = ("class_dropout_prob", "horizontal_flip", "conditioning")
@@ -32,7 +32,7 @@ DRAWS = ("class_dropout_prob", "horizontal_flip", "conditioning")
 
 @pytest.fixture(scope="module")
 def digits_folder(tmp_path_factory):
-    folder = Folder(tmp_path_factory.mktemp("digits"))
+    folder = open_folder(tmp_path_factory.mktemp("digits"))
     prepare_digits(folder)
     return folder
 
@@ -114,8 +114,8 @@ def _in_place(loader, batch):
 def test_a_batch_may_need_more_shards_than_stay_open(tmp_path, num_lanes, micro, num_workers):
     samples = [StoredSample(np.full((1, 2, 2), i % 251, np.uint8), i % 10) for i in range(1000)]
     source = Source("pixels", (1, 2, 2), "uint8", 1.0, 0.0, tuple("0123456789"), {"train": samples})
-    manifest = prepare(source, Folder(tmp_path), samples_per_shard=10)
-    reader = SampleReader(Folder(tmp_path), manifest, window_shards=2)
+    manifest = prepare(source, open_folder(tmp_path), samples_per_shard=10)
+    reader = SampleReader(open_folder(tmp_path), manifest, window_shards=2)
     options = {"batch": 256, "num_lanes": num_lanes, "class_dropout_prob": 0.0}
     with _loader(reader, micro_batch_size=micro, num_workers=num_workers, **options) as loader:
         located, _ = loader.peek(0, 64)
@@ -163,7 +163,7 @@ def test_workers_change_nothing_and_leave_signals_to_the_parent(reader):
 
 
 def test_a_worker_reports_bad_data_in_one_line(tmp_path):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     manifest = prepare_digits(folder)
     folder.remove("train-000002.tar")
     with _loader(SampleReader(folder, manifest), num_workers=1) as loader:
@@ -233,7 +233,7 @@ def posterior(tmp_path):
         class_names=tuple(map(str, range(40))),
         splits={"train": samples},
     )
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     manifest = prepare(source, folder, samples_per_shard=16)
     reader = SampleReader(folder, manifest)
     yield reader
@@ -262,7 +262,7 @@ def texts(request, tmp_path):
         context = np.array([[[i, k + 1]] * 3 for k in range(i % 3 + 1)], np.float16)
         captions = tuple(f"caption {k}" for k in range(len(context)))
         samples.append(StoredSample(np.full((1, 2, 2), i, np.uint8), 0, captions, context))
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     shards = tuple(write_shards(folder, samples, "train", 10))
     null_hash = None
     if request.param:
@@ -302,7 +302,7 @@ def test_a_caption_is_drawn_for_each_position(texts):
 
 def test_an_altered_null_text_is_refused(texts, tmp_path):
     if texts.manifest.null_context_sha256:
-        Folder(tmp_path).write_bytes("null_context.npy", b"something else")
+        open_folder(tmp_path).write_bytes("null_context.npy", b"something else")
         with pytest.raises(DataError, match=r"null_context\.npy .* the manifest says sha256"):
             texts.null_condition()
 

@@ -16,12 +16,12 @@ from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.prepare.digits import digits, prepare_digits
 from dtr_scale.prepare.writer import StoredSample, write_shards
 from dtr_scale.randomness import keyed_generator
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 
 @pytest.fixture(scope="module")
 def digits_folder(tmp_path_factory):
-    folder = Folder(tmp_path_factory.mktemp("digits"))
+    folder = open_folder(tmp_path_factory.mktemp("digits"))
     prepare_digits(folder)
     return folder
 
@@ -47,7 +47,7 @@ def test_digits_are_read_back(folder, tmp_path):
 
 
 def test_a_second_run_writes_the_same_bytes(digits_folder, tmp_path):
-    again = Folder(tmp_path)
+    again = open_folder(tmp_path)
     prepare_digits(again)
     assert again.names() == digits_folder.names()
     for name in again.names():
@@ -79,13 +79,13 @@ def test_samples_are_not_held_in_memory_together(tmp_path):
             taken += 1
             yield StoredSample(np.zeros((1, 2, 2), np.uint8))
 
-    shards = write_shards(Folder(tmp_path), samples(), "train", 10)
+    shards = write_shards(open_folder(tmp_path), samples(), "train", 10)
     assert (next(shards).samples, taken) == (10, 10)
     assert [shard.samples for shard in shards] == [10, 5]
 
 
 def test_the_index_tells_where_numbers_lie(tmp_path):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     generator = keyed_generator(0, "test")
     samples = [
         StoredSample(
@@ -157,7 +157,7 @@ GOOD = {
     ],
 )
 def test_a_bad_manifest_is_one_line_with_the_fix(tmp_path, content, split, message):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     if content is not None:
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         folder.write_bytes(MANIFEST_NAME, content)
@@ -176,7 +176,7 @@ def test_a_bad_manifest_is_one_line_with_the_fix(tmp_path, content, split, messa
 )
 def test_unreachable_storage_is_one_line_with_the_fix(s3_url, bucket, options, message):
     with pytest.raises(DataError, match=message) as caught:
-        read_manifest(Folder(bucket or s3_url, options))
+        read_manifest(open_folder(bucket or s3_url, options))
     assert "\n" not in str(caught.value)
     assert "wrong" not in str(caught.value)
 

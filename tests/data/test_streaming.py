@@ -25,7 +25,7 @@ from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import Source, prepare
 from dtr_scale.prepare.writer import StoredSample
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.runs import DEMO
 
 SHARDS, PER_SHARD, BATCH = 6, 100, 20
@@ -42,7 +42,7 @@ def _latents() -> Iterator[StoredSample]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """600 latents in 6 shards of 3.5 MB, in a local folder that no test writes to."""
-    folder = Folder(tmp_path_factory.mktemp("latents"))
+    folder = open_folder(tmp_path_factory.mktemp("latents"))
     classes = tuple(map(str, range(10)))
     latents = Source("posterior", (4, 32, 32), "float16", 1.0, 0.0, classes, {"train": _latents()})
     prepare(latents, folder, PER_SHARD)
@@ -52,9 +52,9 @@ def source(tmp_path_factory):
 @pytest.fixture
 def bucket(source, s3_url):
     """The same on S3."""
-    folder = Folder(s3_url)
+    folder = open_folder(s3_url)
     for name in source.names():
-        folder.put(source.local_path / name, name)
+        folder.write_bytes(name, source.read_bytes(name))
     yield folder
     folder.remove("")
 
@@ -62,7 +62,7 @@ def bucket(source, s3_url):
 @pytest.fixture
 def proxied(bucket, s3_proxy):
     """The same through a proxy."""
-    return Folder(bucket.url, {"endpoint_url": s3_proxy.endpoint_url})
+    return open_folder(bucket.url, {"endpoint_url": s3_proxy.endpoint_url})
 
 
 def _reader(folder, cache_dir, window_shards=2, **options):
@@ -151,7 +151,7 @@ def test_a_warm_cache_needs_no_server_but_for_the_manifest(bucket, tmp_path, epo
         _take(loader, STEPS)
     nowhere = {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1}
     away = SampleReader(
-        Folder(bucket.url, nowhere), read_manifest(bucket), window_shards=2, cache_dir=tmp_path
+        open_folder(bucket.url, nowhere), read_manifest(bucket), window_shards=2, cache_dir=tmp_path
     )
     with _loader(away, num_workers=0) as loader:
         _assert_is(_take(loader, STEPS), epoch)

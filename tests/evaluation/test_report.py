@@ -17,12 +17,12 @@ from dtr_scale.evaluation.report import (
     write_report,
 )
 from dtr_scale.prepare.digits import digits as digits_source
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 
 @pytest.fixture(scope="module")
 def splits(digits):
-    folder = Folder(digits)
+    folder = open_folder(digits)
     return {
         split: SampleReader(folder, read_manifest(folder, split), split)
         for split in ("train", "val")

@@ -22,7 +22,7 @@ import pytest
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import CheckpointError
 from dtr_scale.jobs import train as run
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.ceph import CephServer
 from tests.support.disks import fill, small_disk
 from tests.support.ranks import run_on_ranks
@@ -230,7 +230,7 @@ def outage(request, tmp_path):
 def test_training_goes_on_through_an_outage_and_stops_after_too_many_failures(
     start, tmp_path, outage
 ):
-    run_dir, place = tmp_path / "run", Folder(outage.place)
+    run_dir, place = tmp_path / "run", open_folder(outage.place)
     settings = (
         *outage.overrides, f"--checkpoint.dir={outage.place}", "--checkpoint.every_steps=20",
         "--checkpoint.keep_last=1", ENDLESS,

@@ -17,7 +17,7 @@ from webdataset.compat import WebDataset
 
 from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import Folder, open_folder
 from tests.support.pictures import captioned, emoji, fashion_folders, small_autoencoder, small_clip
 from tests.support.runs import ROOT, journal, train
 
@@ -69,7 +69,7 @@ def test_two_ranks_of_torchrun_write_what_one_writes(tmp_path, capsys):
     vae = small_autoencoder(tmp_path / "vae")
     arguments = ["imagefolder", source, "--vae", vae, "--size", 64, "--shard-mb", 0.15]
     assert prepare(*arguments, "--out", tmp_path / "alone") == 0
-    out = Folder(tmp_path / "out")
+    out = open_folder(tmp_path / "out")
 
     ranks = torchrun(2, *arguments, "--out", out.url)
     deadline = time.monotonic() + 60
@@ -89,7 +89,7 @@ def test_two_ranks_of_torchrun_write_what_one_writes(tmp_path, capsys):
     assert "going on: " in told
     assert told.count("manifest: ") == 1
     assert [(path.stat().st_ino, path.stat().st_mtime_ns) for path in tars] == before
-    assert contents(out) == contents(Folder(tmp_path / "alone"))
+    assert contents(out) == contents(open_folder(tmp_path / "alone"))
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
     told = capsys.readouterr().out
     assert "train: 2000 samples" in told and "10 classes" in told
 
-    folder = Folder(out)
+    folder = open_folder(out)
     manifest = read_manifest(folder)
     samples = shards_read_by_webdataset(folder, tmp_path / "tars")
     assert len({sample["__key__"] for sample in samples}) == len(samples) == 2000
@@ -154,7 +154,7 @@ def test_emoji_become_latents_with_tokens_on_s3_and_are_trained_on(s3_url, tmp_p
     told = capsys.readouterr().out
     assert "train: 100 samples in 7 shards" in told
 
-    folder = Folder(out)
+    folder = open_folder(out)
     manifest = read_manifest(folder)
     assert (manifest.context_shape, manifest.num_classes) == ((77, 64), 1)
     assert NULL_CONTEXT_NAME in folder.names()

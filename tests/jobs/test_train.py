@@ -9,7 +9,7 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import EngineError, UnsavedError
 from dtr_scale.jobs import train as run
 from dtr_scale.prepare.digits import prepare_digits
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.disks import fill, small_disk
 from tests.support.runs import TINY, journal, status, tiny, train
 
@@ -64,7 +64,7 @@ def test_shards_and_checkpoints_in_object_storage(digits, tmp_path, s3_url):
 
     The keys given in the experiment are in nothing that was written.
     """
-    prepare_digits(Folder(f"{s3_url}/digits"))
+    prepare_digits(open_folder(f"{s3_url}/digits"))
     secret = os.environ["AWS_SECRET_ACCESS_KEY"]
     keys = json.dumps({"key": os.environ["AWS_ACCESS_KEY_ID"], "secret": secret})
     remote = (
@@ -77,7 +77,7 @@ def test_shards_and_checkpoints_in_object_storage(digits, tmp_path, s3_url):
     assert train(f"{s3_url}/digits", run_dir, *TINY, *remote) == 0
     tiny(digits, tmp_path / "local")
     assert journal(run_dir) == journal(tmp_path / "local")
-    stored = Folder(f"{s3_url}/checkpoints")
+    stored = open_folder(f"{s3_url}/checkpoints")
     assert stored.names() == ["owner.json", "step_00000002", "step_00000004"]
     step = stored.child("step_00000004")
     written = [step.read_bytes(name) for name in step.names()]

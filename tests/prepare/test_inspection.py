@@ -11,7 +11,7 @@ from dtr_scale.prepare.encode import PixelEncoder, TextEncoder
 from dtr_scale.prepare.inspection import describe, draw_samples, verify
 from dtr_scale.prepare.listing import coco
 from dtr_scale.prepare.preparation import Preparation
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import as_bytes, captioned, noise_picture, small_clip
 
 
@@ -24,7 +24,7 @@ def captions_data(tmp_path_factory):
     root = captioned(path / "coco", pictures, captions)
     listing = coco(root / "images", root / "captions.json")
     text_encoder = TextEncoder(str(small_clip(path / "clip")), "", torch.device("cpu"))
-    folder = Folder(path / "out")
+    folder = open_folder(path / "out")
     encoders = PixelEncoder(16), text_encoder
     made = Preparation(listing, folder, *encoders, shard_bytes=10**5, batch_size=4).run()
     assert made.manifest is not None
@@ -93,8 +93,8 @@ def test_a_class_too_many_is_told(folder):
 
 
 def test_a_store_that_does_not_answer_is_no_damage(s3_url):
-    manifest = prepare_digits(Folder(s3_url))
-    away = Folder(s3_url, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1})
+    manifest = prepare_digits(open_folder(s3_url))
+    away = open_folder(s3_url, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1})
     with pytest.raises(DataError, match=r"cannot read train-0.*fix: check AWS_ENDPOINT_URL"):
         list(verify(away, manifest))
 
@@ -110,7 +110,7 @@ def test_the_description_tells_what_is_there(captions_data, digits):
         "captions: ",
     ):
         assert expected in told
-    folder = Folder(digits)
+    folder = open_folder(digits)
     told = "\n".join(describe(folder, read_manifest(folder)))
     assert "train: 1500 samples, 3 shards, 0.003 GB, 10 classes of 146 to 153 samples" in told
     assert "val: 297 samples, 1 shards" in told
@@ -118,7 +118,7 @@ def test_the_description_tells_what_is_there(captions_data, digits):
 
 @pytest.mark.parametrize("num", [1, 7, 297, 500])
 def test_samples_are_drawn_evenly_from_a_split(digits, num):
-    folder = Folder(digits)
+    folder = open_folder(digits)
     manifest = read_manifest(folder)
     every, every_label = draw_samples(folder, manifest, "val", 297)
     x_start, labels = draw_samples(folder, manifest, "val", num)
@@ -129,7 +129,7 @@ def test_samples_are_drawn_evenly_from_a_split(digits, num):
 
 
 def test_a_cut_shard_is_named_when_samples_are_drawn(digits, tmp_path):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     for path in digits.iterdir():
         folder.write_bytes(path.name, path.read_bytes())
     folder.write_bytes("val-000000.tar", folder.read_bytes("val-000000.tar")[:1000])

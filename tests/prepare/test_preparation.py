@@ -20,7 +20,7 @@ from dtr_scale.prepare.inspection import draw_samples, verify
 from dtr_scale.prepare.ledger import PLAN_NAME
 from dtr_scale.prepare.listing import coco, image_folder, one_class
 from dtr_scale.prepare.preparation import Preparation
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import (
     as_bytes,
     captioned,
@@ -100,7 +100,7 @@ def test_every_picture_is_stored_once(source, folder):
 
 def test_classes_are_mixed_within_shards(source, tmp_path):
     """Training shuffles within a window of shards, and the source is sorted by class."""
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     manifest = preparation(source, folder).run().manifest
     assert manifest is not None
     for shard in manifest.shards:
@@ -110,7 +110,7 @@ def test_classes_are_mixed_within_shards(source, tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_any_number_of_ranks_writes_the_same_bytes(source, folder, tmp_path, world_size):
-    alone = Folder(tmp_path / "alone")
+    alone = open_folder(tmp_path / "alone")
     preparation(source, alone).run()
     outcomes = [
         preparation(source, folder, rank=rank, world_size=world_size).run()
@@ -124,7 +124,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(source, folder, tmp_path, wor
 
 @pytest.mark.parametrize("batches", [0, 3, 8, 12])
 def test_a_stopped_run_goes_on_with_what_is_missing(source, folder, tmp_path, batches):
-    alone = Folder(tmp_path / "alone")
+    alone = open_folder(tmp_path / "alone")
     preparation(source, alone).run()
     outcome = preparation(source, folder, leaving=stop_after(batches)).run()
     assert outcome.manifest is None
@@ -139,7 +139,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(source, folder, tmp_path, ba
 
 
 def test_a_shard_without_a_whole_tar_index_and_record_is_made_again(source, tmp_path):
-    alone, folder = Folder(tmp_path / "alone"), Folder(tmp_path / "folder")
+    alone, folder = open_folder(tmp_path / "alone"), open_folder(tmp_path / "folder")
     preparation(source, alone).run()
     preparation(source, folder, leaving=stop_after(12)).run()
     path = folder.local_path
@@ -162,7 +162,7 @@ def test_finished_data_is_left_alone(source, folder):
 
 
 def test_what_a_kill_left_after_the_manifest_is_removed(source, tmp_path):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     preparation(source, folder, leaving=stop_after(4)).run()
     left = {n: c for n, c in contents(folder).items() if n.endswith(".json")}
     assert left.keys() == {PLAN_NAME, "train-000000.record.json"}
@@ -202,7 +202,7 @@ def test_other_settings_are_refused_by_name(source, folder, unfinished, options,
 
 
 def test_batch_size_and_workers_may_change(source, tmp_path):
-    folder, alone = Folder(tmp_path / "a"), Folder(tmp_path / "b")
+    folder, alone = open_folder(tmp_path / "a"), open_folder(tmp_path / "b")
     preparation(source, alone).run()
     preparation(source, folder, leaving=stop_after(6)).run()
     preparation(source, folder, batch_size=7, num_workers=4).run()
@@ -230,7 +230,7 @@ def test_a_further_split_joins_the_manifest(source, folder, tmp_path):
 def test_two_splits_at_once_are_those_made_one_after_the_other(source, tmp_path):
     class_folders(tmp_path / "src" / "val", {"n01": 3, "n02": 4, "n03": 5}, first_seed=100)
     (tmp_path / "src" / "train").symlink_to(source)
-    both, single = Folder(tmp_path / "both"), Folder(tmp_path / "single")
+    both, single = open_folder(tmp_path / "both"), open_folder(tmp_path / "single")
     preparation(tmp_path / "src", both).run()
     for split in ("train", "val"):
         preparation(image_folder(tmp_path / "src", split), single).run()
@@ -239,7 +239,7 @@ def test_two_splits_at_once_are_those_made_one_after_the_other(source, tmp_path)
 
 def test_two_ranks_that_finish_together_agree(source, tmp_path, monkeypatch):
     """The second finds the last record, and the first has written the manifest by then."""
-    folder, alone = Folder(tmp_path / "folder"), Folder(tmp_path / "alone")
+    folder, alone = open_folder(tmp_path / "folder"), open_folder(tmp_path / "alone")
     preparation(source, alone).run()
     second = preparation(source, folder)
     finish = second._ledger.finish
@@ -281,7 +281,7 @@ def test_unreadable_pictures_are_listed(damaged, folder, warnings_of):
 def test_an_unreadable_picture_whose_name_is_not_utf_8_is_listed(tmp_path, warnings_of):
     root = class_folders(tmp_path / "src", {"a": 3})
     (root / "a" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
-    folder = Folder(tmp_path / "out")
+    folder = open_folder(tmp_path / "out")
     preparation(root, folder, max_unreadable=1.0).run()
     assert read_manifest(folder).unreadable == (r"train/a/caf\xe9.png",)
     (warning,) = warnings_of("dtr_scale.prepare.maker")
@@ -297,7 +297,7 @@ def test_a_shard_of_unreadable_pictures_alone_is_empty(tmp_path):
     (tmp_path / "src").mkdir()
     for i in range(12):
         (tmp_path / "src" / f"{i}.png").write_bytes(b"")
-    folder = Folder(tmp_path / "out")
+    folder = open_folder(tmp_path / "out")
     manifest = preparation(one_class(tmp_path / "src"), folder, max_unreadable=1.0).run().manifest
     assert manifest is not None
     assert [shard.samples for shard in manifest.shards] == [0, 0]
@@ -307,7 +307,7 @@ def test_a_shard_of_unreadable_pictures_alone_is_empty(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_too_many_unreadable_pictures_stop_the_run(damaged, tmp_path, rank):
-    folder = Folder(tmp_path / "out")
+    folder = open_folder(tmp_path / "out")
     message = (
         "of 40 pictures cannot be read .*--max-unreadable=0.05 allows; fix: mend .*another --out"
     )
@@ -341,7 +341,7 @@ def test_mended_pictures_are_stored_by_the_next_start(damaged, folder, tmp_path)
     assert written(folder, complete) == before
     manifest = preparation(damaged, folder, rank=1, **ranks).run().manifest
     assert manifest is not None and not names & set(manifest.unreadable)
-    alone = Folder(tmp_path / "alone")
+    alone = open_folder(tmp_path / "alone")
     preparation(damaged, alone, max_unreadable=1.0).run()
     assert contents(folder) == contents(alone)
 
@@ -373,7 +373,7 @@ def test_latents_of_both_views_are_stored(source, vae_path, folder):
 
 
 def test_moved_weights_are_the_same_weights(source, vae_path, tmp_path):
-    folder = Folder(tmp_path / "out")
+    folder = open_folder(tmp_path / "out")
     encoder = PosteriorEncoder(str(vae_path), SIZE, CPU)
     preparation(source, folder, encoder, leaving=stop_after(4)).run()
     (tmp_path / "moved").symlink_to(vae_path)
@@ -428,14 +428,14 @@ def test_tars_and_folders_give_the_same_shards(source, tmp_path):
         for folder in sorted(source.iterdir())
     }
     (tmp_path / "all.tar").write_bytes(tar_of(tars))
-    a, b = Folder(tmp_path / "a"), Folder(tmp_path / "b")
+    a, b = open_folder(tmp_path / "a"), open_folder(tmp_path / "b")
     preparation(source, a).run()
     preparation(tmp_path / "all.tar", b).run()
     assert contents(a) == contents(b)
 
 
 def test_a_folder_made_otherwise_is_not_mixed_with(digits, source, tmp_path):
-    folder = Folder(tmp_path / "copy")
+    folder = open_folder(tmp_path / "copy")
     for path in digits.iterdir():
         folder.write_bytes(path.name, path.read_bytes())
     with pytest.raises(ConfigError, match=r"origins.train.source is absent, not imagefolder"):
@@ -446,7 +446,7 @@ def test_pictures_larger_than_a_shard_have_one_each(tmp_path):
     (tmp_path / "src").mkdir()
     for i in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / "src" / f"{i}.png")
-    folder = Folder(tmp_path / "out")
+    folder = open_folder(tmp_path / "out")
     manifest = preparation(one_class(tmp_path / "src"), folder, shard_bytes=1).run().manifest
     assert manifest is not None
     assert [shard.samples for shard in manifest.shards] == [1, 1, 1]

@@ -9,7 +9,7 @@ import traceback
 import pytest
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.storage.folder import Folder
+from dtr_scale.storage.folder import open_folder
 
 
 def test_a_folder_reads_what_was_written(folder, tmp_path):
@@ -36,13 +36,10 @@ def test_a_folder_reads_what_was_written(folder, tmp_path):
     folder.get("a.txt", tmp_path / "fetched" / "a.txt")
     assert (tmp_path / "fetched" / "a.txt").read_bytes() == b"again"
     assert [path.name for path in (tmp_path / "fetched").iterdir()] == ["a.txt"]
-    folder.put(tmp_path / "fetched" / "a.txt", "deep/copy")
-    assert folder.read_bytes("deep/copy") == b"again"
 
     folder.remove("deep")
     folder.remove("empty")
     folder.remove("was never there")
-    folder.fsync()
     assert folder.names() == ["a.txt"]
 
 
@@ -68,10 +65,10 @@ def test_bytes_are_read_into_memory_that_is_there(folder):
 
 
 def test_memory_larger_than_one_request_is_uploaded_in_parts(s3_url, monkeypatch):
-    monkeypatch.setattr("dtr_scale.storage.folder._S3_PART_BYTES", 5 * 2**20)  # the least S3 takes
+    monkeypatch.setattr("dtr_scale.storage.s3._PART_BYTES", 5 * 2**20)  # the least S3 takes
     content = bytes(range(256)) * 50_000
-    Folder(s3_url).write_bytes("big", memoryview(content))
-    assert Folder(s3_url).read_bytes("big") == content
+    open_folder(s3_url).write_bytes("big", memoryview(content))
+    assert open_folder(s3_url).read_bytes("big") == content
 
 
 def test_a_folder_crosses_processes(folder):
@@ -80,20 +77,40 @@ def test_a_folder_crosses_processes(folder):
     assert (again.url, again.is_local, again.read_bytes("a")) == (folder.url, folder.is_local, b"1")
 
 
-def test_only_a_local_folder_renames_and_has_a_path(folder):
-    folder.write_bytes("old/a", b"1")
+def test_only_a_local_folder_has_a_path(folder):
+    folder.write_bytes("a", b"1")
     if folder.is_local:
-        folder.rename("old", "new")
-        assert (folder.local_path / "new" / "a").read_bytes() == b"1"
+        assert (folder.local_path / "a").read_bytes() == b"1"
     else:
-        with pytest.raises(OSError, match="cannot rename old to new"):
-            folder.rename("old", "new")
         with pytest.raises(OSError, match="no local path"):
             _ = folder.local_path
 
 
+def test_a_staged_folder_counts_once_it_is_published(folder):
+    folder.stage("x")
+    folder.staged("x").write_bytes("a", b"half")
+    assert not any(folder.is_published(name, "MARK") for name in folder.names())
+    folder.stage("x")
+    assert folder.staged("x").names() == ([] if folder.is_local else ["UNFINISHED"])
+    for content in (b"old", b"new"):
+        folder.staged("x").write_bytes("a", content)
+        folder.publish("x", "MARK", b"whole")
+        assert folder.is_published("x", "MARK")
+        assert folder.names() == ["x"]
+        assert folder.child("x").names() == ["MARK", "a"]
+        assert folder.child("x").read_bytes("a") == content
+    folder.discard("x")
+    assert folder.names() == []
+
+
+def test_giving_a_staged_folder_up_frees_the_disk(folder):
+    folder.staged("x").write_bytes("a", b"half")
+    folder.unstage("x")
+    assert folder.names() == ([] if folder.is_local else ["x"])
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    folder = Folder(tmp_path)
+    folder = open_folder(tmp_path)
     folder.write_bytes("a", b"old")
     with pytest.raises(TypeError):
         folder.write_bytes("a", "no bytes")  # pyright: ignore[reportArgumentType]
@@ -103,18 +120,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_urls_and_options_are_checked():
-    assert Folder("file:///data/x/").url == "/data/x"
+    assert open_folder("file:///data/x/").url == "/data/x"
     with pytest.raises(ConfigError, match=r"unknown kind of folder gs://.*accepted: a local path"):
-        Folder("gs://bucket/x")
+        open_folder("gs://bucket/x")
     with pytest.raises(ConfigError, match="unknown storage option endpont; accepted: endpoint_url"):
-        Folder("s3://bucket/x", {"endpont": "http://there"})
-    assert "hidden" not in repr(Folder("s3://bucket/x", {"secret": "hidden"}))
+        open_folder("s3://bucket/x", {"endpont": "http://there"})
+    assert "hidden" not in repr(open_folder("s3://bucket/x", {"secret": "hidden"}))
 
 
 def test_s3_errors_are_os_errors(s3_url):
     with pytest.raises(FileNotFoundError, match="NoSuchBucket"):
-        Folder("s3://nobucket/x").read_bytes("a")
-    away = Folder(s3_url, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1})
+        open_folder("s3://nobucket/x").read_bytes("a")
+    away = open_folder(s3_url, {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1})
     with pytest.raises(ConnectionError, match="Could not connect"):
         away.read_bytes("a")
 
@@ -123,7 +140,6 @@ CALLS = {
     "read_bytes": lambda folder, path: folder.read_bytes("a"),
     "read_into": lambda folder, path: folder.read_into("a", 0, [memoryview(bytearray(5))]),
     "write_bytes": lambda folder, path: folder.write_bytes("new", b"hello"),
-    "put": lambda folder, path: folder.put(path, "new"),
     "get": lambda folder, path: folder.get("a", path),
     "names": lambda folder, path: folder.names(),
     "exists": lambda folder, path: folder.exists("a"),
@@ -135,9 +151,8 @@ CALLS = {
 @pytest.fixture(params=CALLS)
 def call(request, s3_url, tmp_path):
     """One call of a folder that holds a file, to be made through any server."""
-    Folder(s3_url).write_bytes("a", b"hello")
-    (tmp_path / "file").write_bytes(b"hello")
-    return lambda options: CALLS[request.param](Folder(s3_url, options), tmp_path / "file")
+    open_folder(s3_url).write_bytes("a", b"hello")
+    return lambda options: CALLS[request.param](open_folder(s3_url, options), tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -168,10 +183,10 @@ def test_wrong_keys_are_told_at_once_in_one_line_without_them(s3_proxy, call, op
 
 def test_half_a_key_is_a_permission_error(s3_url):
     with pytest.raises(PermissionError, match="missing: aws_secret_access_key"):
-        Folder(s3_url, {"key": "testkey"}).read_bytes("a")
+        open_folder(s3_url, {"key": "testkey"}).read_bytes("a")
 
 
-@pytest.mark.parametrize("call", ["read_bytes", "put", "size"], indirect=True)
+@pytest.mark.parametrize("call", ["read_bytes", "write_bytes", "size"], indirect=True)
 def test_a_server_that_refuses_all_is_a_connection_error(s3_proxy, call):
     s3_proxy.refusals = 10**6
     with pytest.raises(ConnectionError, match=r"SlowDown: Please reduce|503: ") as caught:
@@ -180,7 +195,7 @@ def test_a_server_that_refuses_all_is_a_connection_error(s3_proxy, call):
 
 
 def test_a_server_that_says_nothing_is_a_connection_error_in_time(s3_proxy, call, monkeypatch):
-    monkeypatch.setattr("dtr_scale.storage.folder._S3_REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr("dtr_scale.storage.s3._REQUEST_SECONDS", 0.5)
     s3_proxy.delay_seconds = 3600
     started = time.monotonic()
     with pytest.raises(ConnectionError, match=r"no success within 0\.5 s$"):
@@ -200,7 +215,7 @@ def test_a_server_that_is_gone_is_a_connection_error_in_time(s3_server, call):
 
 
 def test_a_call_survives_a_restart_of_the_server(s3_server, s3_url):
-    folder = Folder(s3_url)
+    folder = open_folder(s3_url)
     folder.write_bytes("a", b"1")
     s3_server.stop()
     restart = threading.Timer(0.4, s3_server.start)
@@ -211,7 +226,7 @@ def test_a_call_survives_a_restart_of_the_server(s3_server, s3_url):
 
 def test_a_body_cut_in_mid_stream_is_fetched_again(s3_proxy, s3_url, tmp_path):
     content = bytes(range(256)) * 12_000
-    folder = Folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url})
+    folder = open_folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url})
     folder.write_bytes("big", content)
     path = f"/{s3_url.removeprefix('s3://')}/big"
     s3_proxy.cut_after_bytes, s3_proxy.cuts = 1_000_000, 2
@@ -227,13 +242,15 @@ def test_a_body_cut_in_mid_stream_is_fetched_again(s3_proxy, s3_url, tmp_path):
 def test_a_large_transfer_survives_a_kill_of_the_server(
     s3_server, s3_proxy, s3_url, tmp_path, method
 ):
-    """100 MB in two parts; the gateway is killed in the middle and back after a second."""
+    """100 MB in four parts; the gateway is killed in the middle and back after a second."""
     content = os.urandom(2**20) * 100
-    (tmp_path / "there").write_bytes(content)
-    direct, proxied = Folder(s3_url), Folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url})
+    direct, proxied = (
+        open_folder(s3_url),
+        open_folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url}),
+    )
     path = f"/{s3_url.removeprefix('s3://')}/big"
     if method == "GET":
-        direct.put(tmp_path / "there", "big")
+        direct.write_bytes("big", content)
 
     def kill_and_restart():
         while s3_proxy.transferred_bytes[method, path] < 30 * 2**20:
@@ -247,9 +264,9 @@ def test_a_large_transfer_survives_a_kill_of_the_server(
     if method == "GET":
         proxied.get("big", tmp_path / "back")
     else:
-        proxied.put(tmp_path / "there", "big")
+        proxied.write_bytes("big", content)
         direct.get("big", tmp_path / "back")
     killer.join()
-    assert s3_proxy.requests[method, path] > {"GET": 1, "PUT": 2}[method], "killed too late"
+    assert s3_proxy.requests[method, path] > {"GET": 1, "PUT": 4}[method], "killed too late"
     assert (tmp_path / "back").read_bytes() == content
     direct.remove("big")

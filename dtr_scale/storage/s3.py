@@ -1,0 +1,205 @@
+"""Keep a folder under an s3:// prefix.
+
+The only module that knows s3fs, aiohttp and botocore.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import botocore.exceptions as botocore
+import s3fs
+import s3fs.core
+
+from dtr_scale.storage.folder import Bytes, Folder
+from dtr_scale.storage.local import replacing
+
+_PART_BYTES = 32 * 2**20  # what one request uploads
+_REQUEST_SECONDS = 300.0  # for one request with its retries; refused ones give up after 65
+_UNFINISHED = "UNFINISHED"  # the object in a folder that is not published yet
+
+# A body can also be lost as a ClientConnectionError, which s3fs does not try again by itself.
+s3fs.core.add_retryable_error(aiohttp.ClientError)
+
+
+class S3Folder(Folder):
+    """A folder on S3. It cannot be renamed: what is staged holds an object UNFINISHED."""
+
+    is_local = False
+
+    @property
+    def local_path(self) -> Path:
+        raise OSError(f"{self.url} has no local path")
+
+    def names(self) -> list[str]:
+        try:
+            paths = self._call("ls", self.url, detail=False)
+        except FileNotFoundError:
+            return []
+        # A folder made by other tools can list itself as an empty object.
+        names = {path.removeprefix(self._root).strip("/") for path in paths}
+        return sorted(names - {""})
+
+    def exists(self, name: str) -> bool:
+        try:
+            self._call("info", self._path(name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        return self._call("info", self._path(name))["size"]
+
+    def sizes(self) -> dict[str, int]:
+        try:
+            found = self._call("ls", self.url, detail=True)
+        except FileNotFoundError:
+            return {}
+        files = [file for file in found if file["type"] == "file"]
+        return {file["name"].rpartition("/")[2]: file["size"] for file in files}
+
+    def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        if end is not None and end <= start:
+            return b""  # S3 has no empty range
+        # More than one concurrent request gives up on a body cut in mid-stream.
+        return self._call(
+            "cat_file", self._path(name), start=start or None, end=end, max_concurrency=1
+        )
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        names, starts, ends = zip(*ranges, strict=True)
+        paths = [self._path(name) for name in names]
+        return self._call("cat_ranges", paths, list(starts), list(ends), on_error="raise")
+
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
+        num_bytes = sum(map(len, buffers))
+        data = memoryview(self.read_bytes(name, start, start + num_bytes))
+        if len(data) < num_bytes:
+            raise OSError(f"{self.url}/{name} ends before byte {start + num_bytes}")
+        for buffer in buffers:
+            buffer[:], data = data[: len(buffer)], data[len(buffer) :]
+
+    def write_bytes(self, name: str, data: Bytes) -> None:
+        parts = bytes(data[:]) if len(data) < 2 * _PART_BYTES else _Parts(data)
+        self._call("pipe_file", self._path(name), parts, chunksize=_PART_BYTES)
+
+    def get(self, name: str, local_path: Path) -> None:
+        with replacing(local_path) as temporary:
+            self._get_file(name, str(temporary))
+
+    def get_into(self, name: str, file: FileIO) -> None:
+        self._get_file(name, f"/proc/self/fd/{file.fileno()}")
+
+    def _get_file(self, name: str, local_path: str) -> None:
+        # One stream, which s3fs takes up where it was cut; it does not mend several.
+        self._call("get_file", self._path(name), local_path, max_concurrency=1)
+
+    def remove(self, name: str) -> None:
+        # One by one: some servers refuse a bulk DeleteObjects without Content-MD5.
+        for path in self._call("find", self._path(name)):
+            self._call("rm_file", path)
+
+    def staged(self, name: str) -> "S3Folder":
+        return self.child(name)
+
+    def stage(self, name: str) -> None:
+        self.remove(name)
+        self.write_bytes(f"{name}/{_UNFINISHED}", b"")
+
+    def publish(self, name: str, mark: str, content: bytes) -> None:
+        self.write_bytes(f"{name}/{mark}", content)
+        self.remove(f"{name}/{_UNFINISHED}")
+
+    def is_published(self, name: str, mark: str) -> bool:
+        # Both are there if a kill came between the mark and the removal: it was published.
+        children = self.child(name).names()
+        return mark in children or _UNFINISHED not in children
+
+    def unstage(self, name: str) -> None:
+        """Leave it: object storage does not fill up, and the next `stage` removes it."""
+
+    def discard(self, name: str) -> None:
+        self.remove(name)
+
+    @property
+    def _root(self) -> str:
+        return self.url.removeprefix("s3://")
+
+    def _path(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def _connect(self) -> Any:  # noqa: ANN401
+        """Return the file system of this process: s3fs keeps one per process and options."""
+        options = dict(self._options)
+        max_attempts = options.pop("max_attempts", 10)
+        region = options.pop("region", None)
+        connection = _FileSystem(
+            **options,
+            client_kwargs={"region_name": region} if region else {},
+            config_kwargs={
+                "retries": {"max_attempts": max_attempts, "mode": "standard"},
+                # Servers other than AWS refuse the checksums that botocore adds by default.
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            },
+            use_listings_cache=False,
+        )
+        connection.retries = max_attempts + 2  # bodies cut in mid-stream are retried by s3fs
+        return connection
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Call s3fs and raise nothing but OSErrors."""
+        try:
+            return getattr(self._connect(), method)(*args, **kwargs)
+        except (botocore.NoCredentialsError, botocore.PartialCredentialsError) as error:
+            raise PermissionError(f"{self.url}: {error}") from error
+        except (botocore.BotoCoreError, aiohttp.ClientError, RuntimeError) as error:
+            # RuntimeError: aiohttp's, of a session that was closed.
+            raise ConnectionError(f"{self.url}: {error}") from error
+        except OSError as error:
+            if isinstance(error.__cause__, botocore.ClientError):
+                raise self._refusal(error, error.__cause__.response) from error
+            if isinstance(error, ConnectionError):
+                raise ConnectionError(f"{self.url}: {error}") from error
+            raise
+
+    def _refusal(self, error: OSError, response: Mapping[str, Any]) -> OSError:
+        """Return what s3fs made of a server's answer with the folder and the server's reason."""
+        # Ceph gives a code and no message, which s3fs leaves out.
+        details = (response["Error"].get(name) for name in ("Code", "Message"))
+        reason = f"{self.url}: {': '.join(filter(None, details))}"
+        if response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+            return ConnectionError(reason)
+        return type(error)(*error.args[:-1], reason)
+
+
+class _FileSystem(s3fs.S3FileSystem):
+    """s3fs with an end to every request."""
+
+    async def _call_s3(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        # aiohttp's timeouts do not cover an upload that the server stops reading, and retries
+        # of s3fs multiply those of botocore: a silent server would be asked for hours.
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                return await super()._call_s3(*args, **kwargs)
+        except TimeoutError as error:
+            limit = f"no success within {_REQUEST_SECONDS:g} s"
+            raise ConnectionError(f"{self.endpoint_url or 'the server'}: {limit}") from error
+        except botocore.HTTPClientError as error:  # not to be tried again by the callers, too
+            raise ConnectionError(str(error)) from error
+
+
+class _Parts:
+    """Slices that are bytes, as botocore takes them: parts are copied one by one."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, part: slice) -> bytes:
+        return bytes(self._data[part])
