@@ -80,7 +80,9 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     """Return [cos(t w_i), sin(t w_i)], fp32 [N, dim], with w_i = max_period^(-2i/dim)."""
     half = dim // 2
     i = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(max_period) * i / half)
+    # In fp32 exp differs by one unit in the last place between CPUs; t = 999 makes it a thousand.
+    frequencies = (-math.log(max_period) * i / half).double().exp().float()
+    angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -30,8 +30,9 @@ def test_released_dtr_weights_give_the_released_output():
     network = build_model(config)
     network.load_state_dict(from_official(official, "dtr"))
     with torch.no_grad():
-        out = network(*(torch.tensor(RELEASED[name]) for name in ("x", "t", "y")))
-    assert (out - torch.tensor(RELEASED["out"])).abs().max() <= 1e-5 * out.abs().max()
+        # In fp64: the released numbers' own rounding is 1.2e-5, another CPU's comes on top.
+        out = network.double()(*(torch.tensor(RELEASED[name]) for name in ("x", "t", "y")))
+    assert (out - torch.tensor(RELEASED["out"])).abs().max() <= 1.3e-5 * out.abs().max()
 
 
 def test_official_dit_weights_fit_an_unrouted_network():
