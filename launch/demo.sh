@@ -16,6 +16,7 @@ dtr-scale sample $run --num 100
 dtr-scale evaluate $run --num-samples 500
 
 echo
+echo "commands: source .venv/bin/activate"
 echo "picture:  $run/samples/grid.png"
 echo "numbers:  $run/evaluation.json, $run/journal.jsonl"
-echo "MLflow:   .venv/bin/mlflow server --backend-store-uri sqlite:///$run/mlflow.db"
+echo "MLflow:   mlflow server --backend-store-uri sqlite:///$run/mlflow.db"

@@ -1,4 +1,4 @@
-"""Shared fixtures: a real S3 server, and folders of both kinds."""
+"""Shared fixtures, and which tests are left out where they cannot run."""
 
 import itertools
 import logging
@@ -16,17 +16,48 @@ from dtr_scale.storage.folder import open_folder
 from tests.support.ceph import CephServer
 from tests.support.faulty_proxy import FaultyProxy
 
+# Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.
+SERVICES = {"s3_server", "slurm"}
+LARGE_GB = 26
+SLOW_SECONDS = 3600  # others have the time limit of pyproject.toml
+LEFT_OUT = pytest.StashKey[list[str]]()
+
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 
 
-_SLOW_SECONDS = 3600
+def pytest_addoption(parser):
+    parser.addoption("--leave-out-services", metavar="REASON", help="what the servers lack here")
 
 
-def pytest_collection_modifyitems(items):
-    """Give what trains for minutes more than the time limit of `pyproject.toml`."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """Mark what needs services; of what -m and -k select, leave out what cannot run here."""
     for item in items:
+        if SERVICES.intersection(item.fixturenames):
+            item.add_marker("services")
+        if item.get_closest_marker("large"):
+            item.add_marker("slow")
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(_SLOW_SECONDS))
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+    yield  # pytest's own selection, which the marks above are for
+    reasons = {"services": config.getoption("leave_out_services")}
+    memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if memory_gb < LARGE_GB:
+        reasons["large"] = f"{LARGE_GB} GB of memory are needed, {memory_gb:.0f} GB are here"
+    config.stash[LEFT_OUT] = []
+    for marker, reason in reasons.items():
+        left_out = [item for item in items if reason and item.get_closest_marker(marker)]
+        if left_out:
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
+            config.stash[LEFT_OUT].append(f"left out {len(left_out)} {marker} tests: {reason}")
+
+
+def pytest_unconfigure(config):
+    """Tell in the last lines what was left out: a run without it has not tested all."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    for line in config.stash.get(LEFT_OUT, []) if reporter else []:
+        reporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +98,7 @@ def s3_url(s3_server):
     return f"s3://{BUCKET}/test-{next(_prefixes)}"
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])
 def folder(request, tmp_path):
     """An empty folder that does not exist yet, on disk and on S3."""
     if request.param == "local":

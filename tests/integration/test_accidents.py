@@ -215,7 +215,7 @@ class StoreAway:
         self.end = server.start
 
 
-@pytest.fixture(params=["disk_full", "store_away"])
+@pytest.fixture(params=["disk_full", pytest.param("store_away", marks=pytest.mark.services)])
 def outage(request, tmp_path):
     if request.param == "disk_full":
         with small_disk(tmp_path / "disk", 3 * 2**20):

@@ -62,6 +62,7 @@ def shards_read_by_webdataset(folder: Folder, directory: Path) -> list[dict[str,
     return samples
 
 
+@pytest.mark.services  # Fashion-MNIST is one of Debian's packages
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_write_what_one_writes(tmp_path, capsys):
     """The first time both ranks are killed in the middle."""

@@ -25,17 +25,17 @@ except SystemExit:
 
 @pytest.fixture(scope="module")
 def cluster():
-    with slurm_cluster() as cluster:
-        yield cluster
+    with slurm_cluster() as slurm:
+        yield slurm
 
 
 @pytest.fixture
-def submit(cluster, digits, tmp_path):
+def submit(slurm, digits, tmp_path):
     """Submit a small training by the job script, in the run directory `tmp_path / "run"`."""
 
     def submitted(*overrides):
         places = (f"--data.shards={digits}", f"--run_dir={tmp_path}/run")
-        return cluster.run(
+        return slurm.run(
             "sbatch", "--parsable", f"--output={tmp_path}/output", *SMALL_JOB,
             JOB_SCRIPT, str(DEMO), *FP32, "--engine.type=fsdp2", *places, *overrides,
         ).strip()  # fmt: skip
@@ -44,9 +44,9 @@ def submit(cluster, digits, tmp_path):
     print((tmp_path / "output").read_text(encoding="utf-8"))  # shown where a test failed
 
 
-def known_ranks(cluster, *options):
+def known_ranks(slurm, *options):
     """Return, sorted, what the tasks of a step take themselves for."""
-    printed = cluster.run("srun", *options, "python", "-c", PRINT_RANK)
+    printed = slurm.run("srun", *options, "python", "-c", PRINT_RANK)
     return sorted(line.removeprefix("rank: ") for line in printed.splitlines() if "rank: " in line)
 
 
@@ -66,32 +66,32 @@ def status(run_dir):
     return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
 
 
-def job_has(cluster, job, field):
-    return f"{field} " in cluster.run("scontrol", "show", "job", job)
+def job_has(slurm, job, field):
+    return f"{field} " in slurm.run("scontrol", "show", "job", job)
 
 
-def test_tasks_know_their_ranks_and_gpus(cluster):
-    first, second = cluster.nodes
-    assert known_ranks(cluster, "--nodes=2", "--ntasks=3", "--gpus-per-task=1") == [
+def test_tasks_know_their_ranks_and_gpus(slurm):
+    first, second = slurm.nodes
+    assert known_ranks(slurm, "--nodes=2", "--ntasks=3", "--gpus-per-task=1") == [
         f"0 0 3 2 0 {first}",
         f"1 1 3 2 1 {first}",
         f"2 0 3 1 0 {second}",
     ]
-    assert known_ranks(cluster, "--ntasks=1") == [f"- - - - - {first}"]
+    assert known_ranks(slurm, "--ntasks=1") == [f"- - - - - {first}"]
 
 
 @pytest.mark.parametrize(
     "nodelist",
     ["gpu7", "gpu[003-010,012],login", "b,a[2-3]", "r[1-2]n[03-04]", "a-1,b[0-1]"],
 )
-def test_the_first_host_is_slurms(cluster, nodelist):
-    assert first_host(nodelist) == cluster.run("scontrol", "show", "hostnames", nodelist).split()[0]
+def test_the_first_host_is_slurms(slurm, nodelist):
+    assert first_host(nodelist) == slurm.run("scontrol", "show", "hostnames", nodelist).split()[0]
 
 
-def test_two_tasks_write_the_journal_of_one_process(cluster, digits, tmp_path):
+def test_two_tasks_write_the_journal_of_one_process(slurm, digits, tmp_path):
     places = (f"--data.shards={digits}", f"--run_dir={tmp_path}/srun")
     command = ("dtr-scale", "train", "--config", str(DEMO), *FP32, *places, "--train.max_steps=20")
-    cluster.run("srun", "--nodes=2", "--ntasks=2", *command, timeout_seconds=120)
+    slurm.run("srun", "--nodes=2", "--ntasks=2", *command, timeout_seconds=120)
     assert train(digits, tmp_path / "single", "--train.max_steps=20") == 0
     found, expected = journal(tmp_path / "srun"), journal(tmp_path / "single")
     assert len(found) == 20
@@ -101,17 +101,17 @@ def test_two_tasks_write_the_journal_of_one_process(cluster, digits, tmp_path):
     assert len(list(saved)) == 2, "each rank has its part"
 
 
-def test_a_job_told_to_leave_comes_back_and_goes_on(cluster, submit, digits, tmp_path):
+def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, digits, tmp_path):
     """USR1 to every process of the job, data workers too; SLURM sends it before the time limit."""
     run_dir = tmp_path / "run"
     job = submit("--train.max_steps=100", "--data.num_workers=1")
     wait_for_step(run_dir, 3)
-    cluster.run("scancel", "--full", "--signal=USR1", job)
+    slurm.run("scancel", "--full", "--signal=USR1", job)
     wait_for(lambda: status(run_dir)["outcome"] == "preempted")
     left = status(run_dir)
     assert (left["reason"], left["step"] < 100) == ("SIGUSR1", True)
-    wait_for(lambda: job_has(cluster, job, "JobState=COMPLETED"))
-    assert job_has(cluster, job, "Restarts=1")
+    wait_for(lambda: job_has(slurm, job, "JobState=COMPLETED"))
+    assert job_has(slurm, job, "Restarts=1")
     assert status(run_dir)["outcome"] == "finished"
     output = (tmp_path / "output").read_text(encoding="utf-8")
     assert f"resumed {run_dir}/checkpoints/step_{left['step']:08d}" in output
@@ -125,12 +125,12 @@ def test_a_job_told_to_leave_comes_back_and_goes_on(cluster, submit, digits, tmp
 
 
 @pytest.mark.parametrize("how", [(), ("--batch", "--signal=TERM")], ids=["all", "script"])
-def test_a_cancelled_job_saves_and_stays_away(cluster, submit, tmp_path, how):
+def test_a_cancelled_job_saves_and_stays_away(slurm, submit, tmp_path, how):
     job = submit("--train.max_steps=100000")
     wait_for_step(tmp_path / "run", 3)
-    cluster.run("scancel", *how, job)
-    wait_for(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}"))
-    assert job_has(cluster, job, "Restarts=0")
+    slurm.run("scancel", *how, job)
+    wait_for(lambda: not slurm.run("squeue", "--noheader", f"--jobs={job}"))
+    assert job_has(slurm, job, "Restarts=0")
     left = status(tmp_path / "run")
     assert left["outcome"] == "preempted"
     assert (tmp_path / "run" / "checkpoints" / f"step_{left['step']:08d}" / "COMPLETE").exists()
