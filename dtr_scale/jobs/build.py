@@ -353,17 +353,29 @@ def _announce(experiment: Experiment, network: nn.Module) -> None:
         )
 
 
-def build_tracker(experiment: Experiment, world: World, run_dir: RunDirectory) -> Tracker:
-    """Return what mirrors rank 0's journal, as the experiment asks."""
+def check_tracking(experiment: Experiment) -> None:
+    """Raise ConfigError if the experiment's MLflow can never be reached; no server is asked."""
+    if experiment.tracking.type == "mlflow":
+        from dtr_scale.tracking.check import check_uri
+
+        check_uri(experiment.tracking.uri)
+
+
+def build_tracker(
+    experiment: Experiment, world: World, run_dir: RunDirectory, *, step: int
+) -> Tracker:
+    """Return what mirrors rank 0's journal from `step` on, as the experiment asks."""
     tracking = experiment.tracking
     if tracking.type == "none":
         return NullTracker()
-    from dtr_scale.tracking.mlflow import MlflowTracker
+    from dtr_scale.tracking.mirror import MlflowTracker
+    from dtr_scale.tracking.mlflow import RunInfo
+    from dtr_scale.tracking.uri import tracking_uri
 
-    return MlflowTracker(
+    run = RunInfo(
         run_dir=run_dir.path,
         journal=run_dir.journal,
-        uri=tracking.uri,
+        uri=tracking_uri(tracking.uri, run_dir.path),
         experiment=tracking.experiment,
         name=experiment.name,
         params=flatten(resolved(experiment)),
@@ -375,7 +387,9 @@ def build_tracker(experiment: Experiment, world: World, run_dir: RunDirectory) -
             "host": socket.gethostname(),
             "run_dir": str(run_dir.path.resolve()),
         },
+        step=step,
     )
+    return MlflowTracker(run)
 
 
 def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:

@@ -13,7 +13,7 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, PeerError, UnsavedError
-from dtr_scale.jobs.build import build_evaluation, build_tracker, build_trainer
+from dtr_scale.jobs.build import build_evaluation, build_tracker, build_trainer, check_tracking
 from dtr_scale.jobs.resume import take_up
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
@@ -39,6 +39,9 @@ def train_experiment(experiment: Experiment) -> int:
     with ExitStack() as stack:
         stack.enter_context(leave.listening())
         world = _join(experiment)
+        with world.agree():
+            if world.is_main:
+                check_tracking(experiment)
         run_dir = stack.enter_context(_run_directory(experiment, world))
         peers = PeerWatch(world, end=partial(_end_with_peer, experiment.run_path))
         stack.enter_context(_failures_told(experiment.run_path, peers))
@@ -80,7 +83,7 @@ class _MainRecords(_Records):
         run_dir.write_config(resolved(experiment))
         write_status(run_dir.path, "running", step=trainer.step)
         self._journal = Journal(run_dir.journal, step=trainer.step)
-        self.tracker = build_tracker(experiment, world, run_dir)
+        self.tracker = build_tracker(experiment, world, run_dir, step=trainer.step)
         self._told_saved_step: int | None = None
         self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
 

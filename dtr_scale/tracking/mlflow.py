@@ -1,223 +1,320 @@
-"""Mirror of the journal in MLflow. The only module that imports mlflow.
+"""Send a run's journal and evaluations to MLflow. The only module that imports mlflow.
 
-A thread reads the journal file and sends what the server does not have yet. The file is the
-queue: an outage of any length loses nothing, memory stays flat, and a killed run's successor
-sends what was left. Training never waits for a server.
+MLflow never deletes a point and never changes a param. So a step is sent once, and a journal that
+went back to an older checkpoint and took another way from there gets a new MLflow run. The old
+one is renamed and tagged `superseded_by`.
 """
 
 import json
 import logging
+import math
 import os
-import threading
+import posixpath
+import re
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtr_scale.logs import without_password
 from dtr_scale.storage.folder import open_folder
-from dtr_scale.tracking.base import Tracker
-from dtr_scale.tracking.journal import Record, read_new_records
+from dtr_scale.tracking.journal import Record, read_journal, read_new_records
+from dtr_scale.tracking.uri import is_own_database, shown_uri
 
 log = logging.getLogger(__name__)
 
 RUN_FILE = "mlflow.json"
-_OUTCOME_STATUS = {"finished": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
-_METRICS_PER_CALL = 1000  # MLflow's own limit
-_FIRST_RETRY_SECONDS, _LAST_RETRY_SECONDS = 1.0, 60.0
-_FINISH_SECONDS = 60.0
+_METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # MLflow's own limits
+_PARAM_CHARACTERS, _NAME_CHARACTERS = 6000, 250
+_PICTURES = "samples"
 
 
-def tracking_uri(configured: str | None, run_dir: Path) -> str:
-    """Return the configured server, else the environment's, else a sqlite file of the run."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _own_database(run_dir)
+@dataclass(frozen=True)
+class RunInfo:
+    """What MLflow is told of a job's run, and where."""
+
+    run_dir: Path
+    journal: Path
+    uri: str
+    experiment: str
+    name: str
+    params: Mapping[str, Any]
+    tags: Mapping[str, str]
+    step: int
+    """The step that the job goes on from."""
 
 
-def _own_database(run_dir: Path) -> str:
-    return f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured and sampled at a step, and when."""
+
+    time_ms: int
+    step: int
+    metrics: Record
+    picture: Path
 
 
-class MlflowTracker(Tracker):
-    """One MLflow run, the same one after every restart: its id is kept in mlflow.json."""
+class MlflowRun:
+    """A run on a server that answers. It asks what the server has, and sends the rest.
 
-    def __init__(
-        self,
-        *,
-        run_dir: Path,
-        journal: Path,
-        uri: str | None,
-        experiment: str,
-        name: str,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-    ) -> None:
-        self._run_dir = run_dir
-        self._journal = journal
-        self._uri = tracking_uri(uri, run_dir)
-        self._shown_uri = without_password(self._uri)
-        self._experiment = experiment
-        self._name = name
-        self._params = params
-        self._tags = tags
-        self._artifact_root = (run_dir / "mlflow_artifacts").resolve().as_uri()
-        self._evaluations: list[tuple[int, int, Record, Path]] = []
-        self._status: tuple[str, str | None] | None = None
-        self._ending = threading.Event()
-        self._changed = threading.Event()
-        self._changed.set()
-        self._thread = threading.Thread(target=self._mirror, name="mlflow-mirror", daemon=True)
-        self._thread.start()
+    After any error make a new one: the server may have taken what it did not confirm.
+    """
 
-    def log(self, record: Record) -> None:
-        self._changed.set()
+    def __init__(self, info: RunInfo) -> None:
+        self._info = info
+        self._client = open_client(info.uri)
+        kept = self._kept()
+        self._run_id = kept["run_id"] if kept else self._create()
+        self._begin(kept.get("continues") if kept else None)
 
-    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None:
-        self._evaluations.append((_now(), step, metrics, picture))
-        self._changed.set()
+    def send_journal(self) -> int:
+        """Send the records that the server does not have; return the last step that it has."""
+        records, end = read_new_records(self._info.journal, self._sent_bytes)
+        unsent = self._after_known(records)
+        if unsent is None:
+            self._begin_another_run()
+            unsent, end = read_new_records(self._info.journal, 0)
+        self._send(unsent)
+        self._sent_bytes = end
+        self._last_step = int(records[-1]["step"]) if records else self._last_step
+        return self._last_step
 
-    def finish(self, outcome: str, checkpoint_url: str | None) -> None:
-        self._status = (_OUTCOME_STATUS[outcome], checkpoint_url)
-        self._ending.set()
-        self._changed.set()
-        self._thread.join(_FINISH_SECONDS)
-        if self._thread.is_alive():
-            log.warning(
-                "MLflow at %s did not take the last records; the journal %s has them all, and the "
-                "next start of this run sends them",
-                self._shown_uri,
-                self._journal,
-            )
-
-    def _mirror(self) -> None:
-        """Send until the run has ended and all is sent; back off while the server is away."""
-        session: _Session | None = None
-        sent_bytes = 0
-        pause = _FIRST_RETRY_SECONDS
-        while True:
-            self._changed.wait()
-            self._changed.clear()
-            ending = self._status
-            try:
-                session = session or self._open_session()
-                records, end = read_new_records(self._journal, sent_bytes)
-                session.send(records)
-                sent_bytes = end
-                if ending:  # before the pictures: they may have nowhere to go
-                    session.end(*ending)
-                while self._evaluations:
-                    session.send_evaluation(*self._evaluations[0])
-                    del self._evaluations[0]
-                if ending:
-                    return
-                pause = _FIRST_RETRY_SECONDS
-            except Exception as error:  # whatever a server or a database does, training goes on
-                session = None  # the server may have taken what it did not confirm: ask it
-                pause = _FIRST_RETRY_SECONDS if ending else pause
-                self._warn(error, pause)
-                if self._ending.wait(pause):
-                    time.sleep(_FIRST_RETRY_SECONDS)
-                pause = min(2 * pause, _LAST_RETRY_SECONDS)
-                self._changed.set()
-
-    def _warn(self, error: Exception, pause: float) -> None:
-        reason = str(error).partition("\n")[0].replace(self._uri, self._shown_uri)[:200]
-        log.warning("MLflow at %s: %s; trying again in %.0f s", self._shown_uri, reason, pause)
-
-    def _open_session(self) -> "_Session":
-        # A dead server would hold each call for minutes, and the usage report calls out.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow import MlflowClient
-
-        # It tells of every table it makes, whatever MLFLOW_LOGGING_LEVEL says.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        client = MlflowClient(self._uri)
-        run_id = self._kept_run_id() or self._create_run(client)
-        session = _Session(client, run_id)
-        session.describe(self._params, self._tags)
-        return session
-
-    def _kept_run_id(self) -> str | None:
-        path = self._run_dir / RUN_FILE
-        if not path.exists():
-            return None
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        # The run's own database goes with its directory, wherever that is moved.
-        owned = self._uri == _own_database(self._run_dir) and kept["tracking_uri"] is None
-        return kept["run_id"] if owned or kept["tracking_uri"] == self._shown_uri else None
-
-    def _create_run(self, client: Any) -> str:  # noqa: ANN401
-        experiment = client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            # Beside a local database, pictures stay in the run directory too.
-            place = self._artifact_root if self._uri.startswith("sqlite:") else None
-            experiment_id = client.create_experiment(self._experiment, artifact_location=place)
-        else:
-            experiment_id = experiment.experiment_id
-        run_id = client.create_run(experiment_id, run_name=self._name).info.run_id
-        own = self._uri == _own_database(self._run_dir)
-        kept_uri = None if own else self._shown_uri
-        content = {"run_id": run_id, "tracking_uri": kept_uri, "experiment": self._experiment}
-        text = json.dumps(content, indent=2) + "\n"
-        open_folder(self._run_dir).write_bytes(RUN_FILE, text.encode())
-        return run_id
-
-
-class _Session:
-    """A run on a server that answers: it knows the last step that the server has."""
-
-    def __init__(self, client: Any, run_id: str) -> None:  # noqa: ANN401
-        self._client = client
-        self._run_id = run_id
-        client.update_run(run_id, status="RUNNING")
-        # Points of a step that is sent twice would stand beside each other for ever.
-        history = client.get_metric_history(run_id, "loss")
-        self._last_step = max((point.step for point in history), default=0)
-
-    def describe(self, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-        """Set the tags, and the params that the run does not have: MLflow never changes one."""
-        from mlflow.entities import Param, RunTag
-
-        present = self._client.get_run(self._run_id).data.params
-        named = {key.lstrip("$"): str(value) for key, value in params.items()}
-        self._client.log_batch(
-            self._run_id,
-            params=[Param(key, value) for key, value in named.items() if key not in present],
-            tags=[RunTag(key, value) for key, value in tags.items()],
-        )
-
-    def send(self, records: list[Record]) -> None:
-        from mlflow.entities import Metric
-
-        batch: list[Any] = []
-        now = _now()
-        for record in records:
-            step = int(record["step"])
-            if step <= self._last_step:
-                continue
-            points = [Metric(k, float(v), now, step) for k, v in record.items() if k != "step"]
-            if len(batch) + len(points) > _METRICS_PER_CALL:
-                self._send_batch(batch)
-                batch = []
-            batch += points
-        if batch:
-            self._send_batch(batch)
-
-    def _send_batch(self, batch: list[Any]) -> None:
-        self._client.log_batch(self._run_id, metrics=batch)
-        self._last_step = batch[-1].step
-
-    def send_evaluation(self, time_ms: int, step: int, metrics: Record, picture: Path) -> None:
-        for key, value in metrics.items():  # a point of the same time is the same point
-            self._client.log_metric(self._run_id, key, value, timestamp=time_ms, step=step)
-        self._client.log_artifact(self._run_id, str(picture), "samples")
+    def send_evaluations(self, evaluations: list[Evaluation]) -> None:
+        """Send those of a job's evaluations that the server does not have."""
+        unsent = evaluations[self._num_evaluations :]
+        pictures = self._pictures() if unsent else set()
+        for evaluation in unsent:
+            for name, value in valid_names(evaluation.metrics).items():
+                steps = self._evaluated.setdefault(name, self._steps_of(name))
+                if evaluation.step not in steps:
+                    self._log(metrics=[_metric(name, value, evaluation.time_ms, evaluation.step)])
+                    steps.add(evaluation.step)
+            if evaluation.picture.name not in pictures:
+                self._client.log_artifact(self._run_id, str(evaluation.picture), _PICTURES)
+            self._num_evaluations += 1
 
     def end(self, status: str, checkpoint_url: str | None) -> None:
         if checkpoint_url:
             self._client.set_tag(self._run_id, "checkpoint", checkpoint_url)
         self._client.set_terminated(self._run_id, status)
 
+    def _begin(self, continues: dict[str, Any] | None) -> None:
+        self._client.update_run(self._run_id, status="RUNNING")
+        self._describe()
+        history = self._client.get_metric_history(self._run_id, "loss")
+        if continues and not history:  # no journal yet: this run was made a moment ago
+            self._continue(**continues)
+        self._known = deque(sorted((point.step, point.value) for point in history))
+        self._sent_bytes = 0
+        self._last_step = 0
+        self._evaluated: dict[str, set[int]] = {}
+        self._num_evaluations = 0
 
-def _now() -> int:
-    return int(time.time() * 1000)
+    def _after_known(self, records: list[Record]) -> list[Record] | None:
+        """Return the records after those that the server has, None if it has others.
+
+        A run that goes on from its checkpoint after a kill repeats its steps to the last bit, and
+        its points are already there. The loss tells: it is of every record.
+        """
+        for index, record in enumerate(records):
+            if not self._known:
+                return records[index:]
+            step, loss = self._known.popleft()
+            if step != record["step"] or not _same(loss, record["loss"]):
+                return None
+        return []
+
+    def _begin_another_run(self) -> None:
+        continues = {"run_id": self._run_id, "step": self._info.step}
+        log.info(
+            "MLflow has other figures after step %d than the journal; a new run there takes its "
+            "place, with all steps",
+            self._info.step,
+        )
+        self._run_id = self._create(continues)
+        self._begin(continues)
+
+    def _continue(self, run_id: str, step: int) -> None:
+        """Mark the run that this one continues, and copy its evaluations up to `step`.
+
+        They are not in the journal. A copied point has its old time: sent again, it is the same.
+        """
+        client, name = self._client, f"{self._info.name} (superseded at step {step})"
+        old = client.get_run(run_id)
+        of_journal = {key for record in read_journal(self._info.journal) for key in record}
+        for key in old.data.metrics.keys() - valid_names(dict.fromkeys(of_journal)).keys():
+            history = client.get_metric_history(run_id, key)
+            points = (p for p in history if p.step <= step)
+            self._log(metrics=[_metric(key, p.value, p.timestamp, p.step) for p in points])
+        client.set_tag(run_id, "superseded_by", self._run_id)
+        client.set_tag(run_id, "superseded_at_step", str(step))
+        client.update_run(run_id, name=name)
+        if old.info.status == "RUNNING":
+            client.set_terminated(run_id, "KILLED")
+
+    def _describe(self) -> None:
+        """Set the tags, and the params that the run does not have.
+
+        A param that has changed since is told by a tag: `changed.train.lr`.
+        """
+        from mlflow.entities import Param, RunTag
+
+        data = self._client.get_run(self._run_id).data
+        params, tags = [], [RunTag(k, str(v)) for k, v in valid_names(self._info.tags).items()]
+        for name, param in valid_names(self._info.params).items():
+            value = str(param)[:_PARAM_CHARACTERS]
+            if name not in data.params:
+                params.append(Param(name, value))
+                continue
+            tag = f"changed.{name}"
+            before = data.tags.get(tag)
+            if value != _last_value(before, data.params[name]):
+                now = f"{value} from step {self._info.step}"
+                tags.append(RunTag(tag, f"{before}; {now}" if before else now))
+        self._log(params=params, tags=tags)
+
+    def _send(self, records: Iterable[Record]) -> None:
+        batch: list[Any] = []
+        now = int(time.time() * 1000)
+        for record in records:
+            step = int(record["step"])
+            figures = valid_names({k: v for k, v in record.items() if k != "step"})
+            # The points of a step go in one call: `_after_known` takes its loss for all of them.
+            if len(batch) + len(figures) > _METRICS_PER_CALL:
+                self._log(metrics=batch)
+                batch = []
+            batch += [_metric(name, value, now, step) for name, value in figures.items()]
+        self._log(metrics=batch)
+
+    def _log(self, **entries: list[Any]) -> None:
+        """Send metrics, params or tags; what the server refuses costs no other its place."""
+        from mlflow.exceptions import MlflowException
+
+        for kind, all_of_kind in entries.items():
+            most = _METRICS_PER_CALL if kind == "metrics" else _PARAMS_PER_CALL
+            for start in range(0, len(all_of_kind), most):
+                part = all_of_kind[start : start + most]
+                try:
+                    self._client.log_batch(self._run_id, **{kind: part})
+                except MlflowException as error:
+                    if error.error_code != "INVALID_PARAMETER_VALUE":
+                        raise
+                    if len(part) == 1:
+                        log.warning("MLflow takes no %s %r", kind.rstrip("s"), part[0].key)
+                        continue
+                    for entry in part:
+                        self._log(**{kind: [entry]})
+
+    def _steps_of(self, name: str) -> set[int]:
+        return {point.step for point in self._client.get_metric_history(self._run_id, name)}
+
+    def _pictures(self) -> set[str]:
+        listed = self._client.list_artifacts(self._run_id, _PICTURES)
+        return {posixpath.basename(file.path) for file in listed}
+
+    def _kept(self) -> dict[str, Any] | None:
+        """Return what mlflow.json says of this run on this server, if the server still has it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            kept = json.loads((self._info.run_dir / RUN_FILE).read_bytes())
+            run_id, uri = str(kept["run_id"]), kept["tracking_uri"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError):
+            log.warning("%s is not ours; MLflow gets a new run", self._info.run_dir / RUN_FILE)
+            return None
+        if uri not in (self._kept_uri(), shown_uri(self._info.uri)):
+            return None
+        try:
+            gone = self._client.get_run(run_id).info.lifecycle_stage != "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            gone = True
+        if gone:
+            log.warning("MLflow's run %s was deleted there; it gets a new one", run_id)
+        return None if gone else kept
+
+    def _kept_uri(self) -> str | None:
+        # The run's own database goes with its directory, wherever that is moved.
+        own = is_own_database(self._info.uri, self._info.run_dir)
+        return None if own else shown_uri(self._info.uri)
+
+    def _create(self, continues: dict[str, Any] | None = None) -> str:
+        info, client = self._info, self._client
+        experiment = client.get_experiment_by_name(info.experiment)
+        if experiment is None:
+            # Beside a local database, pictures stay in the run directory too.
+            is_local = info.uri.startswith("sqlite:")
+            place = (info.run_dir / "mlflow_artifacts").resolve().as_uri() if is_local else None
+            experiment_id = client.create_experiment(info.experiment, artifact_location=place)
+        else:
+            experiment_id = experiment.experiment_id
+        tags = {}
+        if continues:
+            tags = {"continues": continues["run_id"], "continues_at_step": str(continues["step"])}
+        run_id = client.create_run(experiment_id, run_name=info.name, tags=tags).info.run_id
+        content = {
+            "run_id": run_id,
+            "tracking_uri": self._kept_uri(),
+            "experiment": info.experiment,
+            "continues": continues,
+        }
+        text = json.dumps(content, indent=2) + "\n"
+        open_folder(info.run_dir).write_bytes(RUN_FILE, text.encode())
+        return run_id
+
+
+def valid_names(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `entries` by names that MLflow takes: other characters become `_`.
+
+    MLflow takes letters, digits and `_-. :/`, and no name that is another one read as a path
+    (`a//b`, `../a`). Names that become the same are numbered.
+    """
+    valid: dict[str, Any] = {}
+    for key, value in entries.items():
+        name = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", key)[:_NAME_CHARACTERS]
+        if posixpath.normpath(name) != name or name.startswith((".", "/")):
+            name = name.replace("/", "_").replace(".", "_") or "_"
+        unique, number = name, 2
+        while unique in valid:
+            unique, number = f"{name[: _NAME_CHARACTERS - 4]}_{number}", number + 1
+        valid[unique] = value
+    return valid
+
+
+def open_client(uri: str) -> Any:  # noqa: ANN401
+    """Return MLflow's client, set up so that it is quick to give up and keeps quiet."""
+    # A dead server would hold each call for minutes, the usage report calls out, and the link to
+    # a run that has ended is printed with the password of its server.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    from mlflow import MlflowClient
+
+    # MLflow tells of every table it makes and of every retry, whatever MLFLOW_LOGGING_LEVEL says.
+    # urllib3's lines on retries hold the URL with its query, and so a password.
+    for library in ("mlflow.store.db.utils", "urllib3.connectionpool"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    return MlflowClient(uri)
+
+
+def _metric(name: str, value: float, time_ms: int, step: int) -> Any:  # noqa: ANN401
+    from mlflow.entities import Metric
+
+    return Metric(name, float(value), time_ms, step)
+
+
+def _same(stored: float, value: float) -> bool:
+    """Tell whether a server's number is the journal's: databases may round its last digits."""
+    if math.isinf(value):  # MLflow stores the largest number in its place
+        return math.copysign(1, value) * stored > 1e308
+    return math.isclose(stored, value, rel_tol=1e-12) or (stored != stored and value != value)
+
+
+def _last_value(changes: str | None, param: str) -> str:
+    """Return a param's value after the changes that its tag tells of."""
+    return changes.rpartition("; ")[2].rpartition(" from step ")[0] if changes else param

@@ -16,12 +16,16 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from dtr_scale.config.changes import flatten
 from dtr_scale.config.load import load_experiment, resolved
-from dtr_scale.tracking import mlflow as mlflow_tracking
+from dtr_scale.tracking import mirror, mlflow
 from dtr_scale.tracking.journal import Journal
-from dtr_scale.tracking.mlflow import MlflowTracker, tracking_uri
+from dtr_scale.tracking.mirror import MlflowTracker
+from dtr_scale.tracking.mlflow import RunInfo, valid_names
+from dtr_scale.tracking.uri import tracking_uri
 
 # mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
@@ -84,24 +88,26 @@ def _environment(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     monkeypatch.setenv("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 
 class Job:
-    """One job of a run that stands at a step: its journal and its tracker."""
+    """One job of a run that goes on from a step: its journal and its tracker."""
 
     def __init__(self, run_dir, uri, *, step=0, params=PARAMS, tags=TAGS):
         run_dir.mkdir(exist_ok=True)
         self.run_dir = run_dir
         self.journal = Journal(run_dir / "journal.jsonl", step=step)
-        self.tracker = MlflowTracker(
-            run_dir=run_dir, journal=self.journal.path, uri=uri,
-            experiment="tests", name="a_run", params=params, tags=tags,
+        info = RunInfo(
+            run_dir=run_dir, journal=self.journal.path, uri=tracking_uri(uri, run_dir),
+            experiment="tests", name="a_run", params=params, tags=tags, step=step,
         )  # fmt: skip
+        self.tracker = MlflowTracker(info)
 
-    def log(self, steps):
+    def log(self, steps, *, scale=1):
         for step in steps:
-            record = {"step": step, "loss": 1 / step, "lr": 0.1}
+            record = {"step": step, "loss": scale / step, "lr": 0.1}
             self.journal.write(record)
             self.tracker.log(record)
 
@@ -198,6 +204,10 @@ def test_every_job_of_a_run_directory_goes_on_with_one_run(server, tmp_path):
         assert run.data.params["train.lr"] == "0.0001"
         run_ids.add(run.info.run_id)
     assert len(run_ids) == 1
+    _, run = run_of(tmp_path, server.uri)
+    assert run.data.tags["changed.train.lr"] == "1.0001 from step 5; 2.0001 from step 15"
+    assert run.data.tags["changed.added"] == "1 from step 5; 2 from step 15"
+    assert "changed.model.variant" not in run.data.tags
     assert_steps(tmp_path, server.uri, range(1, 31))
 
 
@@ -214,11 +224,173 @@ def test_another_server_gets_a_run_of_its_own_with_all_steps(server, tmp_path):
     assert_steps(tmp_path, server.uri, range(1, 7))
 
 
-def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeypatch, warnings_of):
-    monkeypatch.setattr(mlflow_tracking, "_FIRST_RETRY_SECONDS", 0.01)
+def test_a_journal_that_took_another_way_gets_a_run_of_its_own(server, tmp_path):
+    """After a fall back each step stands once in the new run; the old one tells what it was."""
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"a picture")
-    with _losing_replies(server.address, lost=[1, 3, 5, 8, 11]) as uri:
+    run_dir = tmp_path / "run"
+    job = Job(run_dir, server.uri)
+    job.log(range(1, 31))
+    job.tracker.log_evaluation(10, {"frechet_distance": 5.0}, picture)
+    job.tracker.log_evaluation(25, {"frechet_distance": 4.0}, picture)
+    job.finish("failed")
+    client, old = run_of(run_dir, server.uri)
+
+    job = Job(run_dir, server.uri, step=20, params=PARAMS | {"train.lr": 5e-4})
+    job.log(range(21, 23))  # as before: the points are there
+    job.log(range(23, 26), scale=3)
+    job.tracker.log_evaluation(25, {"frechet_distance": 3.0}, picture)
+    job.finish("preempted")
+    _, new = run_of(run_dir, server.uri)
+    assert new.info.run_id != old.info.run_id
+    steps = [(step, (3 if step > 22 else 1) / step) for step in range(1, 26)]
+    assert sorted(points_of(run_dir, server.uri)) == steps
+    assert points_of(run_dir, server.uri, "frechet_distance") == [(10, 5.0), (25, 3.0)]
+    assert (new.info.run_name, new.info.status) == ("a_run", "KILLED")
+    assert new.data.params["train.lr"] == "0.0005"
+    assert new.data.tags["continues"] == old.info.run_id
+    assert new.data.tags["continues_at_step"] == "20"
+
+    old = client.get_run(old.info.run_id)
+    assert old.info.run_name == "a_run (superseded at step 20)"
+    assert old.data.tags["superseded_by"] == new.info.run_id
+    assert old.data.params["train.lr"] == "0.0001"
+    assert old.info.status != "RUNNING"
+    job = Job(run_dir, server.uri, step=25)
+    job.log([26])
+    job.finish()
+    assert run_of(run_dir, server.uri)[1].info.run_id == new.info.run_id
+    assert sorted(points_of(run_dir, server.uri)) == [*steps, (26, 1 / 26)]
+
+
+def test_a_job_that_repeats_fewer_steps_waits_for_the_next_to_differ(tmp_path):
+    """A journal at other intervals is another one, too: its steps would stand between the old."""
+    uri = tracking_uri(None, tmp_path)
+    job = Job(tmp_path, None)
+    job.log(range(2, 31, 2))
+    job.finish("failed")
+    first = run_of(tmp_path, uri)[1].info.run_id
+    job = Job(tmp_path, None, step=20)
+    job.log([22, 24])
+    job.finish("preempted")
+    assert run_of(tmp_path, uri)[1].info.run_id == first
+    job = Job(tmp_path, None, step=24)
+    job.log([27, 30])
+    job.finish()
+    assert run_of(tmp_path, uri)[1].info.run_id != first
+    assert_steps(tmp_path, uri, [*range(2, 25, 2), 27, 30])
+
+
+def test_an_odd_key_costs_nothing_but_its_characters(server, tmp_path, monkeypatch, warnings_of):
+    odd = {"expected.FID@50k": 2.06, "expected.FID 50k": 3, "expected.FID_50k": 4, "a//b": 5}
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"a picture")
+    run_dir = tmp_path / "run"
+    job = Job(run_dir, server.uri, params=PARAMS | odd, tags=TAGS | {"~user": "me"})
+    job.log(range(1, 4))
+    job.tracker.log_evaluation(3, {"FID@50k": 2.0, "legibility": 0.5}, picture)
+    job.finish()
+    _, run = run_of(run_dir, server.uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {
+        "train.lr": "0.0001", "model.variant": "None", "expected.FID_50k": "2.06",
+        "expected.FID 50k": "3", "expected.FID_50k_2": "4", "a__b": "5",
+    }  # fmt: skip
+    assert (run.data.tags["_user"], run.data.metrics["FID_50k"]) == ("me", 2.0)
+    assert run.data.metrics["legibility"] == 0.5
+
+    # What a server refuses all the same, by rules of its own, costs nothing else.
+    monkeypatch.setattr(mlflow, "valid_names", lambda entries: entries)
+    job = Job(run_dir, server.uri, step=3, params=PARAMS | {"FID@5k": 1, "last": 2})
+    job.log([4])
+    job.finish()
+    _, run = run_of(run_dir, server.uri)
+    assert (run.info.status, run.data.params["last"]) == ("FINISHED", "2")
+    assert_steps(run_dir, server.uri, range(1, 5))
+    assert warnings_of("dtr_scale.tracking.mlflow") == ["MLflow takes no param 'FID@5k'"]
+
+
+@given(st.dictionaries(st.text(max_size=300), st.none(), max_size=5))
+@example(dict.fromkeys(["", ".", "..", "/", "a/./b", "a/", "x" * 300, "x" * 301, "é", "a@", "a!"]))
+def test_mlflow_takes_every_valid_name_and_none_is_lost(entries):
+    from mlflow.utils.validation import _validate_param_name
+
+    names = valid_names(entries)
+    assert len(names) == len(entries)
+    for name in names:
+        _validate_param_name(name)
+    assert valid_names(names) == names
+
+
+def test_a_run_that_the_server_or_its_file_no_longer_has_is_made_anew(tmp_path):
+    uri = tracking_uri(None, tmp_path)
+    job = Job(tmp_path, None)
+    job.log(range(1, 4))
+    job.finish("preempted")
+    client, run = run_of(tmp_path, uri)
+    client.delete_run(run.info.run_id)
+    for step in (3, 4):
+        job = Job(tmp_path, None, step=step)
+        job.log([step + 1])
+        job.finish("preempted")
+        assert_steps(tmp_path, uri, range(1, step + 2))
+        (tmp_path / "mlflow.json").write_text("[]")
+
+
+_SHORT_JOB = """
+import pathlib, sys
+from dtr_scale.logs import setup_logging
+from dtr_scale.tracking import mirror
+from dtr_scale.tracking.journal import Journal
+from dtr_scale.tracking.mlflow import RunInfo
+
+mirror._FINISH_SECONDS = mirror._FINISH_SECONDS_IF_AWAY = float(sys.argv[3])
+setup_logging(0)
+run_dir, uri = pathlib.Path(sys.argv[1]), sys.argv[2]
+journal = Journal(run_dir / "journal.jsonl", step=20)
+tracker = mirror.MlflowTracker(RunInfo(
+    run_dir=run_dir, journal=journal.path, uri=uri, experiment="tests", name="a_run",
+    params={}, tags={}, step=20,
+))
+for step in range(21, 41):
+    journal.write({"step": step, "loss": 1 / step, "lr": 0.1})
+    tracker.log({"step": step})
+tracker.finish("finished", None)
+"""
+_SECRETS = ("hunter2", "hunter3")
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_no_password_is_shown_or_stored(server, tmp_path, is_away):
+    """Neither ours nor in what MLflow, requests and urllib3 have to say."""
+    port = 9 if is_away else server.address[1]
+    uri = f"http://user:hunter2@127.0.0.1:{port}" + ("?password=hunter3" if is_away else "")
+    env = os.environ | {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+    }
+    env.pop("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
+    patience = "3" if is_away else "60"
+    command = [sys.executable, "-c", _SHORT_JOB, tmp_path, uri, patience]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    assert ("next start" in ended.stderr) == is_away
+    assert ("Connection refused" in ended.stderr) == is_away
+    kept = [path.read_text() for path in tmp_path.iterdir()]
+    if not is_away:
+        _, run = run_of(tmp_path, server.uri)
+        kept.append(str(run))
+        assert f"http://127.0.0.1:{port}" in (tmp_path / "mlflow.json").read_text()
+    for text in (ended.stdout, ended.stderr, *kept):
+        assert not any(secret in text for secret in _SECRETS), text
+
+
+def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeypatch, warnings_of):
+    monkeypatch.setattr(mirror, "_FIRST_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(mirror, "_SECONDS_BETWEEN_WARNINGS", 0.0)
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"a picture")
+    with _losing_replies(server.address, lost=[1, 3, 5, 8, 10]) as uri:
         run_dir = tmp_path / "run"
         job = Job(run_dir, uri)
         for first in range(1, 31, 10):
@@ -234,28 +406,7 @@ def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeyp
     assert run.data.tags["host"] == "here"
     (artifact,) = client.list_artifacts(run.info.run_id, "samples")
     assert artifact.path == "samples/picture.png"
-    assert len(warnings_of("dtr_scale.tracking.mlflow")) == 5
-
-
-_JOB_WITHOUT_SERVER = """
-import pathlib, sys
-from dtr_scale.logs import setup_logging
-from dtr_scale.tracking import mlflow
-from dtr_scale.tracking.journal import Journal
-
-mlflow._FINISH_SECONDS = 0.5
-setup_logging(0)
-run_dir, uri = pathlib.Path(sys.argv[1]), sys.argv[2]
-journal = Journal(run_dir / "journal.jsonl", step=20)
-tracker = mlflow.MlflowTracker(
-    run_dir=run_dir, journal=journal.path, uri=uri, experiment="tests", name="a_run",
-    params={}, tags={},
-)
-for step in range(21, 41):
-    journal.write({"step": step, "loss": 1 / step, "lr": 0.1})
-    tracker.log({"step": step})
-tracker.finish("finished", None)
-"""
+    assert len(warnings_of("dtr_scale.tracking.mirror")) == 5
 
 
 def test_an_outage_loses_nothing_and_repeats_nothing(server, tmp_path, warnings_of):
@@ -271,10 +422,10 @@ def test_an_outage_loses_nothing_and_repeats_nothing(server, tmp_path, warnings_
 
     job.log(range(21, 221))  # returns: nobody answers, nobody is asked
     job.tracker.log_evaluation(30, {"frechet_distance": 2.5}, DEMO)
-    wait_until(lambda: warnings_of("dtr_scale.tracking.mlflow"))
+    wait_until(lambda: warnings_of("dtr_scale.tracking.mirror"))
     job.log(range(221, 241))
     # A job that ends meanwhile, resumed 10 steps back, says so and goes.
-    command = [sys.executable, "-c", _JOB_WITHOUT_SERVER, ending, server.uri]
+    command = [sys.executable, "-c", _SHORT_JOB, ending, server.uri, "0.5"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"the journal {ending}/journal.jsonl has them all" in ended.stderr
     assert "Traceback" not in ended.stderr
