@@ -397,13 +397,23 @@ def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:
     wanted = experiment.evaluation.every_steps and experiment.data.type == "latents"
     if not wanted or not has_pixel_metrics(trainer.loader.samples):
         return None
-    return open_samples(experiment, "val")
+    held_out = open_samples(experiment, "val")
+    if isinstance(held_out, SampleReader):
+        held_out.check_sizes()
+    return held_out
 
 
 def build_evaluation(
-    experiment: Experiment, trainer: Trainer, run_dir: RunDirectory | None, tracker: Tracker
+    experiment: Experiment,
+    trainer: Trainer,
+    run_dir: RunDirectory | None,
+    tracker: Tracker,
+    leave_reason: Callable[[], str | None] = lambda: None,
 ) -> PeriodicEvaluation:
-    """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to."""
+    """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to.
+
+    Raises ConfigError or DataError now for what would fail at the first evaluation.
+    """
     evaluation = experiment.evaluation
     conditions, null_condition = None, None
     if evaluation.every_steps:
@@ -413,7 +423,7 @@ def build_evaluation(
         trainer.checkpoints.note(step, metrics)  # for checkpoint.keep_best
         tracker.log_evaluation(step, metrics, picture)
 
-    return PeriodicEvaluation(
+    periodic = PeriodicEvaluation(
         world=trainer.world,
         engine=trainer.engine,
         ema=trainer.ema,
@@ -425,4 +435,8 @@ def build_evaluation(
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
         report=report,
+        leave_reason=leave_reason,
     )
+    if evaluation.every_steps:
+        periodic.check()
+    return periodic

@@ -51,11 +51,14 @@ def train_experiment(experiment: Experiment) -> int:
         take_up(trainer, experiment, world, run_dir)
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
         with world.agree():
-            evaluate = build_evaluation(experiment, trainer, run_dir, records.tracker)
+            evaluate = build_evaluation(
+                experiment, trainer, run_dir, records.tracker, lambda: leave.reason
+            )
+        reason = None
         # The last job may have been killed, or asked to leave, after it saved and before this.
         if trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
-            evaluate(trainer.step)
-        reason = trainer.run(leave, log=records.write, evaluate=evaluate)
+            reason = evaluate.make_up(trainer.step)
+        reason = reason or trainer.run(leave, log=records.write, evaluate=evaluate)
         records.end("preempted" if reason else "finished", reason or "")
         world.barrier()
         peers.close()

@@ -150,11 +150,12 @@ class Trainer:
         leave: LeaveRequest,
         *,
         log: Callable[[Record], None],
-        evaluate: Callable[[int], None],
+        evaluate: Callable[[int], str | None],
     ) -> str | None:
         """Train until `max_steps`, or until any rank asks to leave; return why it left, or None.
 
         The state is saved either way. `log` is given the journal's record of every logged step.
+        `evaluate` returns why it was cut off by a request to leave, on all ranks, or None.
         """
         self.checkpoints.prepare(self._state.pieces())
         self.loader.seek(self.samples_seen)
@@ -168,14 +169,17 @@ class Trainer:
                 log({**self._figures(result), **self._watch.read()})
             if result.leave or self.step == self.max_steps:
                 self._save_for_certain(result)
-            elif self._due(self.save_every):
+            elif self._due(self.save_every) or self.evaluation_is_due:
+                # Before an evaluation too, which may take longer than all steps since a save.
                 self.save(result)
             if result.leave and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
             # Not at any last step: ten thousand samples may cost more than a short run.
-            if self.evaluation_is_due:
-                evaluate(self.step)
+            if self.evaluation_is_due and (reason := evaluate(self.step)):
+                self.checkpoints.wait()
+                self._save_for_certain(result)
+                return reason
         return None
 
     def save(self, result: StepResult) -> None:

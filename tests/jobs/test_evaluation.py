@@ -2,12 +2,24 @@
 
 import itertools
 import json
+import os
+import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dtr_scale.jobs.train import train_experiment
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from dtr_scale.train.signals import LeaveRequest
-from tests.support.runs import journal, kept, tiny
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import TINY, demo_experiment, journal, kept, status, tiny
+
+# Three batches a step.
+LONG = (
+    "--evaluation.every_steps=2", "--evaluation.num_samples=20", "--evaluation.batch_size=8",
+    "--evaluation.num_sampling_steps=4", "--checkpoint.every_steps=1000",
+)  # fmt: skip
 
 
 def test_the_best_by_a_figure_of_the_journal_and_of_the_evaluation_are_kept(digits, tmp_path):
@@ -67,3 +79,105 @@ def test_an_evaluation_that_was_missed_after_a_save_is_made_up_for(
     made = (cut / "samples" / name).stat().st_mtime_ns
     assert tiny(digits, cut, *evaluation) == 0
     assert (cut / "samples" / name).stat().st_mtime_ns == made, "once"
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def terminated_at(call: int, before=PeriodicEvaluation._draw_batch):
+    """Return a `_draw_batch` whose `call`-th call is in the middle when SIGTERM comes."""
+    calls = itertools.count(1)
+
+    def draw_batch(self, batch, step):
+        if len(batch) and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(self, batch, step)
+
+    return draw_batch
+
+
+def counted(drawn: list[range], before=PeriodicEvaluation._draw_batch):
+    def draw_batch(self, batch, step):
+        drawn.extend([batch] if len(batch) else [])
+        return before(self, batch, step)
+
+    return draw_batch
+
+
+def test_a_request_to_leave_is_heard_while_it_samples_and_the_samples_are_kept(
+    digits, tmp_path, monkeypatch
+):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tiny(digits, whole, *LONG)
+    with monkeypatch.context() as patch:
+        patch.setattr(PeriodicEvaluation, "_draw_batch", terminated_at(2))
+        assert tiny(digits, cut, *LONG) == 75
+    left = status(cut)
+    assert (left["outcome"], left["reason"], left["saved_step"]) == ("preempted", "SIGTERM", 2)
+    assert not list((cut / "samples").glob("step_*"))
+    drawn = []
+    monkeypatch.setattr(PeriodicEvaluation, "_draw_batch", counted(drawn))
+    assert tiny(digits, cut, *LONG) == 0
+    assert drawn == [range(8, 16), range(16, 20), *(range(i, min(i + 8, 20)) for i in (0, 8, 16))]
+    for path in (whole / "samples").iterdir():
+        assert (cut / "samples" / path.name).read_bytes() == path.read_bytes()
+    assert names_in(cut / "samples") == names_in(whole / "samples")
+    assert journal(cut) == journal(whole)
+
+
+def test_a_time_limit_shorter_than_an_evaluation_does_not_keep_a_run_from_its_end(digits, tmp_path):
+    short = ("--train.max_minutes=1e-9", "--evaluation.every_steps=1")
+    starts = 1
+    while tiny(digits, tmp_path, *LONG, *short) == 75:
+        assert status(tmp_path)["saved_step"] == min(starts, 4)
+        starts += 1
+    assert starts <= 6
+    assert [record["step"] for record in journal(tmp_path)] == [1, 2, 3, 4]
+
+
+def failing(self, *args):
+    raise TypeError("an evaluation's bug")
+
+
+@pytest.mark.parametrize("part", ["_draw_batch", "_publish"])
+def test_an_evaluation_that_fails_never_ends_a_run(
+    digits, tmp_path, monkeypatch, warnings_of, part
+):
+    plain = tmp_path / "plain"
+    tiny(digits, plain)
+    monkeypatch.setattr(PeriodicEvaluation, "check", lambda self: None)
+    monkeypatch.setattr(PeriodicEvaluation, part, failing)
+    assert tiny(digits, tmp_path / "run", *LONG) == 0
+    told = "evaluation failed, training goes on: TypeError: an evaluation's bug"
+    assert warnings_of("dtr_scale.train.evaluate") == [f"step 2: {told}", f"step 4: {told}"]
+    assert journal(tmp_path / "run") == journal(plain)
+
+
+def on_ranks(digits: Path, run_dir: Path, fault: str) -> int:
+    """Runs on each rank: rank 1 alone fails in its second batch, or is asked to leave there."""
+    before = PeriodicEvaluation._draw_batch
+    if os.environ["RANK"] == "1":
+        calls = itertools.count(1)
+
+        def fails(self, batch, step):
+            if len(batch) and next(calls) == 2:
+                failing(self)
+            return before(self, batch, step)
+
+        PeriodicEvaluation._draw_batch = fails if fault == "fails" else terminated_at(2)
+    two = ("--engine.type=fsdp2", "--engine.precision=fp32", "--train.micro_batch_size=16")
+    many = "--evaluation.num_samples=40"
+    return train_experiment(demo_experiment(digits, run_dir, *TINY, *two, *LONG, many))
+
+
+@pytest.mark.parametrize(("fault", "code"), [("fails", 0), ("leaves", 75)])
+def test_what_happens_to_one_rank_while_it_samples_is_what_all_do(digits, tmp_path, fault, code):
+    assert run_on_ranks(2, on_ranks, digits, tmp_path, fault) == [code, code]
+    names = names_in(tmp_path / "samples")
+    if fault == "fails":
+        assert names == ["step_00000004.png"]
+    else:
+        assert names == [".step_00000002.kept.npz"]
+        assert np.load(tmp_path / "samples" / names[0])["parts"].shape == (2, 8, 1, 8, 8)
+        assert status(tmp_path)["saved_step"] == 2

@@ -48,7 +48,7 @@ def tiny(digits: Path | str, run_dir: Path, *overrides: str) -> int:
 
 
 def run_trainer(
-    trainer: Trainer, evaluate: Callable[[int], None] = lambda step: None
+    trainer: Trainer, evaluate: Callable[[int], str | None] = lambda step: None
 ) -> list[Record]:
     """Run a trainer to its end and return the records of its steps."""
     records: list[Record] = []
