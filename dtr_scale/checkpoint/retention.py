@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, every n-th, and the best by a metric."""
+"""Keep a run's newest checkpoints, every n-th and the best by a metric; remove the others."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ METRICS = "metrics.json"
 class Keep:
     """How many stay: the `last` ones, those of `every` n-th step, and the `best` by `metric`.
 
-    Less is better; 0 stands for none.
+    A lower metric is better; 0 means none.
     """
 
     last: int = 3
@@ -31,7 +31,10 @@ class Keep:
 
 
 class Retention:
-    """Applies a `Keep` to a run's checkpoints, on rank 0. No failure here is worth the run."""
+    """Apply a `Keep` to a run's checkpoints, on rank 0.
+
+    Nothing is raised: a run is worth more than a tidy folder. In doubt all checkpoints stay.
+    """
 
     def __init__(self, catalog: Catalog, keep: Keep) -> None:
         self._catalog = catalog
@@ -39,18 +42,18 @@ class Retention:
         self._metrics = Metrics(catalog.folder)
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
-        """Remember what the checkpoint of `step` was measured at."""
+        """Store the figures of the checkpoint of `step`, to find the best by."""
         try:
             if self._keep.best:
                 self._metrics.note(step, figures)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             log.warning("figures of step %d are not kept: %s", step, error)
 
     def retire(self, step: int) -> None:
-        """Remove what the checkpoint of `step` makes superfluous."""
+        """Remove the checkpoints that are no longer to be kept now that `step` is complete."""
         keep = self._keep
         try:
-            # Damaged ones that were passed over may be newer; they do not count.
+            # A newer one was passed over as damaged when the run went on from an older one.
             steps = [old for old in self._catalog.steps() if old <= step]
             best_first = self._metrics.best_first(keep.metric) if keep.best else []
             gone = superfluous(
@@ -72,9 +75,9 @@ class Retention:
 
 
 class Metrics:
-    """Figures by step, kept in metrics.json next to the checkpoints for the runs to come.
+    """Figures by step, in metrics.json beside the checkpoints, where the next job finds them.
 
-    The loop notes and the thread that saves reads, so both take the lock.
+    The training loop notes evaluations while the thread that saves reads, so both take the lock.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -107,12 +110,27 @@ class Metrics:
 
     def _load(self) -> dict[int, dict[str, float]]:
         if self._by_step is None:
-            try:
-                stored = self._folder.read_json(METRICS)
-            except (FileNotFoundError, ValueError):
-                stored = {}
-            self._by_step = {int(step): figures for step, figures in stored.items()}
+            self._by_step = self._read()
         return self._by_step
+
+    def _read(self) -> dict[int, dict[str, float]]:
+        """Return what earlier jobs stored; CheckpointError if that is no metrics.json of ours.
+
+        Taking such a file for empty would remove the best checkpoints so far.
+        """
+        try:
+            stored = self._folder.read_json(METRICS)
+            return {
+                int(step): {name: float(value) for name, value in figures.items()}
+                for step, figures in stored.items()
+            }
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f'{METRICS} in {self._folder.url} is not of the shape {{"STEP": {{"loss": 0.1}}}}: '
+                f"{error}; mend it, or remove it if its best checkpoints need not stay"
+            ) from None
 
     def _store(self) -> None:
         content = json.dumps({str(s): f for s, f in sorted(self._load().items())}, indent=1)
@@ -128,8 +146,8 @@ def superfluous(
 ) -> list[int]:
     """Return which of `steps` (newest first) may go.
 
-    What is not complete takes nobody's place: without `keep.last` complete ones nothing goes, so
-    one always stays.
+    Incomplete ones are not counted. Nothing goes before there are `keep.last` complete ones, so at
+    least one always stays.
     """
     last = list(islice(filter(is_complete, steps), keep.last))
     if len(last) < keep.last:
