@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dtr_scale.diffusion.process import GaussianDiffusion
-    from dtr_scale.models.build import build_model
+    from dtr_scale.jobs.network import build_model
 
 __all__ = ["GaussianDiffusion", "__version__", "build_model"]
 
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "GaussianDiffusion": "dtr_scale.diffusion.process",
-    "build_model": "dtr_scale.models.build",
+    "build_model": "dtr_scale.jobs.network",
 }
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dtr_scale.checkpoint.weights import read_weights, write_safetensors, written_whole
 from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.models.build import build_model
+from dtr_scale.models.build import build_network
 from dtr_scale.models.dit import VARIANTS
 from dtr_scale.models.embedders import sincos_position_table
-from dtr_scale.models.routing import Routing, routing_mask
+from dtr_scale.models.routing import RoutingSpec, build_routing, routing_mask
 
 Kind = Literal["dit", "dtr", "adm"]
 Target = Literal["safetensors", "diffusers"]
@@ -90,7 +90,7 @@ def from_official(state_dict: Mapping[str, Tensor], kind: Kind = "dit") -> dict[
     masks = _pop_masks(weights, config["depth"])
     weights.pop("pos_embed")
     with torch.device("meta"):
-        expected = build_model(config | {"routing": {"type": "none"}}).state_dict()
+        expected = build_network(**{**config, "routing": None}).state_dict()
     _check_weights(weights, expected)
     if config["routing"]["type"] == "random":
         weights |= {f"routing.mask_{block}": mask for block, mask in enumerate(masks)}
@@ -150,8 +150,8 @@ def export_dit(
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     positions = sincos_position_table(hidden_size, config["input_size"] // patch_size)
     weights["pos_embed"] = positions[None]
-    section: dict[str, Any] = config.get("routing") or {"type": "none"}
-    routing = Routing(**section, num_timesteps=num_timesteps, num_channels=[hidden_size] * depth)
+    spec = RoutingSpec(**(config.get("routing") or {}))
+    routing = build_routing(spec, num_timesteps, [hidden_size] * depth)
     own = routing.state_dict()
     routing.load_state_dict({name: state_dict[f"routing.{name}"] for name in own})
     for block, mask in enumerate(routing(torch.arange(num_timesteps))):

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from dtr_scale.config.messages import explain, known_keys, suggestion
-from dtr_scale.config.schema import Experiment
+from dtr_scale.config.schema import Experiment, ModelConfig
 from dtr_scale.errors import ConfigError
 from dtr_scale.logs import without_password
 
@@ -28,6 +28,7 @@ PATHS = (
 
 _SQLITE_FILE = re.compile(r"sqlite[+\w]*:///(?!:memory:|$)")
 _NO_PATH = re.compile(r"$|file:|[\w+.-]+://|(databricks(-uc)?|uc)$")  # the last are MLflow's names
+_MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _TWICE = object()
 
 
@@ -67,6 +68,17 @@ def validate(raw: dict[str, Any], source: str, overrides: Collection[str] = ()) 
                 f"{source}: checkpoint.allow_changes names an unknown key {key}{suggestion(key)}"
             )
     return experiment
+
+
+def validate_model(raw: dict[str, Any], source: str) -> ModelConfig:
+    """Return the `model` section of an experiment alone, as `validate` does."""
+    try:
+        return _MODEL.validate_json(json.dumps(raw, default=repr), strict=True)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        for problem in problems:
+            problem["loc"] = ("model", *problem["loc"])
+        raise ConfigError(explain(problems, source)) from None
 
 
 def parse_overrides(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -172,7 +172,7 @@ class DitConfig(NetworkConfig):
             )
         if self.hidden_size and self.hidden_size % 4:
             raise _refuse(
-                f"model.hidden_size = {self.hidden_size} must be a multiple of 4 "
+                f"model.hidden_size = {self.hidden_size}: give a multiple of 4 "
                 "(sine and cosine positions for two axes)"
             )
         patch = int(self.variant.split("/")[1]) if self.variant else self.patch_size
@@ -195,7 +195,7 @@ class AdmConfig(NetworkConfig):
     num_res_blocks: PositiveInt
     attention_resolutions: list[PositiveInt]
     """Downsampling rates at which there is attention."""
-    channel_mult: Annotated[list[PositiveInt | PositiveFloat], Field(min_length=1)]
+    channel_mult: Annotated[list[PositiveInt | PositiveFloat], Field(min_length=1)] = [1, 2, 4, 8]
     num_heads: PositiveInt = 1
     num_head_channels: PositiveInt | Literal[-1] | None = None
     """Width of an attention head; null or -1: num_heads heads of any width."""

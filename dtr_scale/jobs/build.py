@@ -34,10 +34,11 @@ from dtr_scale.engines.deepspeed_config import build_deepspeed_config
 from dtr_scale.engines.fsdp2 import Fsdp2Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
+from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
 from dtr_scale.errors import ConfigError
 from dtr_scale.evaluation.report import has_pixel_metrics
 from dtr_scale.evaluation.sampling import SamplingSettings
-from dtr_scale.models.build import build_model
+from dtr_scale.models import build as networks
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
@@ -129,8 +130,8 @@ def build_network(experiment: Experiment) -> Denoiser:
     every engine; those that shard free what they do not keep.
     """
     torch.manual_seed(experiment.train.seed)
-    return build_model(
-        experiment.model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps
+    return networks.build_network(
+        **experiment.model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps
     )
 
 
@@ -279,9 +280,6 @@ def _build_engine(
 ) -> Engine:
     config, train = experiment.engine, experiment.train
     network = build_network(experiment)
-    for module in network.modules():
-        if isinstance(module, Denoiser):
-            module.activation_checkpointing = config.activation_checkpointing
     _announce(experiment, network)
     if config.compile and config.type == "deepspeed" and config.zero_stage == 3:
         if world.is_main:
@@ -290,7 +288,9 @@ def _build_engine(
                 "blocks; set engine.compile=false, or engine.type=fsdp2 to shard and compile"
             )
     elif config.compile:
-        _compile_blocks(network)
+        compile_blocks(network.routed_blocks())
+    if config.activation_checkpointing:
+        checkpoint_activations(network.routed_blocks())
     optimizer = {"lr": train.lr, "weight_decay": train.weight_decay}
     step: Any = {"grad_clip": train.grad_clip, "precision": config.precision}
     match config.type:
@@ -320,16 +320,6 @@ def _build_engine(
                 **step,
             )
             return DeepSpeedEngine(network, world=world, config=settings, **optimizer)
-
-
-def _compile_blocks(network: Denoiser) -> None:
-    """Compile before wrapping: one graph per block shape, no breaks, and names stay as they are."""
-    blocks = network.routed_blocks()
-    # The blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
-    dynamo: Any = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
-    for block in blocks:
-        block.compile()
 
 
 def _announce(experiment: Experiment, network: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.evaluation.flops import ForwardCost, LayerCost, forward_cost
-from dtr_scale.models.build import build_model
+from dtr_scale.models.build import build_network
 
 TRAINING_FORWARDS = 3
 """A training step as forwards: the backward is twice its forward. Recomputation is not counted."""
@@ -72,7 +72,9 @@ def plan_compute(experiment: Experiment) -> ComputePlan:
     """Return what the network of an experiment computes; nothing is allocated."""
     model = experiment.model
     with torch.device("meta"):
-        network = build_model(model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps)
+        network = build_network(
+            **model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps
+        )
         x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
         t = y = torch.zeros(1, dtype=torch.int64)
         if model.type == "dit" and model.conditioning == "text":

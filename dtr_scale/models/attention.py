@@ -1,12 +1,20 @@
-"""Multi-head attention by xformers or by PyTorch; the only module that imports xformers."""
+"""Compute multi-head attention by xformers or by PyTorch; alone in importing xformers."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from dtr_scale.errors import ConfigError
 
 ATTENTION_BACKENDS = ("auto", "xformers", "sdpa")
+
+
+class AttentionModule(nn.Module):
+    """A module that attends by `attention_backend`, which may be set before the first step."""
+
+    def __init__(self, attention_backend: str) -> None:
+        super().__init__()
+        self.attention_backend = attention_backend
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -35,7 +43,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """
     if name not in ATTENTION_BACKENDS:
         accepted = ", ".join(ATTENTION_BACKENDS)
-        raise ConfigError(f"model.attention: {name!r} is not a backend; accepted: {accepted}")
+        raise ConfigError(f"model.attention = {name!r}: is no backend; give one of {accepted}")
     if name == "sdpa":
         return "sdpa"
     obstacle = _xformers_obstacle(device)
@@ -43,8 +51,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
         return "xformers"
     if name == "xformers":
         raise ConfigError(
-            f"model.attention: 'xformers' cannot run on {device}: {obstacle}; "
-            "set model.attention to 'auto' or 'sdpa'"
+            f"model.attention = 'xformers': cannot run on {device}, {obstacle}; "
+            "give 'auto' or 'sdpa'"
         )
     return "sdpa"
 

@@ -1,11 +1,11 @@
-"""What all networks have in common."""
+"""Define what all networks have in common: their sizes, conditions and blocks."""
 
 from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from dtr_scale.errors import ConfigError
+from dtr_scale.models.attention import AttentionModule
 
 
 class Denoiser(nn.Module):
@@ -13,11 +13,8 @@ class Denoiser(nn.Module):
 
     It takes samples [N, in_channels, input_size, input_size]. `conditioning` is "class"; "none",
     which means one class and no label dropout; or "text". With a `class_dropout_prob` above 0 it
-    knows a null condition, for guidance. `attention_backend` (see `resolve_backend`) and
-    `activation_checkpointing` may be set at any time.
+    knows a null condition, for guidance.
     """
-
-    conditionings: tuple[str, ...] = ("class", "none")
 
     def __init__(
         self,
@@ -28,14 +25,8 @@ class Denoiser(nn.Module):
         conditioning: str,
         class_dropout_prob: float,
         learn_sigma: bool,
-        attention_backend: str,
     ) -> None:
         super().__init__()
-        if conditioning not in self.conditionings:
-            accepted = ", ".join(self.conditionings)
-            raise ConfigError(
-                f"model.conditioning: {conditioning!r} is not accepted; give one of {accepted}"
-            )
         if conditioning == "none":
             num_classes, class_dropout_prob = 1, 0.0
         self.input_size = input_size
@@ -46,8 +37,6 @@ class Denoiser(nn.Module):
         self.num_classes = num_classes
         self.null_label = num_classes
         self.class_dropout_prob = class_dropout_prob
-        self.attention_backend = attention_backend
-        self.activation_checkpointing = False
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
@@ -65,3 +54,9 @@ class Denoiser(nn.Module):
     def null_like(self, y: Tensor) -> Tensor:
         """Return conditions like y that say nothing: the null label, or tokens of zeros."""
         return torch.full_like(y, 0 if self.conditioning == "text" else self.null_label)
+
+    def use_attention(self, backend: str) -> None:
+        """Compute attention by another backend of `resolve_backend`, from before the first step."""
+        for module in self.modules():
+            if isinstance(module, AttentionModule):
+                module.attention_backend = backend

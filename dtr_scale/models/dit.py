@@ -1,17 +1,14 @@
-"""Diffusion transformer (Peebles & Xie, 2023) with Denoising Task Routing around its blocks.
+"""Define the diffusion transformer (Peebles & Xie, 2023), with task routing around its blocks.
 
 Parameters carry the names of the official DiT state dict. Text conditioning is that of the DTR
 paper (appendix C, figure 8).
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dtr_scale.errors import ConfigError
-from dtr_scale.models.attention import attention
+from dtr_scale.models.attention import AttentionModule, attention
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.embedders import (
     LabelEmbedder,
@@ -20,7 +17,7 @@ from dtr_scale.models.embedders import (
     TimestepEmbedder,
     sincos_position_table,
 )
-from dtr_scale.models.routing import Routing
+from dtr_scale.models.routing import RoutingSpec, build_routing
 
 
 class DiTSize(NamedTuple):
@@ -40,38 +37,42 @@ VARIANTS = {
 }
 
 
-class Attention(nn.Module):
+class Attention(AttentionModule):
     """Multi-head self-attention over the tokens of [N, L, D]."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
+    def __init__(self, hidden_size: int, num_heads: int, attention_backend: str = "sdpa") -> None:
+        super().__init__(attention_backend)
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, backend: str) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
         qkv = self.qkv(x).view(n, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.unbind(2)
-        return self.proj(attention(q, k, v, backend).reshape(n, length, width))
+        out = attention(q, k, v, self.attention_backend)
+        return self.proj(out.reshape(n, length, width))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionModule):
     """Multi-head attention from tokens [N, L, D] to text tokens [N, M, context_dim]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, context_dim: int) -> None:
-        super().__init__()
+    def __init__(
+        self, hidden_size: int, num_heads: int, context_dim: int, attention_backend: str = "sdpa"
+    ) -> None:
+        super().__init__(attention_backend)
         self.num_heads = num_heads
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(context_dim, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, context: Tensor, backend: str) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         n, length, width = x.shape
         heads = self.num_heads, width // self.num_heads
         q = self.q(x).view(n, length, *heads)
         k, v = self.kv(context).view(n, context.shape[1], 2, *heads).unbind(2)
-        return self.proj(attention(q, k, v, backend).reshape(n, length, width))
+        out = attention(q, k, v, self.attention_backend)
+        return self.proj(out.reshape(n, length, width))
 
 
 class Mlp(nn.Module):
@@ -93,14 +94,20 @@ class DiTBlock(nn.Module):
     With a `context_dim` it attends to text tokens between self-attention and MLP.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, context_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        attention_backend: str = "sdpa",
+    ) -> None:
         super().__init__()
         self.norm1 = _layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, attention_backend)
         self.cross_attn = None
         if context_dim is not None:
             self.norm_cross = _layer_norm(hidden_size)
-            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim)
+            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim, attention_backend)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
         self.num_modulations = 6 if context_dim is None else 9
@@ -109,7 +116,7 @@ class DiTBlock(nn.Module):
         )
 
     def forward(
-        self, z: Tensor, c: Tensor, context: Tensor | None, mask: Tensor | None, backend: str
+        self, z: Tensor, c: Tensor, context: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """Return [N, L, D] from tokens z [N, L, D].
 
@@ -117,19 +124,19 @@ class DiTBlock(nn.Module):
         bool [N, D] the channels that the block sees (None: all).
         """
         if mask is None:
-            return self._block(z, c, context, backend)
+            return self._block(z, c, context)
         mask = mask[:, None]
-        return ~mask * z + self._block(mask * z, c, context, backend)  # eq. 8
+        return ~mask * z + self._block(mask * z, c, context)  # eq. 8
 
-    def _block(self, z: Tensor, c: Tensor, context: Tensor | None, backend: str) -> Tensor:
+    def _block(self, z: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
         modulation = self.adaLN_modulation(c)[:, None].chunk(self.num_modulations, dim=-1)
         shift, scale, gate = modulation[:3]
-        z = z + gate * self.attn(_modulate(self.norm1(z), shift, scale), backend)
+        z = z + gate * self.attn(_modulate(self.norm1(z), shift, scale))
         if self.cross_attn is not None:
             assert context is not None
             shift, scale, gate = modulation[3:6]
             normed = _modulate(self.norm_cross(z), shift, scale)
-            z = z + gate * self.cross_attn(normed, context, backend)
+            z = z + gate * self.cross_attn(normed, context)
         shift, scale, gate = modulation[-3:]
         return z + gate * self.mlp(_modulate(self.norm2(z), shift, scale))
 
@@ -153,10 +160,8 @@ class DiT(Denoiser):
     """A transformer over the patches of a latent.
 
     With conditioning "text", y are the tokens [N, context_length, context_dim] of a text encoder
-    (CLIP ViT-L/14's by default). `routing` holds the keywords of `Routing` over `num_timesteps`.
+    (CLIP ViT-L/14's by default). `routing` is over `num_timesteps`; None is no routing.
     """
-
-    conditionings = ("class", "none", "text")
 
     def __init__(
         self,
@@ -173,11 +178,10 @@ class DiT(Denoiser):
         context_length: int = 77,
         context_dim: int = 768,
         learn_sigma: bool = True,
-        routing: Mapping[str, Any] | None = None,
+        routing: RoutingSpec | None = None,
         num_timesteps: int = 1000,
         attention_backend: str = "sdpa",
     ) -> None:
-        _check_sizes(hidden_size, num_heads, patch_size, input_size)
         super().__init__(
             input_size=input_size,
             in_channels=in_channels,
@@ -185,7 +189,6 @@ class DiT(Denoiser):
             conditioning=conditioning,
             class_dropout_prob=class_dropout_prob,
             learn_sigma=learn_sigma,
-            attention_backend=attention_backend,
         )
         self.hidden_size = hidden_size
         self.patch_size = patch_size
@@ -197,12 +200,11 @@ class DiT(Denoiser):
         else:
             self.y_embedder = LabelEmbedder(self.num_classes, hidden_size, self.class_dropout_prob)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, context_dim if by_text else None) for _ in range(depth)
+            DiTBlock(hidden_size, num_heads, context_dim if by_text else None, attention_backend)
+            for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
-        self.routing = Routing(
-            **(routing or {}), num_timesteps=num_timesteps, num_channels=[hidden_size] * depth
-        )
+        self.routing = build_routing(routing or RoutingSpec(), num_timesteps, [hidden_size] * depth)
         self.pos_embed: Tensor
         positions = sincos_position_table(hidden_size, input_size // patch_size)
         self.register_buffer("pos_embed", positions[None], persistent=False)
@@ -218,13 +220,7 @@ class DiT(Denoiser):
         else:
             c = c + self.y_embedder(y.long())
         for block, mask in zip(self.blocks, self.routing(t, step), strict=True):
-            if self.activation_checkpointing:
-                z = checkpoint(
-                    block, z, c, context, mask, self.attention_backend,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-            else:
-                z = block(z, c, context, mask, self.attention_backend)
+            z = block(z, c, context, mask)
         return self._unpatchify(self.final_layer(z, c))
 
     def routed_blocks(self) -> list[nn.Module]:
@@ -253,20 +249,6 @@ class DiT(Denoiser):
         patches = patches.view(-1, grid, grid, p, p, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.out_channels, self.input_size, self.input_size
-        )
-
-
-def _check_sizes(hidden_size: int, num_heads: int, patch_size: int, input_size: int) -> None:
-    for key, value, by_key, by in (
-        ("hidden_size", hidden_size, "num_heads", num_heads),
-        ("input_size", input_size, "patch_size", patch_size),
-    ):
-        if value % by:
-            raise ConfigError(f"model.{key}: {value} is not a multiple of model.{by_key} = {by}")
-    if hidden_size % 4:
-        raise ConfigError(
-            f"model.hidden_size: {hidden_size} is not a multiple of 4, "
-            "which the sine and cosine positions need"
         )
 
 

@@ -1,4 +1,4 @@
-"""Multi-experts: networks of one kind, each for an interval of the timesteps (paper, appendix D).
+"""Call networks of one kind as one, each for an interval of the timesteps (paper, appendix D).
 
 As in eDiff-I (Balaji et al., 2022) the experts share no weights.
 """
@@ -26,8 +26,6 @@ class MultiExperts(Denoiser):
     times that part's share.
     """
 
-    conditionings = ("class", "none", "text")
-
     def __init__(self, experts: Sequence[Denoiser], num_timesteps: int) -> None:
         first = experts[0]
         super().__init__(
@@ -37,7 +35,6 @@ class MultiExperts(Denoiser):
             conditioning=first.conditioning,
             class_dropout_prob=first.class_dropout_prob,
             learn_sigma=first.learn_sigma,
-            attention_backend=first.attention_backend,
         )
         self.experts = nn.ModuleList(experts)
         self.timesteps = [
@@ -58,8 +55,8 @@ class MultiExperts(Denoiser):
         order = torch.cat(places)
         if len(order) != len(t):
             raise ConfigError(
-                f"{len(t) - len(order)} of {len(t)} timesteps belong to no expert; they go from 0 "
-                f"to {self.timesteps[-1].stop - 1}"
+                f"{len(t) - len(order)} of {len(t)} timesteps belong to no expert; give 0 to "
+                f"{self.timesteps[-1].stop - 1}"
             )
         return torch.cat(outputs)[order.argsort()]
 

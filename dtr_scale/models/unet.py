@@ -1,22 +1,21 @@
-"""U-Net of guided-diffusion (Dhariwal & Nichol, 2021) with Denoising Task Routing in its blocks.
+"""Define guided-diffusion's U-Net (Dhariwal & Nichol, 2021), with task routing in its blocks.
 
 Parameters carry the names of guided-diffusion's state dict.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.models.attention import attention
+from dtr_scale.models.attention import AttentionModule, attention
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.embedders import timestep_embedding
-from dtr_scale.models.routing import Routing
+from dtr_scale.models.routing import RoutingSpec, build_routing
 
 _NUM_GROUPS = 32
 
@@ -105,7 +104,7 @@ class ResBlock(nn.Module):
         return self.skip_connection(self.resample(x)) + conv(act(h))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(AttentionModule):
     """Multi-head self-attention over the positions of [N, C, H, W], beside a skip connection.
 
     The rows of `qkv` are ordered (qkv, head, channel) with `use_new_attention_order`, else
@@ -119,8 +118,9 @@ class AttentionBlock(nn.Module):
         num_heads: int = 1,
         num_head_channels: int | None = None,
         use_new_attention_order: bool = False,
+        attention_backend: str = "sdpa",
     ) -> None:
-        super().__init__()
+        super().__init__(attention_backend)
         self.channels = channels
         self.num_heads = _num_heads(channels, num_heads, num_head_channels)
         self.use_new_attention_order = use_new_attention_order
@@ -128,7 +128,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
-    def forward(self, x: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return [N, C, H, W] from x of that shape and mask bool [N, C]."""
         h = self.norm(x).flatten(2)
         if mask is not None:
@@ -139,7 +139,7 @@ class AttentionBlock(nn.Module):
             q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
         else:
             q, k, v = qkv.unflatten(2, (self.num_heads, 3, -1)).unbind(3)
-        h = attention(q, k, v, backend).flatten(2)
+        h = attention(q, k, v, self.attention_backend).flatten(2)
         return x + self.proj_out(h.transpose(1, 2)).reshape(x.shape)
 
 
@@ -154,8 +154,8 @@ class ADM(Denoiser):
     num_head_channels       width of an attention head; None or -1: use `num_heads`
 
     There is no dropout: its draws would depend on how a batch is split. Without conditioning there
-    is no label embedding and y has no effect. `routing` holds the
-    keywords of `Routing` over `num_timesteps`. Raises ConfigError for sizes that do not fit.
+    is no label embedding and y has no effect. `routing` is over `num_timesteps`; None is no
+    routing. Raises ConfigError for sizes that do not fit.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class ADM(Denoiser):
         use_scale_shift_norm: bool = False,
         resblock_updown: bool = False,
         use_new_attention_order: bool = False,
-        routing: Mapping[str, Any] | None = None,
+        routing: RoutingSpec | None = None,
         num_timesteps: int = 1000,
         attention_backend: str = "sdpa",
     ) -> None:
@@ -190,7 +190,6 @@ class ADM(Denoiser):
             conditioning=conditioning,
             class_dropout_prob=class_dropout_prob,
             learn_sigma=learn_sigma,
-            attention_backend=attention_backend,
         )
         self.model_channels = model_channels
         emb_channels = 4 * model_channels
@@ -207,6 +206,7 @@ class ADM(Denoiser):
                 num_heads=num_heads,
                 num_head_channels=num_head_channels,
                 use_new_attention_order=use_new_attention_order,
+                attention_backend=attention_backend,
             ),
         )
         self.time_embed = nn.Sequential(
@@ -222,11 +222,8 @@ class ADM(Denoiser):
         self.out = nn.Sequential(
             GroupNorm(widths[0]), nn.SiLU(), _zeroed(_conv3x3(widths[0], self.out_channels))
         )
-        self.routing = Routing(
-            **(routing or {}),
-            num_timesteps=num_timesteps,
-            num_channels=[block.channels for block in self.blocks],
-        )
+        widths = [block.channels for block in self.blocks]
+        self.routing = build_routing(routing or RoutingSpec(), num_timesteps, widths)
 
     @property
     def blocks(self) -> list[ResBlock | AttentionBlock]:
@@ -256,17 +253,12 @@ class ADM(Denoiser):
     ) -> Tensor:
         for layer in layers.children():
             if isinstance(layer, ResBlock):
-                h = self._run_block(layer, h, emb, next(masks))
+                h = layer(h, emb, next(masks))
             elif isinstance(layer, AttentionBlock):
-                h = self._run_block(layer, h, next(masks), self.attention_backend)
+                h = layer(h, next(masks))
             else:
                 h = layer(h)
         return h
-
-    def _run_block(self, block: nn.Module, *inputs: Tensor | str | None) -> Any:  # noqa: ANN401
-        if self.activation_checkpointing:
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return block(*inputs)
 
 
 class _Parts(NamedTuple):
@@ -327,7 +319,7 @@ def _num_heads(channels: int, num_heads: int, num_head_channels: int | None) -> 
     )
     if divisor < 1 or channels % divisor:
         raise ConfigError(
-            f"model.{key}: {divisor} does not divide the {channels} channels of a level with "
+            f"model.{key} = {divisor}: does not divide the {channels} channels of a level with "
             f"attention; give a divisor of {channels}, or change model.channel_mult"
         )
     return channels // divisor if by_width else divisor
@@ -336,15 +328,15 @@ def _num_heads(channels: int, num_heads: int, num_head_channels: int | None) -> 
 def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
     if model_channels % 2:
         raise ConfigError(
-            f"model.model_channels: {model_channels} is odd; the sine and cosine pairs of the "
-            "timestep need an even number"
+            f"model.model_channels = {model_channels}: sine and cosine of the timestep come in "
+            "pairs; give an even number"
         )
     widths = [int(mult * model_channels) for mult in channel_mult]
     for mult, width in zip(channel_mult, widths, strict=True):
         if width < 1 or width % _NUM_GROUPS:
             raise ConfigError(
-                f"model.model_channels: {model_channels} times {mult} of model.channel_mult is "
-                f"{width} channels; group norm needs a multiple of {_NUM_GROUPS}; change either"
+                f"model.model_channels = {model_channels}: times {mult} of model.channel_mult is "
+                f"{width} channels, no multiple of group norm's {_NUM_GROUPS}; change either"
             )
     return widths
 
@@ -355,15 +347,15 @@ def _check_resolutions(
     lowest = 2 ** (num_levels - 1)
     if image_size % lowest:
         raise ConfigError(
-            f"model.image_size: {image_size} cannot be halved {num_levels - 1} times, as "
+            f"model.image_size = {image_size}: cannot be halved {num_levels - 1} times, as "
             f"{num_levels} levels of model.channel_mult do; give a multiple of {lowest}"
         )
     rates = [2**level for level in range(num_levels)]
     for rate in attention_resolutions:
         if rate not in rates:
             raise ConfigError(
-                f"model.attention_resolutions: {rate} is not the downsampling rate of a level; "
-                f"accepted: {', '.join(map(str, rates))} (model.image_size over the level's)"
+                f"model.attention_resolutions = {list(attention_resolutions)}: {rate} is not "
+                f"the downsampling rate of a level; give some of {', '.join(map(str, rates))}"
             )
 
 

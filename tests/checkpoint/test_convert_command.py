@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from dtr_scale.checkpoint.convert import from_official, official_config
 from dtr_scale.checkpoint.weights import read_weights
 from dtr_scale.cli.main import main
+from dtr_scale.jobs.network import build_model
 from dtr_scale.jobs.trained import load_run
-from dtr_scale.models.build import build_model
 from tests.support.runs import train
 from tests.support.weights import (
     ADM,

@@ -6,7 +6,7 @@ import torch
 
 from dtr_scale.checkpoint.convert import from_official, official_config
 from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from dtr_scale.models.routing import routing_mask
 from tests.support.weights import (
     ADM,

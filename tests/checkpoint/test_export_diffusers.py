@@ -7,7 +7,7 @@ import torch
 
 from dtr_scale.checkpoint.convert import export_diffusers
 from dtr_scale.errors import ConfigError
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from tests.support.weights import CONFIG, batch, load_diffusers, random_network
 
 

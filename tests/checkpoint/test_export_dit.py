@@ -13,7 +13,7 @@ from dtr_scale.checkpoint.convert import (
     official_config,
 )
 from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from dtr_scale.models.routing import routing_mask
 from tests.support.weights import (
     ADM,

@@ -8,6 +8,7 @@ import torch
 from dtr_scale.diffusion.guidance import cfg_model
 from dtr_scale.errors import ConfigError
 from dtr_scale.models.dit import DiT
+from dtr_scale.models.routing import RoutingSpec
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dtr_dit_forward.npz")
 
@@ -37,7 +38,7 @@ INPUT = torch.zeros(2, 4, 2, 2), torch.tensor([3, 4]), torch.tensor([1, 2])
 def test_guidance_equals_the_released_code():
     config = json.loads(str(GOLDEN["config"]))
     window = {key: config.pop(key) for key in ("alpha", "beta")}
-    model = DiT(**config, routing={"type": "dtr", **window})
+    model = DiT(**config, routing=RoutingSpec("dtr", **window))
     weights = {k[2:]: torch.tensor(GOLDEN[k]) for k in GOLDEN.files if k.startswith("w.")}
     weights.pop("pos_embed")
     model.load_state_dict(weights)

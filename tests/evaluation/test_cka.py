@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.errors import ConfigError, EvaluationError
 from dtr_scale.evaluation.cka import linear_cka, timestep_cka
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from dtr_scale.randomness import keyed_generator
 
 TIMESTEPS = [0, 30, 99]

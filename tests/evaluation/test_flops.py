@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dtr_scale.evaluation.flops import forward_cost
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 
 # Peebles & Xie (2023), table of all models at 256x256: 10^9 MACs and 10^6 parameters.
 PUBLISHED = {

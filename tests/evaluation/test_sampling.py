@@ -19,8 +19,9 @@ from dtr_scale.evaluation.sampling import (
     grid_columns,
     save_grid,
 )
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from dtr_scale.models.dit import DiT
+from dtr_scale.models.routing import RoutingSpec
 
 SETTINGS = SamplingSettings(
     noise_schedule="cosine",
@@ -36,7 +37,7 @@ SETTINGS = SamplingSettings(
 
 def network(**changed: Any):
     """A small network whose output depends on all that it is given."""
-    settings: dict[str, Any] = {"num_classes": 3, "routing": {"type": "dtr"}} | changed
+    settings: dict[str, Any] = {"num_classes": 3, "routing": RoutingSpec("dtr")} | changed
     model = DiT(
         hidden_size=32, depth=2, num_heads=2, patch_size=2, input_size=8, in_channels=1, **settings
     )
@@ -163,7 +164,7 @@ def test_any_network_can_be_sampled(config):
 
 
 def test_masks_that_change_with_training_are_those_of_the_step():
-    roaming = network(routing={"type": "max_roaming", "update_every_steps": 1})
+    roaming = network(routing=RoutingSpec("max_roaming", update_every_steps=1))
     samples = [draw_samples(roaming, SETTINGS, range(2), batch_size=2, step=s) for s in (0, 0, 3)]
     assert torch.equal(samples[0], samples[1])
     assert not torch.allclose(samples[0], samples[2])

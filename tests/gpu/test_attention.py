@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from dtr_scale.engines.wrap import checkpoint_activations
 from dtr_scale.models.attention import resolve_backend
 from dtr_scale.models.dit import DiT
+from dtr_scale.models.routing import RoutingSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +21,7 @@ SIZES: Any = {"hidden_size": 128, "depth": 3, "num_heads": 2, "patch_size": 2, "
 
 def network():
     torch.manual_seed(0)
-    model = DiT(**SIZES, num_classes=10, routing={"type": "dtr"})
+    model = DiT(**SIZES, num_classes=10, routing=RoutingSpec("dtr"))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return model
@@ -47,7 +49,7 @@ def expected():
 @pytest.mark.parametrize("backend", ["sdpa", "xformers"])
 def test_bf16_agrees_with_fp32(backend, compiled, expected):
     model = network().cuda().bfloat16()
-    model.attention_backend = resolve_backend(backend, torch.device("cuda"))
+    model.use_attention(resolve_backend(backend, torch.device("cuda")))
     if compiled:
         for block in model.blocks:
             block.compile()
@@ -66,7 +68,8 @@ def test_backends_agree_under_activation_checkpointing():
     outputs = []
     for backend in ("sdpa", "xformers"):
         model = network().cuda().bfloat16()
-        model.attention_backend, model.activation_checkpointing = backend, True
+        model.use_attention(backend)
+        checkpoint_activations(model.routed_blocks())
         outputs.append(forward_backward(model, "cuda"))
     for name, value in outputs[0].items():
         assert (outputs[1][name] - value).norm() < 0.03 * value.norm(), name

@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.models.dit import VARIANTS, DiT, DiTBlock
+from dtr_scale.models.dit import VARIANTS, Attention, CrossAttention, DiT, DiTBlock
+from dtr_scale.models.routing import RoutingSpec
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "dtr_dit_forward.npz")
 TINY: Any = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2, "input_size": 4}
 
 
-DTR = {"type": "dtr"}
+DTR = RoutingSpec("dtr")
 
 
 def released_config(routing):
     config = json.loads(str(GOLDEN["config"]))
     window = {key: config.pop(key) for key in ("alpha", "beta")}
-    return config | {"routing": {"type": routing, **window}}
+    return config | {"routing": RoutingSpec(routing, **window)}
 
 
 def golden(name):
@@ -108,7 +109,7 @@ def test_at_initialisation_blocks_are_the_identity_and_the_output_is_zero():
     assert not model(*tiny_batch()).any()
     z, c = torch.randn(3, 4, 32), torch.randn(3, 32)
     mask = torch.rand(3, 32) > 0.5
-    torch.testing.assert_close(model.blocks[0](z, c, None, mask, "sdpa"), z)
+    torch.testing.assert_close(model.blocks[0](z, c, None, mask), z)
 
 
 def test_initial_weights_have_the_spread_of_dit():
@@ -138,12 +139,12 @@ def test_idle_channels_bypass_a_routed_block(context_dim):
     z, c, mask = torch.randn(2, 5, 16), torch.randn(2, 16), torch.rand(2, 16) > 0.4
     context = None if context_dim is None else torch.randn(2, 7, context_dim)
     nudge = ~mask[:, None] * torch.randn(2, 5, 16)
-    out = block(z, c, context, mask, "sdpa")
-    torch.testing.assert_close(block(z + nudge, c, context, mask, "sdpa"), out + nudge)
-    every = block(z, c, context, torch.ones_like(mask), "sdpa")
-    torch.testing.assert_close(every, block(z, c, context, None, "sdpa"))
+    out = block(z, c, context, mask)
+    torch.testing.assert_close(block(z + nudge, c, context, mask), out + nudge)
+    every = block(z, c, context, torch.ones_like(mask))
+    torch.testing.assert_close(every, block(z, c, context, None))
     # eq. 8, from the block without a mask
-    masked = block(mask[:, None] * z, c, context, None, "sdpa")
+    masked = block(mask[:, None] * z, c, context, None)
     torch.testing.assert_close(out, ~mask[:, None] * z + masked)
 
 
@@ -178,15 +179,14 @@ def test_in_bfloat16_the_weights_decide_and_tables_stay_whole():
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_activation_checkpointing_changes_no_gradient():
-    gradients = []
-    for recompute in (False, True):
-        model = tiny_dit(routing=DTR)
-        model.activation_checkpointing = recompute
-        model(*tiny_batch()).square().mean().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
+@pytest.mark.parametrize("text", [False, True])
+def test_attention_is_computed_by_the_backend_that_is_set(text):
+    model = tiny_dit(**(TEXT if text else {}), attention_backend="xformers")
+    layers = [m for m in model.modules() if isinstance(m, Attention | CrossAttention)]
+    assert len(layers) == (4 if text else 2)
+    assert {layer.attention_backend for layer in layers} == {"xformers"}
+    model.use_attention("sdpa")
+    assert {layer.attention_backend for layer in layers} == {"sdpa"}
 
 
 # torch.compile looks at .grad of the tokens and hides its warning; as an error it cannot.
@@ -201,23 +201,23 @@ def test_a_block_is_one_graph_for_the_compiler():
 
 @pytest.mark.parametrize("kind", ["dtr", "cdtr", "ercddt", "max_roaming"])
 def test_tables_are_not_part_of_the_state(kind):
-    model = tiny_dit(routing={"type": kind})
+    model = tiny_dit(routing=RoutingSpec(kind))
     assert len(list(model.buffers())) > 1
     assert model.state_dict().keys() == dict(model.named_parameters()).keys()
 
 
 def test_the_masks_of_random_routing_are_part_of_the_state():
-    model = tiny_dit(routing={"type": "random"})
+    model = tiny_dit(routing=RoutingSpec("random"))
     masks = {name for name in model.state_dict() if name.startswith("routing.")}
     assert masks == {"routing.mask_0", "routing.mask_1"}
-    other = tiny_dit(routing={"type": "random", "seed": 1})
+    other = tiny_dit(routing=RoutingSpec("random", seed=1))
     assert not torch.equal(other(*tiny_batch()), model(*tiny_batch()))
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(*tiny_batch()), model(*tiny_batch()))
 
 
 def test_masks_that_roam_follow_the_step():
-    model = tiny_dit(routing={"type": "max_roaming", "update_every_steps": 10})
+    model = tiny_dit(routing=RoutingSpec("max_roaming", update_every_steps=10))
     outputs = [model(*tiny_batch(), step=step) for step in (0, 9, 10, 10_000, 20_000)]
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
@@ -239,7 +239,7 @@ def test_with_text_blocks_start_as_the_identity_and_the_timestep_alone_modulates
     model: Any = DiT(**TINY, **TEXT, routing=DTR)
     assert not model(*text_batch()).any()
     z, c, context = torch.randn(3, 4, 32), torch.randn(3, 32), torch.randn(3, 7, 12)
-    torch.testing.assert_close(model.blocks[0](z, c, context, None, "sdpa"), z)
+    torch.testing.assert_close(model.blocks[0](z, c, context, None), z)
     assert {name for name, _ in model.y_embedder.named_parameters()} == {"null_tokens"}
     assert model.blocks[0].adaLN_modulation[1].out_features == 9 * 32
     assert model.blocks[0].cross_attn.kv.in_features == 12

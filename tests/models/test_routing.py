@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.models.routing import ROUTING_KINDS, Routing, routing_mask, routing_windows
+from dtr_scale.models.routing import (
+    ROUTING_TYPES,
+    RoutingSpec,
+    build_routing,
+    routing_mask,
+    routing_windows,
+)
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "masks_dtr.npz")
 CASES = sorted(name.removesuffix("_start") for name in GOLDEN.files if name.endswith("_start"))
@@ -22,8 +29,9 @@ shapes = {
 }
 
 
-def windows(kind, **shape):
-    start, stop = routing_windows(kind, **shape)
+def windows(kind, num_timesteps, num_channels, **settings):
+    spec = RoutingSpec(kind, **settings)
+    start, stop = routing_windows(spec, num_timesteps, num_channels)
     return start.numpy(), stop.numpy()
 
 
@@ -91,17 +99,22 @@ def test_none_uses_every_channel():
 @pytest.mark.parametrize(
     ("kind", "alpha", "beta", "message"),
     [
-        ("drt", 4.0, 0.8, "model.routing.type: 'drt'.*accepted: none, dtr, dtr_eq4, cdtr, ercddt"),
-        ("dtr", 0.0, 0.8, "model.routing.alpha: 0.0"),
-        ("dtr", float("nan"), 0.8, "model.routing.alpha: nan"),
-        ("dtr_eq4", 4.0, 1.5, "model.routing.beta: 1.5"),
-        ("dtr", 4.0, 0.01, "at least one of 64 channels"),
-        ("random", 4.0, 0.8, "'random' has no windows; these have: none, dtr, dtr_eq4, cdtr"),
+        ("drt", 4.0, 0.8, "model.routing.type = 'drt': .* give one of none, dtr, dtr_eq4, cdtr, e"),
+        ("dtr", 0.0, 0.8, "model.routing.alpha = 0.0: not accepted; give a number above 0"),
+        ("dtr", float("nan"), 0.8, "model.routing.alpha = nan"),
+        ("dtr_eq4", 4.0, 1.5, "model.routing.beta = 1.5"),
+        (
+            "dtr",
+            4.0,
+            0.01,
+            "model.routing.beta = 0.01: leaves none of 64 channels; give at least 0",
+        ),
+        ("random", 4.0, 0.01, "leaves none of 64 channels"),
     ],
 )
 def test_a_bad_setting_is_named(kind, alpha, beta, message):
     with pytest.raises(ConfigError, match=message):
-        routing_windows(kind, num_timesteps=10, num_channels=64, alpha=alpha, beta=beta)
+        routing_mask(kind, 10, 64, alpha, beta)
 
 
 masks = {
@@ -224,12 +237,10 @@ def test_ercddt_shares_half_and_gives_every_other_channel_to_one_cluster(
     assert (owner.diff() >= 0).all()  # segments, in the order of the clusters
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ROUTING_KINDS if kind != "none"])
+@pytest.mark.parametrize("kind", [kind for kind in ROUTING_TYPES if kind != "none"])
 def test_the_module_gives_each_block_the_masks_of_its_width(kind):
-    routing = Routing(
-        kind, num_timesteps=50, num_channels=[16, 32, 16], seed=3, num_clusters=5,
-        update_every_steps=10,
-    )  # fmt: skip
+    spec = RoutingSpec(kind, seed=3, num_clusters=5, update_every_steps=10)
+    routing = build_routing(spec, 50, [16, 32, 16])
     t = torch.tensor([0, 49, 7, 7])
     for block, (width, mask) in enumerate(zip([16, 32, 16], routing(t, step=25), strict=True)):
         expected = routing_mask(
@@ -239,19 +250,37 @@ def test_the_module_gives_each_block_the_masks_of_its_width(kind):
 
 
 def test_the_module_without_routing_gives_no_masks():
-    assert Routing(num_timesteps=5, num_channels=[8, 8])(torch.tensor([0])) == [None, None]
+    routing = build_routing(RoutingSpec(), 5, [8, 8])
+    assert routing(torch.tensor([0])) == [None, None]
+    assert not list(routing.buffers())
+
+
+def test_windows_are_two_tables_for_all_blocks_of_a_width():
+    routing = build_routing(RoutingSpec("dtr"), 50, [16, 32, 16])
+    tables = dict(routing.named_buffers())
+    assert list(tables) == ["start_16", "stop_16", "start_32", "stop_32"]
+    assert all(table.shape == (50,) and table.dtype == torch.int64 for table in tables.values())
+    assert not routing.state_dict()
+
+
+def test_a_spec_is_frozen_and_compares_by_value():
+    spec = RoutingSpec("dtr", beta=0.5)
+    assert spec == RoutingSpec("dtr", beta=0.5)
+    with pytest.raises(FrozenInstanceError):
+        spec.beta = 0.6  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"type": "cdtr", "num_clusters": 0}, "num_clusters: 0 is not accepted; give 1 to 10"),
-        ({"type": "ercddt", "num_clusters": 11}, "num_clusters: 11 is not accepted; give 1 to 10"),
-        ({"type": "max_roaming", "update_every_steps": 0}, "update_every_steps: 0 is not acc"),
-        ({"type": "random", "beta": 0.0}, "model.routing.beta: 0.0 is not accepted"),
-        ({"type": "nothing"}, "model.routing.type: 'nothing' is not a routing"),
+        ({"type": "cdtr", "num_clusters": 0}, "num_clusters = 0: not accepted; give 1 or more"),
+        ({"type": "ercddt", "num_clusters": 11}, "num_clusters = 11: exceeds .*; give 1 to 10"),
+        ({"type": "cdtr", "num_clusters": 11}, "num_clusters = 11: exceeds .*; give 1 to 10"),
+        ({"type": "max_roaming", "update_every_steps": 0}, "update_every_steps = 0: not accepted"),
+        ({"type": "random", "beta": 0.0}, "model.routing.beta = 0.0: not accepted"),
+        ({"type": "nothing"}, "model.routing.type = 'nothing': not accepted; give one of none"),
     ],
 )
 def test_the_module_names_a_bad_setting(setting, message):
     with pytest.raises(ConfigError, match=message):
-        Routing(**setting, num_timesteps=10, num_channels=[64])
+        build_routing(RoutingSpec(**setting), 10, [64])

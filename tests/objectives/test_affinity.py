@@ -6,7 +6,7 @@ from torch import nn
 from dtr_scale.diffusion.clusters import affinity_clusters
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.errors import EvaluationError
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from dtr_scale.objectives.affinity import gradient_affinity
 from dtr_scale.randomness import keyed_generator
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dtr_scale.models.build import build_model
+from dtr_scale.jobs.network import build_model
 from dtr_scale.models.routing import routing_mask
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,0 +1,33 @@
+"""Wrap a network's blocks from outside: compile them, and recompute their activations.
+
+Neither changes a module or a parameter's name. Both come before an engine shards the blocks.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def compile_blocks(blocks: Sequence[nn.Module]) -> None:
+    """Compile each block by itself: one graph per block shape, no breaks."""
+    # The blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
+    for block in blocks:
+        block.compile()
+
+
+def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
+    """Keep a block's inputs alone until the backward, which computes the block again."""
+    for block in blocks:
+        # The field that nn.Module.compile() fills, which a module's call prefers. The recomputation
+        # so takes all of the call, engines' hooks and a compiled graph included; a wrapper module
+        # would put its own name into every parameter's, and checkpoints go by these names.
+        call = block._compiled_call_impl or block._call_impl
+        block._compiled_call_impl = partial(
+            checkpoint, call, use_reentrant=False, preserve_rng_state=False
+        )

@@ -1,0 +1,85 @@
+from typing import Any
+
+import pytest
+import torch
+
+from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
+from dtr_scale.models.dit import DiT
+from dtr_scale.models.routing import RoutingSpec
+from dtr_scale.models.unet import ADM
+
+DIT: Any = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2, "input_size": 8}
+IMAGE: Any = {
+    "image_size": 8, "model_channels": 32, "num_res_blocks": 1, "attention_resolutions": [2],
+    "channel_mult": [1, 2], "num_heads": 2, "in_channels": 4,
+}  # fmt: skip
+NETWORKS = [
+    pytest.param(lambda: DiT(**DIT, num_classes=5, routing=RoutingSpec("dtr")), id="dit"),
+    pytest.param(lambda: ADM(**IMAGE, num_classes=5, routing=RoutingSpec("dtr")), id="adm"),
+]
+
+
+def network(build) -> Any:
+    torch.manual_seed(0)
+    model = build()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def trained(model):
+    """Return the output and every gradient of one backward."""
+    torch.manual_seed(1)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 2])
+    out = model(x, t, y)
+    out.square().mean().backward()
+    return [out, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_recomputing_blocks_changes_no_number_and_no_name(build):
+    plain, wrapped = network(build), network(build)
+    checkpoint_activations(wrapped.routed_blocks())
+    for expected, actual in zip(trained(plain), trained(wrapped), strict=True):
+        assert torch.equal(expected, actual)
+    assert list(wrapped.state_dict()) == list(plain.state_dict())
+    assert [n for n, _ in wrapped.named_modules()] == [n for n, _ in plain.named_modules()]
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_a_block_is_computed_again_in_the_backward(build):
+    model, calls = network(build), []
+    checkpoint_activations(model.routed_blocks())
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: calls.append(block))
+    trained(model)
+    assert calls[: len(model.blocks)] == list(model.blocks)
+    assert calls[len(model.blocks) :] == list(model.blocks)[::-1]
+
+
+# torch.compile looks at .grad of the tokens and hides its warning; as an error it cannot.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_blocks_are_compiled_and_recomputed_together():
+    build, graphs = NETWORKS[0].values[0], []
+    plain, wrapped = network(build), network(build)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in wrapped.blocks:
+        block.compile(backend=count, fullgraph=True)
+    checkpoint_activations(wrapped.routed_blocks())
+    for expected, actual in zip(trained(plain), trained(wrapped), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert graphs
+    assert list(wrapped.state_dict()) == list(plain.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_the_compiler_is_told_how_many_shapes_to_expect():
+    model = network(NETWORKS[1].values[0])
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compile_blocks(model.routed_blocks())
+        assert torch._dynamo.config.recompile_limit == 2 * len(model.blocks)
+    assert all(block._compiled_call_impl for block in model.blocks)
