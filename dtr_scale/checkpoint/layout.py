@@ -1,4 +1,4 @@
-"""What a checkpoint looks like on disk: names of no engine, pieces of no world size, no pickle.
+"""Lay a checkpoint out on disk: names of no engine, pieces of no world size, no pickle.
 
     step_00000100/
         rank_00000.safetensors   the pieces that rank 0 stored, fp32, 1-D
@@ -13,10 +13,8 @@ elements.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import xxhash
 
 FORMAT = 1
@@ -26,16 +24,9 @@ BLOCK_BYTES = 16 * 2**20
 ITEM_BYTES = 4  # fp32 throughout
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Elements [offset, offset + n) of a flat tensor of `shape`; `data` is fp32 [n], often a view.
-
-    Saving reads `data`, restoring writes to it in place.
-    """
-
-    shape: tuple[int, ...]
-    offset: int
-    data: torch.Tensor
+def kind_of(key: str) -> str:
+    """Return the kind of a tensor by its key: "ema" of "ema/blocks.0.attn.qkv.weight"."""
+    return key.partition("/")[0]
 
 
 def rank_file(rank: int) -> str:

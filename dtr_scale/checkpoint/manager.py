@@ -1,18 +1,19 @@
-"""Saving, restoring and retiring the checkpoints of a run, all ranks together."""
+"""Save, load and retire the checkpoints of a run, all ranks together."""
 
 import contextlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from dtr_scale.checkpoint.catalog import Catalog
-from dtr_scale.checkpoint.layout import Piece, rank_file
-from dtr_scale.checkpoint.reader import CheckpointReader
+from dtr_scale.checkpoint.layout import kind_of, rank_file
+from dtr_scale.checkpoint.reader import CheckpointReader, LoadPlan
 from dtr_scale.checkpoint.retention import Keep, Retention
 from dtr_scale.checkpoint.snapshot import Snapshot, have_room, own_share
+from dtr_scale.engines.base import Piece
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnsavedError
 from dtr_scale.storage.folder import Folder
@@ -36,7 +37,7 @@ class CheckpointManager:
         self, folder: Folder, *, world: World, keep: Keep | None = None, max_failures: int = 3
     ) -> None:
         self.saved_step: int | None = None
-        """Step of the newest complete checkpoint, restored or saved."""
+        """Step of the newest complete checkpoint, loaded or saved."""
         self._folder = folder
         self._catalog = Catalog(folder)
         self._retention = Retention(self._catalog, keep or Keep())
@@ -51,6 +52,13 @@ class CheckpointManager:
     def folder_url(self) -> str:
         return self._folder.url
 
+    @property
+    def standing(self) -> str:
+        """What a run has to go on from, in words."""
+        if self.saved_step is None:
+            return "nothing was saved yet"
+        return f"the newest checkpoint is of step {self.saved_step}"
+
     def url(self, step: int) -> str:
         return self._catalog.url(step)
 
@@ -58,7 +66,7 @@ class CheckpointManager:
         """Return the steps that have a checkpoint, newest first; saves cut off do not count."""
         return self._catalog.steps()
 
-    def probe(self) -> None:
+    def check_folder(self) -> None:
         """Check that this folder can be written and that every rank sees the same one.
 
         Every rank calls it; CheckpointError on all of them otherwise.
@@ -134,7 +142,7 @@ class CheckpointManager:
         if len(self._failures) >= self._max_failures:
             error = UnsavedError(
                 f"{len(self._failures)} saves in a row failed, checkpoint.max_failures allows no "
-                f"more; the newest checkpoint is of step {self.saved_step}. The last failure: "
+                f"more; {self.standing}. The last failure: "
                 f"{self._failures[-1]}"
             )
             error.on_every_rank = True
@@ -152,18 +160,17 @@ class CheckpointManager:
         """Remember what the checkpoint of `step` was measured at; for rank 0."""
         self._retention.note(step, figures)
 
-    def restore(
+    def load_newest(
         self,
         state: Mapping[str, Piece],
-        accept: Callable[[CheckpointReader], Collection[str]] = lambda reader: (),
-    ) -> dict[str, Any] | None:
-        """Copy the newest complete checkpoint into `state`'s pieces; return its meta.
+        accept: Callable[[CheckpointReader], LoadPlan] = LoadPlan,
+    ) -> LoadPlan | None:
+        """Copy the newest complete checkpoint into `state`'s pieces; return the plan followed.
 
         Every rank calls it and gets the same verdict. Damaged checkpoints are named and passed
-        over. `accept` is given a checkpoint before any tensor is read; it raises if this run
-        must not go on from it, and returns the kinds of pieces to leave as they are. None
-        if there is no checkpoint at all; CheckpointError, with pieces half restored, if there are
-        some and none can be used.
+        over. `accept` is given a checkpoint before any tensor is read; it returns what to take of
+        it, or raises if this run must not go on from it. None if there is no checkpoint at all;
+        CheckpointError, with pieces half loaded, if there are some and none can be used.
         """
         steps: list[int] = []
         with self._world.agree():
@@ -173,15 +180,15 @@ class CheckpointManager:
         for step in steps:
             try:
                 with self._world.agree():
-                    reader = self._catalog.reader(step)
-                    left = accept(reader)
-                    reader.read_into({k: p for k, p in state.items() if _kind(k) not in left})
+                    plan = accept(self._catalog.reader(step))
+                    wanted = {k: p for k, p in state.items() if kind_of(k) not in plan.fresh}
+                    plan.reader.read_into(wanted)
             except DamagedCheckpointError as error:
                 if self._world.is_main:
                     log.warning("checkpoint passed over: %s", error)
                 continue
             self.saved_step = step
-            return reader.meta
+            return plan
         if steps:
             raise CheckpointError(
                 f"none of the {len(steps)} checkpoints in {self._folder.url} is complete; restore "
@@ -233,10 +240,6 @@ class CheckpointManager:
         with world.agree(), _as_checkpoint_error(url):
             if world.is_main:
                 self._catalog.commit(step, entries, meta)
-
-
-def _kind(key: str) -> str:
-    return key.partition("/")[0]
 
 
 @contextmanager

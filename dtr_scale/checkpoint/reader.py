@@ -1,10 +1,11 @@
-"""Reading a checkpoint: only the blocks that are needed, each once, each verified."""
+"""Read a checkpoint: only the blocks that are needed, each once, each verified."""
 
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ from dtr_scale.checkpoint.layout import (
     FORMAT,
     INDEX,
     ITEM_BYTES,
-    Piece,
     complete_mark,
 )
+from dtr_scale.engines.base import Piece
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from dtr_scale.storage.folder import Folder
 
@@ -206,3 +207,14 @@ class CheckpointReader:
             raise DamagedCheckpointError(f"{self.url}: {name} is missing") from None
         except OSError as error:
             raise CheckpointError(f"{self.url}: {name} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What a run takes of a checkpoint that it goes on from."""
+
+    reader: CheckpointReader
+    fresh: Collection[str] = ()
+    """Kinds of pieces that are not taken: they stay as they are."""
+    changes: Sequence[str] = ()
+    """What is different since the checkpoint was written, for people."""

@@ -11,7 +11,8 @@ import torch
 import xxhash
 
 from dtr_scale.checkpoint import layout
-from dtr_scale.checkpoint.layout import ITEM_BYTES, Piece, build_header
+from dtr_scale.checkpoint.layout import ITEM_BYTES, build_header
+from dtr_scale.engines.base import Piece
 from dtr_scale.engines.world import World
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Where a training may start that none of its own checkpoints has gone before."""
+"""Start a training from weights of others: official ones, or a DeepSpeed universal checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,9 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from dtr_scale.checkpoint.convert import load_official
-from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.checkpoint.weights import read_pickle
-from dtr_scale.engines.base import ADAM_MOMENTS
+from dtr_scale.engines.base import ADAM_MOMENTS, MASTER, Piece
 from dtr_scale.errors import CheckpointError, ConfigError
 
 StartKind = Literal["dit", "dtr", "adm", "universal"]
@@ -26,6 +25,18 @@ class Start:
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """exp_avg and exp_avg_sq; absent for a fresh optimizer."""
     optimizer_step: int = 0
+
+    def copy_to(self, state: Mapping[str, Piece]) -> None:
+        """Fill a rank's pieces of masters, averages, moments and buffers.
+
+        ConfigError where the start has no tensor of a piece's shape.
+        """
+        sources = {MASTER: self.weights, "buffer": self.weights, **self.moments}
+        for key, piece in state.items():
+            kind, _, name = key.partition("/")
+            source = self.ema if kind.startswith("ema") else sources.get(kind)
+            if source is not None:
+                piece.data.copy_(_slice(source.get(name), name, piece))
 
 
 def read_start(path: Path, kind: StartKind) -> Start:
@@ -43,19 +54,6 @@ def read_start(path: Path, kind: StartKind) -> Start:
     except CheckpointError:
         weights = averages  # the averages alone were released
     return Start(weights, averages)
-
-
-def begin(start: Start, state: Mapping[str, Piece]) -> None:
-    """Copy a rank's part of the start into its pieces of masters, averages, moments and buffers.
-
-    ConfigError where the start has no tensor of a piece's shape.
-    """
-    sources = {"master": start.weights, "buffer": start.weights, **start.moments}
-    for key, piece in state.items():
-        kind, _, name = key.partition("/")
-        source = start.ema if kind.startswith("ema") else sources.get(kind)
-        if source is not None:
-            piece.data.copy_(_slice(source.get(name), name, piece))
 
 
 def _slice(whole: Tensor | None, name: str, piece: Piece) -> Tensor:

@@ -1,33 +1,31 @@
-"""What the trainer needs of an engine, and nothing else.
+"""Define the surface of an engine, which is all that the trainer knows of it.
 
-An engine owns the network, its optimizer and their distribution over ranks. The trainer does not
-know which one it has; checkpoints and EMA see its state as fragments, the same for all engines.
+An engine owns the network, its optimizer and their distribution over ranks. Checkpoints and
+averages see its state as pieces, the same for all engines.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+MASTER = "master"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """This rank's part of one parameter: elements [offset, offset + n) of its flat whole.
+class Piece:
+    """Elements [offset, offset + n) of a flat tensor of `shape`; `data` is fp32 [n], often a view.
 
-    `master`, `exp_avg` and `exp_avg_sq` are fp32 views [n] of the live state: writing to them
-    changes the engine (then `Engine.push_masters` brings the network's weights up to date).
+    Saving reads `data`, loading writes to it in place.
     """
 
-    name: str
     shape: tuple[int, ...]
     offset: int
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    data: Tensor
 
 
 class Engine(ABC):
@@ -37,7 +35,10 @@ class Engine(ABC):
     """Called as it is to sample, under no_grad: by all ranks the same number of times."""
 
     _adam: torch.optim.AdamW
-    """What makes the update; every fragment's moments are in its state."""
+    """What makes the update; every piece's moments are in its state."""
+
+    _pieces: dict[str, Piece]
+    """This rank's part of the state by key, found once: engines never move it."""
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
@@ -58,9 +59,17 @@ class Engine(ABC):
         The norm [] stays on the device: reading it would make the host wait.
         """
 
-    @abstractmethod
-    def fragments(self) -> list[Fragment]:
-        """Return this rank's parts of all parameters, the same objects' views at every call."""
+    def pieces(self) -> dict[str, Piece]:
+        """Return this rank's part of masters and moments by "kind/parameter", as live views.
+
+        After writing to masters, `push_masters` brings the network's weights up to date.
+        """
+        return self._pieces
+
+    def masters(self) -> dict[str, Piece]:
+        """Return this rank's part of the fp32 weights by parameter, as live views."""
+        found = {key.partition("/"): piece for key, piece in self._pieces.items()}
+        return {name: piece for (kind, _, name), piece in found.items() if kind == MASTER}
 
     @property
     def optimizer_step(self) -> int:
@@ -74,7 +83,7 @@ class Engine(ABC):
 
     @abstractmethod
     def push_masters(self) -> None:
-        """Bring the network's weights up to date after fragments' masters were written to."""
+        """Bring the network's weights up to date after masters were written to."""
 
 
 def build_optimizer(
@@ -94,7 +103,19 @@ def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Ten
     return state
 
 
-def whole_fragment(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -> Fragment:
-    """Return the fragment of an fp32 parameter that this rank holds whole, with its Adam state."""
-    moments = {moment: state[moment].view(-1) for moment in ADAM_MOMENTS}
-    return Fragment(name, tuple(parameter.shape), 0, parameter.detach().view(-1), **moments)
+def pieces_of(
+    name: str,
+    shape: torch.Size,
+    offset: int,
+    master: Tensor,
+    moments: Iterable[Tensor],
+) -> dict[str, Piece]:
+    """Return by key the pieces of one parameter: its master and Adam's moments, flat [n] each."""
+    kinds = zip((MASTER, *ADAM_MOMENTS), (master, *moments), strict=True)
+    return {f"{kind}/{name}": Piece(tuple(shape), offset, data) for kind, data in kinds}
+
+
+def whole_pieces(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -> dict[str, Piece]:
+    """Return by key the pieces of an fp32 parameter that this rank holds whole."""
+    moments = [state[moment].view(-1) for moment in ADAM_MOMENTS]
+    return pieces_of(name, parameter.shape, 0, parameter.detach().view(-1), moments)

@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: fp32 shards of every parameter, gathered for a block at a time.
+"""Train with PyTorch's FSDP2: fp32 shards of parameters, gathered for a block at a time.
 
 The rows of a parameter are dealt out as `torch.chunk` cuts them, so a rank may hold fewer rows
 than another, or none. With `replicate` above 1 (HSDP) that many groups of `shard` ranks hold the
@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from dtr_scale.engines.base import (
     ADAM_MOMENTS,
     Engine,
-    Fragment,
+    Piece,
     adam_state,
     build_optimizer,
+    pieces_of,
 )
 from dtr_scale.engines.world import World
 
@@ -63,7 +64,7 @@ class Fsdp2Engine(Engine):
         self._parameters = list(network.parameters())
         self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
         self._max_norm = grad_clip or float("inf")
-        self._fragments = list(self._local_parts())
+        self._pieces = self._local_pieces()
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         return self.network(x_t, t, y, step).float()
@@ -87,9 +88,6 @@ class Fsdp2Engine(Engine):
         self._adam.zero_grad(set_to_none=True)
         return norm
 
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
-
     def push_masters(self) -> None:
         """Drop gathered weights: after a forward without backward the root still holds its own."""
         for module in self._sharded_modules():
@@ -98,20 +96,18 @@ class Fsdp2Engine(Engine):
     def _sharded_modules(self) -> Iterator[FSDPModule]:
         return (module for module in self.network.modules() if isinstance(module, FSDPModule))
 
-    def _local_parts(self) -> Iterator[Fragment]:
+    def _local_pieces(self) -> dict[str, Piece]:
+        pieces: dict[str, Piece] = {}
         for name, parameter in self.network.named_parameters():
             state = adam_state(self._adam, parameter)
             master = _local(parameter)
             if not master.numel():
                 continue  # other ranks hold all of it
             rows = -(-parameter.shape[0] // self._num_shards)
-            yield Fragment(
-                name,
-                tuple(parameter.shape),
-                self._shard * rows * (parameter.numel() // parameter.shape[0]),
-                master,
-                **{moment: _local(state[moment]) for moment in ADAM_MOMENTS},
-            )
+            offset = self._shard * rows * (parameter.numel() // parameter.shape[0])
+            moments = [_local(state[moment]) for moment in ADAM_MOMENTS]
+            pieces |= pieces_of(name, parameter.shape, offset, master, moments)
+        return pieces
 
 
 def _local(tensor: Tensor) -> Tensor:

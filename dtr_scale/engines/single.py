@@ -1,14 +1,14 @@
-"""One process, one device: fp32 weights, with bf16 autocast where asked for."""
+"""Train in one process on one device: fp32 weights, with bf16 autocast where asked for."""
 
 import torch
 from torch import Tensor, nn
 
 from dtr_scale.engines.base import (
     Engine,
-    Fragment,
+    Piece,
     adam_state,
     build_optimizer,
-    whole_fragment,
+    whole_pieces,
 )
 
 
@@ -30,10 +30,9 @@ class SingleEngine(Engine):
         self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
         self._max_norm = grad_clip or float("inf")
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-        self._fragments = [
-            whole_fragment(name, parameter, adam_state(self._adam, parameter))
-            for name, parameter in network.named_parameters()
-        ]
+        self._pieces: dict[str, Piece] = {}
+        for name, parameter in network.named_parameters():
+            self._pieces |= whole_pieces(name, parameter, adam_state(self._adam, parameter))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         with self._autocast:
@@ -47,9 +46,6 @@ class SingleEngine(Engine):
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return norm
-
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
 
     def push_masters(self) -> None:
         """Nothing to do: the masters are the weights."""

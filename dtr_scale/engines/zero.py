@@ -1,8 +1,8 @@
-"""DeepSpeed with ZeRO stages 0 to 3. The only module that imports deepspeed.
+"""Train with DeepSpeed, ZeRO stages 0 to 3. The only module that imports deepspeed.
 
 DeepSpeed offers no complete public view of its fp32 state (`safe_get_*` misses parameter groups),
-so `_whole`, `_pieces` and `_partitions` read the optimizers' own fields; they are checked against
-the live weights at the start, and pyproject.toml bounds DeepSpeed's version.
+so `_whole`, `_fragments` and `_partitions` read the optimizers' own fields. They are checked
+against the live weights at the start, and pyproject.toml bounds DeepSpeed's version.
 """
 
 import logging
@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from dtr_scale.engines.base import (
     ADAM_MOMENTS,
     Engine,
-    Fragment,
+    Piece,
     adam_state,
     build_optimizer,
-    whole_fragment,
+    pieces_of,
+    whole_pieces,
 )
 from dtr_scale.engines.deepspeed_config import SECTION
 from dtr_scale.engines.world import World
@@ -73,9 +74,9 @@ class DeepSpeedEngine(Engine):
         self._engine = engine
         # DeepSpeed's ZeRO optimizer wraps the one that makes the update.
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
-        self._fragments = self._find_masters()
-        for part in self._fragments if initial else ():
-            part.master.copy_(_cut(initial[part.name].view(-1), part.offset, part.master.numel()))
+        self._find_state()
+        for name, piece in self.masters().items() if initial else ():
+            piece.data.copy_(_cut(initial[name].view(-1), piece.offset, piece.data.numel()))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         return self._engine(x_t, t, y, step).float()
@@ -98,9 +99,6 @@ class DeepSpeedEngine(Engine):
         # A tensor on the device, or a number that DeepSpeed has read already.
         return torch.as_tensor(norm, dtype=torch.float64, device=self._world.device)
 
-    def fragments(self) -> list[Fragment]:
-        return self._fragments
-
     def push_masters(self) -> None:
         zero = self._engine.optimizer
         if self._stage in (1, 2):
@@ -115,53 +113,52 @@ class DeepSpeedEngine(Engine):
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
-    def _find_masters(self) -> list[Fragment]:
-        """Return the fragments; EngineError if DeepSpeed's fields are not what they were."""
-        finders = {0: self._whole, 1: self._pieces, 2: self._pieces, 3: self._partitions}
+    def _find_state(self) -> None:
+        """Find the pieces; EngineError if DeepSpeed's fields are not what they were."""
+        finders = {0: self._whole, 1: self._fragments, 2: self._fragments, 3: self._partitions}
         weights = dict(self.network.named_parameters())
         try:
-            fragments = list(finders[self._stage]())
-            for part in fragments:
-                weight = weights[part.name]
+            self._pieces = {k: p for found in finders[self._stage]() for k, p in found.items()}
+            for name, piece in self.masters().items():
+                weight, numel = weights[name], piece.data.numel()
                 if self._stage == 3:
-                    live = _cut(weight.ds_tensor, 0, part.master.numel())  # pyright: ignore
+                    live = _cut(weight.ds_tensor, 0, numel)  # pyright: ignore
                 else:
-                    live = _cut(weight.view(-1), part.offset, part.master.numel())
-                if not torch.equal(part.master.to(live), live):
-                    raise EngineError(f"the fp32 weights of {part.name} are not the live ones")
+                    live = _cut(weight.view(-1), piece.offset, numel)
+                if not torch.equal(piece.data.to(live), live):
+                    raise EngineError(f"the fp32 weights of {name} are not the live ones")
         except (AttributeError, EngineError) as error:
             raise EngineError(
                 f"DeepSpeed {deepspeed.__version__} does not keep its fp32 weights where this "
                 f"trainer reads them ({error}); install the version in constraints.txt, and "
                 f"remove what {SECTION} says about weights and gradients"
             ) from None
-        return fragments
 
-    def _whole(self) -> Iterator[Fragment]:
+    def _whole(self) -> Iterator[dict[str, Piece]]:
         """Stage 0: every rank holds every parameter, fp32, with its Adam state."""
         for name, parameter in self.network.named_parameters():
-            yield whole_fragment(name, parameter, adam_state(self._adam, parameter))
+            yield whole_pieces(name, parameter, adam_state(self._adam, parameter))
 
-    def _pieces(self) -> Iterator[Fragment]:
-        """Stages 1, 2: this rank's piece of a flat fp32 buffer per parameter group."""
+    def _fragments(self) -> Iterator[dict[str, Piece]]:
+        """Stages 1, 2: this rank's range of a flat fp32 buffer per parameter group."""
         flats = self._engine.optimizer.single_partition_of_fp32_groups
         states = [adam_state(self._adam, flat) for flat in flats]
         for name, parameter in self.network.named_parameters():
             mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
             if mapping is None:
                 continue  # other ranks hold all of it
-            piece, group = mapping.hp_fragment_address, mapping.param_group_index
-            yield _fragment(
+            address, group = mapping.hp_fragment_address, mapping.param_group_index
+            yield _cut_pieces(
                 name,
                 parameter.shape,
                 mapping.lp_fragment_address.start,
                 flats[group],
                 states[group],
-                piece.start,
-                piece.numel,
+                address.start,
+                address.numel,
             )
 
-    def _partitions(self) -> Iterator[Fragment]:
+    def _partitions(self) -> Iterator[dict[str, Piece]]:
         """Stage 3: an equal part of each parameter, the last ones padded, in flat fp32 buffers."""
         zero = self._engine.optimizer
         flats = zero.fp32_partitioned_groups_flat
@@ -172,10 +169,10 @@ class DeepSpeedEngine(Engine):
             offset = self._world.rank * part_size
             numel = min(part_size, shape.numel() - offset)
             if numel > 0:  # else other ranks hold all of it
-                yield _fragment(name, shape, offset, flats[group], states[group], start, numel)
+                yield _cut_pieces(name, shape, offset, flats[group], states[group], start, numel)
 
 
-def _fragment(
+def _cut_pieces(
     name: str,
     shape: torch.Size,
     offset: int,
@@ -183,10 +180,10 @@ def _fragment(
     state: dict[str, Tensor],
     start: int,
     numel: int,
-) -> Fragment:
-    """Return the fragment that lies at `start` of a flat buffer and its Adam state."""
-    moments = {moment: _cut(state[moment], start, numel) for moment in ADAM_MOMENTS}
-    return Fragment(name, tuple(shape), offset, _cut(flat, start, numel), **moments)
+) -> dict[str, Piece]:
+    """Return by key the pieces that lie at `start` of a flat buffer and of its Adam state."""
+    moments = [_cut(state[moment], start, numel) for moment in ADAM_MOMENTS]
+    return pieces_of(name, shape, offset, _cut(flat, start, numel), moments)
 
 
 def _cut(flat: Tensor, start: int, numel: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What saving and restoring cost on this machine, beside what they are to be compared with."""
+"""Measure what saving and loading cost here, beside what they are to be compared with."""
 
 import contextlib
 import tempfile
@@ -19,7 +19,6 @@ from dtr_scale.launchers import launched_world_size
 from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.signals import LeaveRequest
-from dtr_scale.train.state import TrainingState
 
 
 def bench_checkpoint(model: str, *, rounds: int, place: str | None = None) -> str:
@@ -62,22 +61,22 @@ def measure(experiment: Experiment, world: World, rounds: int) -> str:
     """Return the table for an experiment, after training it to its end for the time of a step."""
     trainer = build_trainer(experiment, world)
     checkpoints, step = trainer.checkpoints, experiment.train.max_steps
-    checkpoints.probe()
+    checkpoints.check_folder()
     records: list[Record] = []
     trainer.run(LeaveRequest(), log=records.append, evaluate=lambda step: None)
     trainer.loader.close()
-    state = TrainingState(trainer.engine, trainer.ema, trainer.objective).pieces()
+    state = trainer.state.pieces()
     num_bytes = sum(ITEM_BYTES * piece.data.numel() for piece in state.values())
     batch_size, precision = experiment.train.global_batch_size, experiment.engine.precision
     steps = [batch_size / record["samples_per_second"] for record in records[1:]]
-    stalls, saves, restores, readings = [], [], [], []
+    stalls, saves, loads, readings = [], [], [], []
     for number in range(step + 1, step + rounds + 1):
         world.barrier()
         stall = _seconds(lambda n=number: checkpoints.save(n, state, trainer.meta))
         stalls.append(stall)
         saves.append(stall + _seconds(checkpoints.wait))
         world.barrier()
-        restores.append(_seconds(lambda: checkpoints.restore(state)))
+        loads.append(_seconds(lambda: checkpoints.load_newest(state)))
         world.barrier()
         stored = open_folder(checkpoints.url(number), experiment.data.storage_options)
         readings.append(_seconds(lambda f=stored: _read_and_hash(f, rank_file(world.rank))))
@@ -89,11 +88,11 @@ def measure(experiment: Experiment, world: World, rounds: int) -> str:
             _row(f"training step, batch {batch_size}, {precision}", steps),
             _row("save: the loop stands still", stalls, num_bytes),
             _row("save: until it is complete", saves, num_bytes),
-            _row("restore", restores, num_bytes),
+            _row("restore", loads, num_bytes),
             _row("reading and hashing the same bytes", readings, num_bytes),
             f"{'stall per training step':38}{median(stalls) / median(steps):8.2f}  below 1 wanted",
             f"{'speed of restoring, of reading alone':38}"
-            f"{median(readings) / median(restores):8.2f}  0.5 or more wanted",
+            f"{median(readings) / median(loads):8.2f}  0.5 or more wanted",
         ]
     )
 
@@ -105,7 +104,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _read_and_hash(folder: Folder, file: str) -> None:
-    """The least that a restore has to do, in the simplest way."""
+    """The least that a load has to do, in the simplest way."""
     buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8).numpy().data
     num_bytes = folder.size(file)
     for start in range(0, num_bytes, BLOCK_BYTES):

@@ -1,19 +1,20 @@
-"""Going on with a run: from which checkpoint, and what may differ from when it was written."""
+"""Go on with a run, if its checkpoint is this run's, or start it."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtr_scale.checkpoint.reader import CheckpointReader
+from dtr_scale.checkpoint.layout import kind_of
+from dtr_scale.checkpoint.reader import CheckpointReader, LoadPlan
 from dtr_scale.checkpoint.start import read_start
 from dtr_scale.config.changes import Change, changes
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.train.probe import compare
 from dtr_scale.train.run_dir import RunDirectory
+from dtr_scale.train.state import compare_probes
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -22,20 +23,20 @@ _LOGGED = ("world_size", "torch", "version")
 """What a checkpoint's meta tells of the job that wrote it, besides its config."""
 
 
-def take_up(
+def resume_or_start(
     trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
 ) -> None:
-    """Go on from the newest checkpoint, or start afresh where there is none or it is wanted.
+    """Go on from the newest checkpoint, or start where there is none or it is not wanted.
 
     ConfigError if the checkpoint is of another run and `checkpoint.allow_changes` does not name
     what differs.
     """
-    trainer.checkpoints.probe()
+    trainer.checkpoints.check_folder()
     if experiment.checkpoint.dir:
         trainer.checkpoints.claim(str(experiment.run_path.absolute()))
     if experiment.checkpoint.resume == "never":
         with world.agree():
-            _start_afresh(trainer, experiment, run_dir)
+            _set_aside(trainer, experiment, run_dir)
     elif _resume(trainer, experiment):
         return
     else:
@@ -48,41 +49,40 @@ def take_up(
 
 def _resume(trainer: Trainer, experiment: Experiment) -> bool:
     """Go on from the newest checkpoint; False if there is none."""
-    found: list[Change] = []
-    new_averages: set[str] = set()
     allowed = experiment.checkpoint.allow_changes
-
-    def accept(reader: CheckpointReader) -> Collection[str]:
-        url = reader.url
-        found[:] = _changes(reader.meta, trainer.meta, url)
-        refused = [c for c in found if c.identity and c.key not in allowed]
-        if refused:
-            keys = ",".join(change.key for change in refused)
-            raise ConfigError(
-                f"{url} belongs to another run: {', '.join(map(str, refused))}; set that back, "
-                "choose another run_dir, start afresh with --checkpoint.resume=never, or go on "
-                f"all the same with --checkpoint.allow_changes={keys}"
-            )
-        # The log-variances of other clusters, or of none, say nothing about these.
-        another = any(c.identity and c.key.startswith("objective.") for c in found)
-        kinds = {key.partition("/")[0] for key in reader.shapes}
-        new_averages.clear()
-        new_averages.update(key for key in trainer.ema.keys if key not in kinds)
-        return [*new_averages, *(["objective"] if another else [])]
-
-    meta = trainer.resume(accept)
-    if meta is None:
+    plan = trainer.resume(
+        partial(_plan, meta=trainer.meta, averages=trainer.ema.keys, allowed=allowed)
+    )
+    if plan is None:
         return False
-    trainer.ema.load(meta.get("averages", {}), trainer.step, new_averages)
-    url = trainer.checkpoints.url(trainer.step)
-    log.info("resumed %s at step %d", url, trainer.step)
-    _check_probe(trainer, meta, url, lenient=bool(allowed))
-    for change in found:
-        on_purpose = ", by checkpoint.allow_changes" if change.identity else ""
-        log.info("since then: %s%s", change, on_purpose)
-    for key in sorted(new_averages):
-        log.info("since then: the average %s is new and begins at the weights", key)
+    log.info("resumed %s at step %d", plan.reader.url, trainer.step)
+    _check_probe(trainer, plan.reader, lenient=bool(allowed))
+    for change in plan.changes:
+        log.info("since then: %s", change)
     return True
+
+
+def _plan(
+    reader: CheckpointReader, *, meta: dict[str, Any], averages: list[str], allowed: Sequence[str]
+) -> LoadPlan:
+    """Return what a run of `meta` takes of a checkpoint; ConfigError if that is another run's."""
+    changes = _changes(reader.meta, meta, reader.url)
+    refused = [c for c in changes if c.identity and c.key not in allowed]
+    if refused:
+        keys = ",".join(change.key for change in refused)
+        raise ConfigError(
+            f"{reader.url} belongs to another run: {', '.join(map(str, refused))}; set that back, "
+            "choose another run_dir, start afresh with --checkpoint.resume=never, or go on "
+            f"all the same with --checkpoint.allow_changes={keys}"
+        )
+    told = [f"{c}, by checkpoint.allow_changes" if c.identity else str(c) for c in changes]
+    stored = {kind_of(key) for key in reader.shapes}
+    fresh = [key for key in averages if key not in stored]
+    told += [f"the average {key} is new and begins at the weights" for key in sorted(fresh)]
+    # The log-variances of other clusters, or of none, say nothing about these.
+    if any(c.identity and c.key.startswith("objective.") for c in changes):
+        fresh.append("objective")
+    return LoadPlan(reader, fresh, told)
 
 
 def _refuse_to_forget(trainer: Trainer, run_dir: RunDirectory | None) -> None:
@@ -95,26 +95,28 @@ def _refuse_to_forget(trainer: Trainer, run_dir: RunDirectory | None) -> None:
         )
 
 
-def _check_probe(trainer: Trainer, meta: dict[str, Any], url: str, *, lenient: bool) -> None:
+def _check_probe(trainer: Trainer, reader: CheckpointReader, *, lenient: bool) -> None:
     """Compare the next samples and their loss with what was stored; CheckpointError if they differ.
 
     `lenient` where something may be changed on purpose, which changes them too.
     """
-    stored, found = meta.get("probe"), trainer.probe()
+    stored, found = reader.meta.get("probe"), trainer.probe()
     if stored is None or found is None:
         log.info("no probe loss to compare with")
         return
-    precisions = {m["config"]["engine"]["precision"] for m in (meta, trainer.meta)}
+    precisions = {m["config"]["engine"]["precision"] for m in (reader.meta, trainer.meta)}
+    # Ranks that share a matrix product may round differently, and must come to one verdict.
     with trainer.world.agree():
         try:
-            log.info("%s", compare(stored, found, precisions, url))
+            log.info("%s", compare_probes(stored, found, precisions, reader.url))
         except CheckpointError as error:
             if not lenient:
                 raise
             log.warning("%s (checkpoint.allow_changes)", error)
 
 
-def _start_afresh(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> None:
+def _set_aside(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> None:
+    """Move what the run directory holds out of the way of a fresh start."""
     if run_dir is None:
         return
     if experiment.checkpoint.dir and trainer.checkpoints.steps():

@@ -14,7 +14,7 @@ from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, PeerError, UnsavedError
 from dtr_scale.jobs.build import build_evaluation, build_tracker, build_trainer, check_tracking
-from dtr_scale.jobs.resume import take_up
+from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
@@ -48,7 +48,7 @@ def train_experiment(experiment: Experiment) -> int:
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         stack.callback(trainer.checkpoints.close)
-        take_up(trainer, experiment, world, run_dir)
+        resume_or_start(trainer, experiment, world, run_dir)
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
         with world.agree():
             evaluate = build_evaluation(

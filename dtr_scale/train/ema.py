@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, on each rank's fp32 fragments alone."""
+"""Average the weights over the steps, on each rank's pieces of the fp32 masters alone."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_scale.checkpoint.layout import Piece
-from dtr_scale.engines.base import Engine
+from dtr_scale.engines.base import Engine, Piece
 
 
 class EmaProfile(Protocol):
@@ -79,7 +78,8 @@ class Ema:
     def __init__(self, engine: Engine, profiles: Sequence[EmaProfile]) -> None:
         self._engine = engine
         self._profiles = tuple(profiles)
-        self._masters = [fragment.master for fragment in engine.fragments()]
+        self._pieces = engine.masters()
+        self._masters = [piece.data for piece in self._pieces.values()]
         self._values = [[master.clone() for master in self._masters] for _ in profiles]
         self._histories: dict[str, list[dict[str, Any]]] = {}
         self.load({}, step=0, new=())
@@ -124,9 +124,9 @@ class Ema:
     def pieces(self) -> dict[str, Piece]:
         """Return this rank's part of all averages by key, as views."""
         return {
-            f"{profile.key}/{part.name}": Piece(part.shape, part.offset, value)
+            f"{profile.key}/{name}": Piece(master.shape, master.offset, value)
             for profile, values in zip(self._profiles, self._values, strict=True)
-            for part, value in zip(self._engine.fragments(), values, strict=True)
+            for (name, master), value in zip(self._pieces.items(), values, strict=True)
         }
 
     @contextmanager

@@ -1,49 +1,95 @@
-"""What a checkpoint holds of a run besides its position."""
+"""Hold the state of a run and its position, and probe whether a loaded one is where it was."""
 
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from dtr_scale.checkpoint.layout import Piece
-from dtr_scale.engines.base import ADAM_MOMENTS, Engine
+from dtr_scale.data.batch import MicroBatch
+from dtr_scale.data.loader import BatchLoader
+from dtr_scale.diffusion.process import GaussianDiffusion
+from dtr_scale.engines.base import Engine, Piece
+from dtr_scale.engines.world import World
+from dtr_scale.errors import CheckpointError, DataError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.train.ema import Ema
 
+NUM_PROBED = 4
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""Relative; another engine or world size adds in another order."""
 
-class TrainingState:
-    """This rank's part of it, as pieces to save or to restore into.
 
-    Fragments are views of the live tensors. Objective and buffers are small and copied: after a
-    restore `take_over` hands them back.
+class RunState:
+    """Everything that a checkpoint holds of a run: this rank's tensors, and the position.
+
+    The position is `samples_seen`: which samples come next and every draw for them are functions
+    of it. `step` counts the updates.
     """
 
     def __init__(self, engine: Engine, ema: Ema, objective: Objective) -> None:
+        self.step = 0
+        self.samples_seen = 0
         self._engine = engine
         self._ema = ema
         self._objective = objective
         self._objective_state: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
 
+    def advance(self, num_samples: int) -> None:
+        """Count an update made from so many samples."""
+        self.step += 1
+        self.samples_seen += num_samples
+
     def pieces(self) -> dict[str, Piece]:
-        state = self._ema.pieces()
-        for part in self._engine.fragments():
-            state[f"master/{part.name}"] = Piece(part.shape, part.offset, part.master)
-            for moment in ADAM_MOMENTS:
-                state[f"{moment}/{part.name}"] = Piece(
-                    part.shape, part.offset, getattr(part, moment)
-                )
+        """Return the tensors to save, or to write to before `load`.
+
+        Those of the engine and the averages are views of the live ones. The objective's and the
+        buffers are small, and copies, which `load` hands back.
+        """
         self._objective_state = self._objective.state_dict()
         buffers = persistent_buffers(self._engine.network)
         self._buffers = {name: buffer.float() for name, buffer in buffers.items()}
-        for kind, tensors in (("objective", self._objective_state), ("buffer", self._buffers)):
-            for name, tensor in tensors.items():
-                state[f"{kind}/{name}"] = Piece(tuple(tensor.shape), 0, tensor.view(-1))
-        return state
+        return {
+            **self._ema.pieces(),
+            **self._engine.pieces(),
+            **_whole("objective", self._objective_state),
+            **_whole("buffer", self._buffers),
+        }
 
-    def take_over(self) -> None:
-        """Bring engine and objective up to date with the pieces, which were written to."""
+    def meta(self) -> dict[str, Any]:
+        """Return the position, and how the averages were made, for a checkpoint's meta."""
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "optimizer_step": self._engine.optimizer_step,
+            "averages": self._ema.meta(),
+        }
+
+    def load(self, meta: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
+        """Go on from `pieces` that were written to, at the position of `meta`.
+
+        Averages whose kinds are `fresh` were not written and begin at the weights. Every rank
+        calls it: engines that shard the weights talk to each other here.
+        """
         self._engine.push_masters()
         self._objective.load_state_dict(self._objective_state)
         for name, buffer in persistent_buffers(self._engine.network).items():
             buffer.copy_(self._buffers[name])
+        self._engine.optimizer_step = meta["optimizer_step"]
+        self.step, self.samples_seen = meta["step"], meta["samples_seen"]
+        # Checkpoints written before averages had histories have none.
+        self._ema.load(meta.get("averages", {}), self.step, fresh)
+
+
+def _whole(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    return {
+        f"{kind}/{name}": Piece(tuple(tensor.shape), 0, tensor.view(-1))
+        for name, tensor in tensors.items()
+    }
 
 
 def persistent_buffers(network: nn.Module) -> dict[str, Tensor]:
@@ -54,3 +100,63 @@ def persistent_buffers(network: nn.Module) -> dict[str, Tensor]:
     learned = dict(network.named_parameters(remove_duplicate=False))
     state = network.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in learned}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The first samples of the next step, as (shard, index), and their mean of mse + vb."""
+
+    sample_ids: list[list[int]]
+    loss: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def take_probe(
+    world: World,
+    engine: Engine,
+    diffusion: GaussianDiffusion,
+    loader: BatchLoader,
+    state: RunState,
+) -> Probe | None:
+    """Return the probe of a run as it stands; None if its samples cannot be read now.
+
+    Every rank calls it: engines that shard the weights gather them for it.
+    """
+    found: tuple[list[list[int]], MicroBatch] | None = None
+    if world.is_main:
+        try:
+            found = loader.peek(state.samples_seen, NUM_PROBED)
+        except DataError:
+            found = None
+    found = world.broadcast_object(found)
+    if found is None:
+        return None
+    sample_ids, batch = found
+    batch = batch.to(world.device)
+    model_fn = partial(engine.network, y=batch.y, step=state.step)
+    # Compiled blocks would be compiled again for so few samples.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        losses = diffusion.training_losses(model_fn, batch.x_start, batch.t, batch.noise)
+    return Probe(sample_ids, (losses["mse"] + losses["vb"]).double().mean().item())
+
+
+def compare_probes(stored: dict[str, Any], found: Probe, precisions: set[str], url: str) -> str:
+    """Return in words how well a probe agrees with the stored one; CheckpointError otherwise.
+
+    `precisions` are those of the two jobs.
+    """
+    if stored["sample_ids"] != found.sample_ids:
+        raise CheckpointError(
+            f"{url}: the next samples were {stored['sample_ids']} and are {found.sample_ids}; the "
+            "data or their order have changed"
+        )
+    tolerance = max(TOLERANCE[precision] for precision in precisions)
+    if not math.isclose(found.loss, stored["loss"], rel_tol=tolerance, abs_tol=tolerance):
+        raise CheckpointError(
+            f"{url}: the loss of its next {len(found.sample_ids)} samples was {stored['loss']:.8g} "
+            f"and is {found.loss:.8g}; the weights that were restored are not those saved"
+        )
+    difference = abs(found.loss - stored["loss"]) / max(abs(stored["loss"]), 1e-12)
+    return f"next samples as stored, probe loss {found.loss:.6g} (differs by {difference:.1e})"

@@ -1,7 +1,7 @@
-"""The training loop. It does not know which engine, data, tracker or machine it has."""
+"""Train, whichever engine, data, tracker or machine there is."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dtr_scale.checkpoint.manager import CheckpointManager
-from dtr_scale.checkpoint.reader import CheckpointReader
-from dtr_scale.checkpoint.start import Start, begin
+from dtr_scale.checkpoint.reader import CheckpointReader, LoadPlan
+from dtr_scale.checkpoint.start import Start
 from dtr_scale.data.batch import MicroBatch
 from dtr_scale.data.loader import BatchLoader
 from dtr_scale.diffusion.process import GaussianDiffusion
@@ -23,10 +23,9 @@ from dtr_scale.errors import DivergenceError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
-from dtr_scale.train.probe import Probe, take_probe
 from dtr_scale.train.progress import Stopwatch
 from dtr_scale.train.signals import LeaveRequest
-from dtr_scale.train.state import TrainingState
+from dtr_scale.train.state import Probe, RunState, take_probe
 
 
 @dataclass(frozen=True)
@@ -127,13 +126,12 @@ class Trainer:
         self.log_every = log_every
         self.save_every = save_every
         self.evaluate_every = evaluate_every
-        self.step = 0
-        self._state = TrainingState(engine, ema, objective)
+        self.state = RunState(engine, ema, objective)
         self._watch = Stopwatch()
 
     @property
-    def samples_seen(self) -> int:
-        return self.step * self.global_batch_size
+    def step(self) -> int:
+        return self.state.step
 
     @property
     def saved_step(self) -> int | None:
@@ -157,13 +155,13 @@ class Trainer:
         The state is saved either way. `log` is given the journal's record of every logged step.
         `evaluate` returns why it was cut off by a request to leave, on all ranks, or None.
         """
-        self.checkpoints.prepare(self._state.pieces())
-        self.loader.seek(self.samples_seen)
+        self.checkpoints.prepare(self.state.pieces())
+        self.loader.seek(self.state.samples_seen)
         batches = iter(self.loader)
         self._watch.restart()
         while self.step < self.max_steps:
             result = self._train_step(batches, leave)
-            self.step += 1
+            self.state.advance(self.global_batch_size)
             # Not where the run is asked to leave: its journal must not tell how often it was.
             if self._due(self.log_every):
                 log({**self._figures(result), **self._watch.read()})
@@ -184,14 +182,9 @@ class Trainer:
 
     def save(self, result: StepResult) -> None:
         """Copy the state and let it be written while training goes on."""
-        meta = self.meta | {
-            "step": self.step,
-            "samples_seen": self.samples_seen,
-            "optimizer_step": self.engine.optimizer_step,
-            "averages": self.ema.meta(),
-            "probe": probe.as_dict() if (probe := self.probe()) else None,
-        }
-        self.checkpoints.save(self.step, self._state.pieces(), meta, self._figures(result))
+        probe = self.probe()
+        meta = {**self.meta, **self.state.meta(), "probe": probe.as_dict() if probe else None}
+        self.checkpoints.save(self.step, self.state.pieces(), meta, self._figures(result))
 
     def _save_for_certain(self, result: StepResult) -> None:
         """Save and wait for it: no later one makes up for the last. UnsavedError if it cannot."""
@@ -199,31 +192,26 @@ class Trainer:
             self.save(result)
             self.checkpoints.wait()
 
-    def resume(
-        self, accept: Callable[[CheckpointReader], Collection[str]] = lambda reader: ()
-    ) -> dict[str, Any] | None:
-        """Take up the newest complete checkpoint, if `accept` has it (see `restore`).
+    def resume(self, accept: Callable[[CheckpointReader], LoadPlan] = LoadPlan) -> LoadPlan | None:
+        """Go on from the newest complete checkpoint that `accept` has (see `load_newest`).
 
-        Returns its meta; None if there is no checkpoint.
+        Returns the plan that was followed; None if there is no checkpoint. Averages that are not
+        taken from it begin at its weights.
         """
-        meta = self.checkpoints.restore(self._state.pieces(), accept)
-        if meta is None:
-            return None
-        self._state.take_over()
-        self.engine.optimizer_step = meta["optimizer_step"]
-        self.step = meta["step"]
-        return meta
+        plan = self.checkpoints.load_newest(self.state.pieces(), accept)
+        if plan is not None:
+            self.state.load(plan.reader.meta, plan.fresh)
+        return plan
 
     def start(self, read: Callable[[], Start]) -> None:
         """Begin with the state of another training; what it does not hold stays fresh."""
         with self.world.agree():
             start = read()
-            begin(start, self._state.pieces())
-        self._state.take_over()  # engines talk to each other here
-        self.engine.optimizer_step = start.optimizer_step
+            start.copy_to(self.state.pieces())
+        self.state.load({**self.state.meta(), "optimizer_step": start.optimizer_step})
 
     def probe(self) -> Probe | None:
-        return take_probe(self.world, self.engine, self.diffusion, self.loader, self.samples_seen)
+        return take_probe(self.world, self.engine, self.diffusion, self.loader, self.state)
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         """Update the weights once; everything is queued on the device before the host reads it."""
@@ -259,20 +247,17 @@ class Trainer:
         """Stop before broken weights reach a checkpoint."""
         if not math.isfinite(result.mse + result.vb + result.grad_norm):
             self.checkpoints.close()  # the save in flight may be the one to go on from
-            saved = "nothing was saved yet; start again"
-            if self.saved_step is not None:
-                saved = f"the newest checkpoint is of step {self.saved_step}; go on from it"
             raise DivergenceError(
                 f"step {self.step + 1}: loss {result.mse + result.vb}, gradient norm "
-                f"{result.grad_norm}: the training has diverged; {saved} with a lower train.lr "
-                "or train.grad_clip=1"
+                f"{result.grad_norm}: the training has diverged; {self.checkpoints.standing}. "
+                "Start it again with a lower train.lr or train.grad_clip=1"
             )
 
     def _figures(self, result: StepResult) -> Record:
         """Return the journal's record of a step, but for the figures that tell the time."""
         return {
             "step": self.step,
-            "samples_seen": self.samples_seen,
+            "samples_seen": self.state.samples_seen,
             "loss": result.mse + result.vb,
             "objective": result.objective,
             "mse": result.mse,

@@ -11,11 +11,12 @@ import threading
 import pytest
 import torch
 
-from dtr_scale.checkpoint.layout import COMPLETE, INDEX, Piece
+from dtr_scale.checkpoint.layout import COMPLETE, INDEX
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.retention import METRICS, Keep
 from dtr_scale.checkpoint.snapshot import Snapshot
+from dtr_scale.engines.base import Piece
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError, UnsavedError
 from dtr_scale.storage.folder import open_folder
@@ -43,6 +44,13 @@ def save(manager, step, value=None, figures=None):
     manager.wait()
 
 
+def loaded(manager, state):
+    """Load the newest checkpoint into the state and return its meta."""
+    plan = manager.load_newest(state)
+    assert plan is not None
+    return plan.reader.meta
+
+
 def assert_holds(state, value):
     expected = state_of(value)
     assert all(torch.equal(piece.data, expected[key].data) for key, piece in state.items())
@@ -51,10 +59,10 @@ def assert_holds(state, value):
 def test_what_is_saved_is_restored(folder):
     manager = manager_of(folder)
     state = state_of(0.0)
-    assert manager.restore(state) is None
+    assert manager.load_newest(state) is None
     save(manager, 100, 7.0)
     assert manager.url(100) == f"{folder.url}/step_00000100"
-    assert manager.restore(state) == {"step": 100}
+    assert loaded(manager, state) == {"step": 100}
     assert_holds(state, 7.0)
     stored = set(folder.child("step_00000100").names())
     assert stored == {COMPLETE, INDEX, PART}
@@ -65,7 +73,7 @@ def test_the_newest_complete_one_is_taken(folder):
     for step in (1, 20, 3):
         save(manager, step)
     state = state_of(0.0)
-    assert manager.restore(state) == {"step": 20}
+    assert loaded(manager, state) == {"step": 20}
     assert manager.newest().meta == {"step": 20}
     assert_holds(state, 20.0)
 
@@ -105,7 +113,7 @@ def test_a_damaged_one_is_named_and_the_previous_one_taken(
         save(manager, step)
     damage(folder.child("step_00000002"), name)
     state = state_of(0.0)
-    assert manager.restore(state) == {"step": 1}
+    assert loaded(manager, state) == {"step": 1}
     assert_holds(state, 1.0)
     (warning,) = warnings_of("dtr_scale.checkpoint.manager")
     assert "checkpoint passed over" in warning
@@ -119,7 +127,7 @@ def test_none_complete_is_an_error_and_no_fresh_start(folder):
     save(manager, 1)
     cut(folder.child("step_00000001"), PART)
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints .*resume=never"):
-        manager.restore(state_of(5.0))
+        manager.load_newest(state_of(5.0))
 
 
 def test_a_save_cut_off_does_not_count(folder):
@@ -127,10 +135,10 @@ def test_a_save_cut_off_does_not_count(folder):
     manager = manager_of(folder)
     folder.stage("step_00000005")
     folder.staged("step_00000005").write_bytes(PART, b"half")
-    assert manager.restore(state_of(0.0)) is None
+    assert manager.load_newest(state_of(0.0)) is None
     save(manager, 5)
     state = state_of(0.0)
-    assert manager.restore(state) == {"step": 5}
+    assert loaded(manager, state) == {"step": 5}
     assert folder.names() == ["step_00000005"]
 
 
@@ -158,7 +166,7 @@ def test_a_kill_between_any_two_changes_of_the_store_leaves_a_complete_one(
             with contextlib.suppress(Killed):
                 save(manager, 2)
         state = state_of(0.0)
-        meta = manager_of(place).restore(state)
+        meta = loaded(manager_of(place), state)
         assert meta in ({"step": 1}, {"step": 2})
         assert_holds(state, meta["step"])
         assert manager.saved_step in (None, meta["step"])
@@ -186,7 +194,7 @@ def test_a_damaged_one_of_the_same_step_is_replaced(folder):
     cut(folder.child("step_00000005"), PART)
     save(manager, 5, 2.0)
     state = state_of(0.0)
-    assert manager.restore(state) == {"step": 5}
+    assert loaded(manager, state) == {"step": 5}
     assert_holds(state, 2.0)
 
 
@@ -247,7 +255,7 @@ def test_damaged_ones_do_not_count_among_the_last(folder):
     cut(folder.child("step_00000040"), PART)
     save(manager, 30)
     assert folder.names() == ["step_00000030", "step_00000040"]
-    assert manager.restore(state_of(0.0)) == {"step": 30}
+    assert loaded(manager, state_of(0.0)) == {"step": 30}
 
 
 @pytest.mark.parametrize("most_bytes", [100, 500])  # of a file: no part, or a part but no index
@@ -266,7 +274,7 @@ def test_a_failed_save_leaves_nothing_under_the_final_name(tmp_path, most_bytes,
     assert re.search(r"step 2 is not saved, .*cannot save .*File too large.*; make room", warning)
     assert manager.saved_step == 1
     assert folder.names() == ["step_00000001"]
-    assert manager.restore(state_of(0.0)) == {"step": 1}
+    assert loaded(manager, state_of(0.0)) == {"step": 1}
     save(manager, 3)
     assert manager.saved_step == 3
     assert folder.names() == ["step_00000001", "step_00000003"]
@@ -276,7 +284,9 @@ def test_failures_in_a_row_end_the_run(tmp_path):
     (tmp_path / "file").write_text("no folder")
     manager = manager_of(open_folder(tmp_path / "file" / "checkpoints"), max_failures=2)
     save(manager, 1)
-    with pytest.raises(UnsavedError, match=r"2 saves in a row failed.*of step None.*cannot save"):
+    with pytest.raises(
+        UnsavedError, match=r"2 saves in a row failed.*nothing was saved yet.*cannot save"
+    ):
         save(manager, 2)
 
 
@@ -308,10 +318,10 @@ def test_training_goes_on_while_a_save_is_in_flight(tmp_path, monkeypatch):
     manager.wait()
     assert manager.saved_step == 2
     restored = state_of(0.0)
-    manager_of(open_folder(tmp_path)).restore(restored)
+    manager_of(open_folder(tmp_path)).load_newest(restored)
     assert torch.equal(restored["master/a"].data, torch.arange(12.0) + 101.0)
     shutil.rmtree(tmp_path / "step_00000002")
-    manager_of(open_folder(tmp_path)).restore(restored)
+    manager_of(open_folder(tmp_path)).load_newest(restored)
     assert_holds(restored, 1.0)
 
 
@@ -328,8 +338,8 @@ def test_what_nobody_foresaw_reaches_the_loop(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(CheckpointError, match=r"another checkpoint\.dir"):
-        manager_of(open_folder(tmp_path / "file" / "checkpoints")).probe()
-    manager_of(open_folder(tmp_path / "new")).probe()
+        manager_of(open_folder(tmp_path / "file" / "checkpoints")).check_folder()
+    manager_of(open_folder(tmp_path / "new")).check_folder()
     assert open_folder(tmp_path / "new").names() == []
 
 
@@ -342,7 +352,7 @@ def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path):
     (tmp_path / "step_00000002" / INDEX).unlink()
     (tmp_path / "step_00000002" / INDEX).mkdir()  # reading it is an error, but not "missing"
     with pytest.raises(CheckpointError, match=f"{INDEX} cannot be read"):
-        manager.restore(state_of(0.0))
+        manager.load_newest(state_of(0.0))
 
 
 def test_a_network_of_another_shape_is_refused(folder):

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.snapshot import Snapshot
+from dtr_scale.engines.base import Piece
 from dtr_scale.engines.world import join_world
 from dtr_scale.errors import EngineError, UnsavedError
 from dtr_scale.storage.folder import open_folder
@@ -42,8 +42,8 @@ def faulty_saves(place: Path) -> list[Any]:
         except (UnsavedError, EngineError) as error:
             told.append((type(error).__name__, manager.saved_step))
             manager = CheckpointManager(open_folder(place), world=world, max_failures=2)
-    meta = manager.restore(state)
-    told.append((meta, half.tolist(), open_folder(place).names()))
+    plan = manager.load_newest(state)
+    told.append((plan and plan.reader.meta, half.tolist(), open_folder(place).names()))
     world.leave()
     return told
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtr_scale.checkpoint import layout
-from dtr_scale.checkpoint.layout import COMPLETE, INDEX, Piece, rank_file
+from dtr_scale.checkpoint.layout import COMPLETE, INDEX, rank_file
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.checkpoint.snapshot import Snapshot
+from dtr_scale.engines.base import Piece
 from dtr_scale.errors import ConfigError, DamagedCheckpointError
 from dtr_scale.storage.folder import open_folder
 

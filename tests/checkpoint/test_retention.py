@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dtr_scale.checkpoint.catalog import Catalog
-from dtr_scale.checkpoint.layout import Piece
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.retention import METRICS, Keep, Retention
+from dtr_scale.engines.base import Piece
 from dtr_scale.engines.world import World
 from dtr_scale.storage.folder import open_folder
 

@@ -34,7 +34,7 @@ def released():
 
 
 def weights(trainer, kind="master"):
-    pieces = trainer._state.pieces()
+    pieces = trainer.state.pieces()
     return {
         key.partition("/")[2]: piece.data.clone()
         for key, piece in pieces.items()

@@ -245,14 +245,14 @@ def three_ranks(
     return records, parts
 
 
-def parts_of(world: World, digits: Path, place: Path, name: str) -> list[Part]:
-    experiment = demo_experiment(digits, place, *setting(name), *ODD)
+def parts_of(world: World, digits: Path, place: Path, engine: str) -> list[Part]:
+    experiment = demo_experiment(digits, place, *setting(engine), *ODD)
     initial = {n: p.detach().view(-1) for n, p in build_network(experiment).named_parameters()}
     parts = []
-    for part in build_trainer(experiment, world).engine.fragments():
-        whole, numel = initial[part.name], part.master.numel()
-        same = torch.equal(part.master, whole[part.offset : part.offset + numel])
-        parts.append(Part(part.name, part.offset, numel, same))
+    for name, piece in build_trainer(experiment, world).engine.masters().items():
+        whole, numel = initial[name], piece.data.numel()
+        same = torch.equal(piece.data, whole[piece.offset : piece.offset + numel])
+        parts.append(Part(name, piece.offset, numel, same))
     return parts
 
 

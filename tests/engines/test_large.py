@@ -48,7 +48,7 @@ def one_step(place: Path, engine: tuple[str, ...]) -> Figures:
     (record,) = run_trainer(trainer)
     figures = Figures(
         mse=record["mse"],
-        num_elements=sum(part.master.numel() for part in trainer.engine.fragments()),
+        num_elements=sum(piece.data.numel() for piece in trainer.engine.masters().values()),
         peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         build_seconds=built - start,
         step_seconds=time.perf_counter() - built,

@@ -21,7 +21,7 @@ def averages(profiles, weights):
     ema = Ema(engine, profiles)
     history = []
     for step, weight in enumerate(weights, 1):
-        engine.fragments()[0].master.fill_(weight)
+        engine.masters()["weight"].data.fill_(weight)
         ema.update(step)
         history.append([piece.data.item() for piece in ema.pieces().values()])
     return np.array(history)
@@ -69,7 +69,7 @@ def test_a_power_function_weighs_the_past_by_its_exponent():
 def test_the_first_average_takes_the_place_of_the_weights_for_a_while():
     engine = engine_of_one_weight()
     ema = Ema(engine, [ConstantDecay(0.5, is_first=True), PowerFunction(0.1)])
-    engine.fragments()[0].master.fill_(1.0)
+    engine.masters()["weight"].data.fill_(1.0)
     ema.update(1)
     with ema.swapped_in():
         assert engine.network(torch.ones(1)).item() == 3.0
@@ -86,7 +86,7 @@ def test_an_average_knows_since_when_and_how_it_was_made():
         "ema": [{"from_step": 0, "decay": 0.9}],
         "ema_power_0.1": [{"from_step": 0, "sigma_rel": 0.1}],
     }
-    engine.fragments()[0].master.fill_(3.0)
+    engine.masters()["weight"].data.fill_(3.0)
     ema.load(stored, step=7, new={"ema_power_0.1"})
     assert ema.meta() == {
         "ema": [{"from_step": 0, "decay": 0.5}, {"from_step": 7, "decay": 0.9}],

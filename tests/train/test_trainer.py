@@ -44,8 +44,8 @@ def test_the_averages_hold_every_step_with_its_own_weight(digits, tmp_path):
 @pytest.mark.parametrize(
     ("every", "message"),
     [
-        (1000, "nothing was saved yet; start again with a lower train.lr"),
-        (1, "the newest checkpoint is of step 1; go on from it with a lower train.lr"),
+        (1000, "nothing was saved yet. Start it again with a lower train.lr"),
+        (1, "the newest checkpoint is of step 1. Start it again with a lower train.lr"),
     ],
 )
 def test_a_divergence_is_a_failure_and_tells_where_to_go_on(digits, tmp_path, every, message):
