@@ -1,4 +1,4 @@
-"""The experiment file, as frozen pydantic models.
+"""Define the experiment file as frozen pydantic models.
 
 One JSON file describes a run completely. Unknown keys are refused, wrong combinations are named
 with their key, value, what is accepted and the fix. Sections are flat: a key that its section's
@@ -9,213 +9,26 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from dtr_scale.config.fields import (
+    Count,
+    Fraction,
+    OpenFraction,
+    PositiveFloat,
+    PositiveInt,
+    RelativeWidth,
+    Section,
+    SectionOrFile,
+    Seed,
+    comma_separated,
+    local_path,
+    refuse,
+    whole,
+)
+from dtr_scale.config.network import ModelConfig
 from dtr_scale.diffusion.schedule import space_timesteps
 from dtr_scale.errors import ConfigError
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-RelativeWidth = Annotated[float, Field(gt=0.0, lt=0.28)]
-
-
-def _whole(value: Any) -> Any:  # noqa: ANN401
-    """Take 1e3, which JSON reads as a float, for the whole number that it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
-Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(_whole)]
-"""What torch.manual_seed takes."""
-
-SectionOrFile = Annotated[
-    dict[str, Any] | None, WithJsonSchema({"type": ["object", "string", "null"]})
-]
-"""An object, or in an experiment file the path of one; `load_experiment` reads it."""
-
-VARIANT_SIZES = ("S", "B", "L", "XL")
-VARIANT_PATCHES = (2, 4, 8)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-
-def _refuse(message: str) -> PydanticCustomError:
-    """A cross-field error whose message already names its keys."""
-    return PydanticCustomError("combination", "{text}", {"text": message})
-
-
-def _variant_name(variant: str | None) -> str | None:
-    names = [f"DiT-{size}/{patch}" for size in VARIANT_SIZES for patch in VARIANT_PATCHES]
-    if variant is not None and variant not in names:
-        raise PydanticCustomError("variant", "accepted are {names}", {"names": ", ".join(names)})
-    return variant
-
-
-def _local_path(path: str | None) -> str | None:
-    if path is not None and "://" in path:
-        raise PydanticCustomError(
-            "local_path", "must be a local folder; checkpoints can go to s3:// by checkpoint.dir"
-        )
-    return path
-
-
-def _comma_separated(keys: Any) -> Any:  # noqa: ANN401
-    return keys.split(",") if isinstance(keys, str) else keys
-
-
-class RoutingConfig(Section):
-    type: Literal["none", "dtr", "dtr_eq4", "cdtr", "ercddt", "random", "max_roaming"] = "none"
-    """`dtr` is the official code's window, `dtr_eq4` equation 4's, `random` R-TR, `none` no masks;
-    `cdtr`, `ercddt` and `max_roaming` are the alternatives of appendix F."""
-    alpha: PositiveFloat = 4.0
-    """How the window's shift is spread over timesteps; above 1, more of it at high noise."""
-    beta: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
-    """Share of the channels that each timestep sees."""
-    num_clusters: PositiveInt = 8
-    """Clusters of timesteps that share a mask (cdtr, ercddt)."""
-    seed: Seed = 0
-    """Of the masks of random and max_roaming."""
-    update_every_steps: PositiveInt = 500
-    """Training steps between two changes of max_roaming's masks."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_type(cls, section: Any) -> Any:  # noqa: ANN401
-        if isinstance(section, dict) and section and "type" not in section:
-            given = ", ".join(f"{key} = {json.dumps(value)}" for key, value in section.items())
-            raise _refuse(
-                f"model.routing.type is missing, with which {given} would have no effect; give "
-                'model.routing.type = "dtr" (or another routing), or "none" to train without'
-            )
-        return section
-
-
-class NetworkConfig(Section):
-    """What all networks have."""
-
-    in_channels: PositiveInt = 4
-    num_classes: PositiveInt = 1000
-    learn_sigma: bool = True
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    num_experts: PositiveInt = 1
-    """Networks of equal intervals of the timesteps (multi-experts); 1: one for all."""
-    expert: Count | None = None
-    """Train this expert alone (0 to num_experts - 1); null: all of them together."""
-    routing: RoutingConfig = RoutingConfig()
-
-    @model_validator(mode="after")
-    def _expert_exists(self) -> Self:
-        if self.expert is not None and not self.expert < self.num_experts:
-            raise _refuse(
-                f"model.expert = {self.expert} is none of model.num_experts = {self.num_experts}; "
-                f"choose 0 to {self.num_experts - 1}, or null for all together"
-            )
-        return self
-
-
-class DitConfig(NetworkConfig):
-    type: Literal["dit"]
-    variant: Annotated[str | None, AfterValidator(_variant_name)] = None
-    """`DiT-S/2` to `DiT-XL/8`; or give hidden_size, depth, num_heads and patch_size instead."""
-    hidden_size: PositiveInt | None = None
-    depth: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    patch_size: PositiveInt | None = None
-    input_size: PositiveInt = 32
-    """Height and width of a sample (latents of a 256x256 picture: 32)."""
-    conditioning: Literal["class", "none", "text"] = "class"
-    class_dropout_prob: Fraction = 0.1
-    """How often a label or text is dropped in training, for guidance."""
-    context_length: PositiveInt = 77
-    """Tokens of a text (CLIP: 77)."""
-    context_dim: PositiveInt = 768
-    """Width of a text token (CLIP ViT-L/14: 768)."""
-
-    @property
-    def title(self) -> str:
-        return self.variant or f"DiT {self.hidden_size}x{self.depth}"
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        free = {k: getattr(self, k) for k in ("hidden_size", "depth", "num_heads", "patch_size")}
-        given = [k for k, v in free.items() if v is not None]
-        missing = [k for k, v in free.items() if v is None]
-        if self.variant and given:
-            raise _refuse(
-                f"model.variant = {self.variant!r} and model.{given[0]} = {free[given[0]]} exclude "
-                f"each other; remove one (a variant sets {', '.join(free)})"
-            )
-        if not self.variant and missing:
-            raise _refuse(
-                f"model.{missing[0]} is missing; set model.variant (for example 'DiT-L/2') "
-                f"or all of {', '.join(free)}"
-            )
-        if self.hidden_size and self.num_heads and self.hidden_size % self.num_heads:
-            raise _refuse(
-                f"model.hidden_size = {self.hidden_size} is not divisible by "
-                f"model.num_heads = {self.num_heads}; choose a multiple of {self.num_heads}"
-            )
-        if self.hidden_size and self.hidden_size % 4:
-            raise _refuse(
-                f"model.hidden_size = {self.hidden_size}: give a multiple of 4 "
-                "(sine and cosine positions for two axes)"
-            )
-        patch = int(self.variant.split("/")[1]) if self.variant else self.patch_size
-        if patch and self.input_size % patch:
-            raise _refuse(
-                f"model.input_size = {self.input_size} is not divisible by the patch size {patch}; "
-                f"choose a multiple of {patch} or another patch size"
-            )
-        return self
-
-
-class AdmConfig(NetworkConfig):
-    """guided-diffusion's U-Net; its argument names."""
-
-    type: Literal["adm"]
-    image_size: PositiveInt = 64
-    in_channels: PositiveInt = 3
-    model_channels: PositiveInt
-    """Channels of the first level; each level has channel_mult times as many."""
-    num_res_blocks: PositiveInt
-    attention_resolutions: list[PositiveInt]
-    """Downsampling rates at which there is attention."""
-    channel_mult: Annotated[list[PositiveInt | PositiveFloat], Field(min_length=1)] = [1, 2, 4, 8]
-    num_heads: PositiveInt = 1
-    num_head_channels: PositiveInt | Literal[-1] | None = None
-    """Width of an attention head; null or -1: num_heads heads of any width."""
-    use_scale_shift_norm: bool = False
-    resblock_updown: bool = False
-    conv_resample: bool = True
-    use_new_attention_order: bool = False
-    conditioning: Literal["class", "none"] = "class"
-    class_dropout_prob: Fraction = 0.0
-
-    @property
-    def input_size(self) -> int:
-        return self.image_size
-
-    @property
-    def title(self) -> str:
-        return f"ADM {self.image_size}x{self.image_size}, {self.model_channels} channels"
-
-
-ModelConfig = Annotated[DitConfig | AdmConfig, Field(discriminator="type")]
 
 
 class DiffusionConfig(Section):
@@ -257,13 +70,13 @@ class DataConfig(Section):
     """Most that is kept there, more than a node's windows; what is needed last goes first.
     0: no local disk is used, each process holds the shards of its windows in memory."""
     horizontal_flip: bool = True
-    storage_options: dict[str, Any] = {}
+    storage_options: dict[str, Any] = Field(default={})
     """For s3fs: endpoint_url, key, secret, ...; better given by the usual AWS environment."""
 
     @model_validator(mode="after")
     def _has_shards(self) -> "DataConfig":
         if self.type == "latents" and not self.shards:
-            raise _refuse(
+            raise refuse(
                 "data.shards is missing; give the folder or s3:// prefix that `dtr-scale prepare` "
                 "wrote, or try --data.type=synthetic"
             )
@@ -281,9 +94,9 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     ema_decay: OpenFraction = 0.9999
     """Decay of the averaged weights that samples are drawn with."""
-    ema_decays: list[OpenFraction] = []
+    ema_decays: list[OpenFraction] = Field(default=[])
     """Decays of further averages, kept in checkpoints under ema_<decay>."""
-    ema_sigma_rel: list[RelativeWidth] = []
+    ema_sigma_rel: list[RelativeWidth] = Field(default=[])
     """Widths of EDM2's power-function averages, for example [0.05, 0.1]: `dtr-scale ema
     reconstruct` makes one of any width of those in the kept checkpoints."""
     grad_clip: PositiveFloat | None = None
@@ -298,7 +111,7 @@ class TrainConfig(Section):
             for value in getattr(self, key):
                 name = f"{value:g}"  # as checkpoints name the average
                 if name in by_name:
-                    raise _refuse(
+                    raise refuse(
                         f"train.{key} = {getattr(self, key)}: {by_name[name]!r} and {value!r} are "
                         f"both kept as {name}, so one average would be lost; remove one of them"
                     )
@@ -358,7 +171,7 @@ class CheckpointConfig(Section):
     start_kind: Literal["dit", "dtr", "adm", "universal"] = "dit"
     """An official .pt of DiT, DTR or guided-diffusion (weights and average, fresh optimizer), or a
     folder of DeepSpeed's universal format (moments and step too)."""
-    allow_changes: Annotated[list[str], BeforeValidator(_comma_separated)] = []
+    allow_changes: Annotated[list[str], BeforeValidator(comma_separated)] = Field(default=[])
     """Keys of model, diffusion, objective, batch size, seed or data (`data.shards` for its
     manifest) that may differ from the checkpoint's; on the command line separated by commas."""
 
@@ -383,7 +196,7 @@ class EvaluationConfig(Section):
     eta: Fraction = 0.0
     """DDIM's noise: 0 none, 1 that of the posterior, as in DDPM."""
     num_sampling_steps: (
-        Annotated[int, Field(ge=2), BeforeValidator(_whole)]
+        Annotated[int, Field(ge=2), BeforeValidator(whole)]
         | Annotated[str, Field(pattern=r"^ddim\d+$")]
     ) = 250
     """Timesteps that are kept, evenly spread; "ddim50": at one whole-number stride."""
@@ -395,7 +208,7 @@ class EvaluationConfig(Section):
     @model_validator(mode="after")
     def _interval_is_one(self) -> Self:
         if self.cfg_interval and not self.cfg_interval[0] < self.cfg_interval[1]:
-            raise _refuse(
+            raise refuse(
                 f"evaluation.cfg_interval = {list(self.cfg_interval)} is empty; give [lo, hi] with "
                 "lo < hi, for example [200, 700], or null to guide at every timestep"
             )
@@ -407,10 +220,10 @@ class Experiment(Section):
 
     schema_: str | None = Field(default=None, alias="$schema")
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    run_dir: Annotated[str | None, AfterValidator(_local_path)] = None
+    run_dir: Annotated[str | None, AfterValidator(local_path)] = None
     """Where the run writes, an expert in expert_<k> below; default: runs/<name>."""
     description: str = ""
-    expected: dict[str, float] = {}
+    expected: dict[str, float] = Field(default={})
     """Published figures of this setting, to compare with."""
     model: ModelConfig
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -432,52 +245,67 @@ class Experiment(Section):
         return path / expert
 
     @model_validator(mode="after")
-    def _sections_fit(self) -> "Experiment":
-        if problem := self._batch_problem(world_size=1):
-            raise _refuse(problem)
-        if problem := self._clusters_problem():
-            raise _refuse(problem)
-        sampling, num_timesteps = self.evaluation, self.diffusion.num_timesteps
+    def _sections_fit(self) -> Self:
+        for problem in (
+            self._batch_problem(world_size=1),
+            self._lanes_problem(),
+            self._clusters_problem(),
+            self._intervals_problem(),
+            self._sampling_problem(),
+            self._guidance_problem(),
+        ):
+            if problem:
+                raise refuse(problem)
+        return self
+
+    def _lanes_problem(self) -> str | None:
+        num_lanes, batch_size = self.data.num_lanes, self.train.global_batch_size
+        if batch_size % num_lanes == 0:
+            return None
+        return (
+            f"data.num_lanes = {num_lanes} does not divide train.global_batch_size = "
+            f"{batch_size}; choose a divisor of it"
+        )
+
+    def _intervals_problem(self) -> str | None:
+        model, num_timesteps = self.model, self.diffusion.num_timesteps
+        if max(model.num_experts, model.routing.num_clusters) <= num_timesteps:
+            return None
+        return (
+            f"model.num_experts = {model.num_experts} and model.routing.num_clusters = "
+            f"{model.routing.num_clusters} share diffusion.num_timesteps = {num_timesteps}; "
+            "choose at most that"
+        )
+
+    def _sampling_problem(self) -> str | None:
+        """Say why this network cannot be sampled as asked: by what will do it, when it is due."""
+        steps, key = self.evaluation.num_sampling_steps, "evaluation.num_sampling_steps"
         try:
-            space_timesteps(
-                num_timesteps, sampling.num_sampling_steps, "evaluation.num_sampling_steps"
-            )
+            space_timesteps(self.diffusion.num_timesteps, steps, key)
         except ConfigError as error:
-            raise _refuse(str(error)) from None
-        if sampling.cfg_channels and sampling.cfg_channels > self.model.in_channels:
-            raise _refuse(
-                f"evaluation.cfg_channels = {sampling.cfg_channels} exceeds model.in_channels = "
-                f"{self.model.in_channels}; choose at most that, or null for all"
-            )
-        if self.train.global_batch_size % self.data.num_lanes:
-            raise _refuse(
-                f"data.num_lanes = {self.data.num_lanes} does not divide train.global_batch_size = "
-                f"{self.train.global_batch_size}; choose a divisor of it"
-            )
-        if self.model.expert is not None and sampling.every_steps:
-            raise _refuse(
-                f"evaluation.every_steps = {sampling.every_steps} with model.expert = "
+            return str(error)
+        if self.model.expert is not None and self.evaluation.every_steps:
+            return (
+                f"evaluation.every_steps = {self.evaluation.every_steps} with model.expert = "
                 f"{self.model.expert}: an expert alone cannot sample; set evaluation.every_steps=0 "
                 "and sample when all are trained"
             )
-        guided = sampling.cfg_scale != 1.0
-        unguidable = self.model.conditioning == "none" or not self.model.class_dropout_prob
-        if guided and unguidable:
-            raise _refuse(
-                f"evaluation.cfg_scale = {sampling.cfg_scale} needs a network that knows the null "
-                "label; set evaluation.cfg_scale=1, or train with model.conditioning=class and "
+        return None
+
+    def _guidance_problem(self) -> str | None:
+        model, scale, channels = self.model, self.evaluation.cfg_scale, self.evaluation.cfg_channels
+        if channels and channels > model.in_channels:
+            return (
+                f"evaluation.cfg_channels = {channels} exceeds model.in_channels = "
+                f"{model.in_channels}; choose at most that, or null for all"
+            )
+        if scale != 1.0 and (model.conditioning == "none" or not model.class_dropout_prob):
+            return (
+                f"evaluation.cfg_scale = {scale} needs a network that knows the null label; set "
+                "evaluation.cfg_scale=1, or train with model.conditioning=class and "
                 "model.class_dropout_prob > 0"
             )
-        if (
-            self.model.num_experts > num_timesteps
-            or self.model.routing.num_clusters > num_timesteps
-        ):
-            raise _refuse(
-                f"model.num_experts = {self.model.num_experts} and model.routing.num_clusters = "
-                f"{self.model.routing.num_clusters} share diffusion.num_timesteps = "
-                f"{num_timesteps}; choose at most that"
-            )
-        return self
+        return None
 
     def _clusters_problem(self) -> str | None:
         """Say why the timesteps cannot be cut into the clusters asked for, None if they can."""

@@ -1,0 +1,50 @@
+"""Define the field types of an experiment's sections, and how a section refuses its values."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+RelativeWidth = Annotated[float, Field(gt=0.0, lt=0.28)]
+
+
+def whole(value: Any) -> Any:  # noqa: ANN401
+    """Take 1e3, which JSON reads as a float, for the whole number that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=0), BeforeValidator(whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(whole)]
+"""What torch.manual_seed takes."""
+
+SectionOrFile = Annotated[
+    dict[str, Any] | None, WithJsonSchema({"type": ["object", "string", "null"]})
+]
+"""An object, or in an experiment file the path of one; `load_experiment` reads it."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def refuse(message: str) -> PydanticCustomError:
+    """A cross-field error whose message already names its keys."""
+    return PydanticCustomError("combination", "{text}", {"text": message})
+
+
+def local_path(path: str | None) -> str | None:
+    if path is not None and "://" in path:
+        raise PydanticCustomError(
+            "local_path", "must be a local folder; checkpoints can go to s3:// by checkpoint.dir"
+        )
+    return path
+
+
+def comma_separated(keys: Any) -> Any:  # noqa: ANN401
+    return keys.split(",") if isinstance(keys, str) else keys
