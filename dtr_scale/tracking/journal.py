@@ -1,4 +1,7 @@
-"""The run's own record, one JSON object per logged step: it is written before anything else."""
+"""Write a run's figures to journal.jsonl, one JSON object per logged step.
+
+The journal comes before every other record: MLflow is sent what stands in it.
+"""
 
 import json
 import logging
@@ -15,18 +18,20 @@ Record = dict[str, float]
 
 
 class Journal:
-    """journal.jsonl of a run that stands at `step`.
+    """journal.jsonl of a run that goes on from `step`.
 
-    Lines after that step, and a line cut off by a kill, are dropped: the run will write them
-    again, so each step stands in the journal once. What cannot be written, as on a full disk, is
-    kept in memory and tried again with every later record.
+    Lines after that step, and a line that a kill cut off, are dropped. The run writes those steps
+    again, so each stands in the journal once. If the disk is full, records stay in memory and are
+    written when there is room.
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
         self.path = path
         if path.exists():
             kept = [json.dumps(record) + "\n" for record in read_journal(path, last_step=step)]
+            # Written whole beside it and renamed: a kill in between must not cost the journal.
             open_folder(path.parent).write_bytes(path.name, "".join(kept).encode())
+        # Unbuffered: a record is the kernel's when `write` returns, and outlives kill -9.
         self._file = path.open("ab", buffering=0)
         self._unwritten = bytearray()
         self._failing = False
@@ -58,7 +63,7 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def _write_all(self) -> None:
-        """Append what is unwritten; a disk that fills up takes a part, the next try the rest."""
+        """Append what is unwritten. A disk that fills up takes a part; the next try the rest."""
         while self._unwritten:
             del self._unwritten[: self._file.write(self._unwritten)]
 

@@ -110,12 +110,12 @@ class MlflowTracker(Tracker):
         run.send_evaluations(self._evaluations)
 
     def _warn(self, error: Exception) -> None:
+        if time.monotonic() > self._warned_at + _SECONDS_BETWEEN_WARNINGS:
+            self._warned_at = time.monotonic()
+            reason = without_secrets(_reason(error), self._run.uri)[:120]
+            log.warning("%s: %s; the journal keeps all, trying again", self._place, reason)
+        # After the warning: `finish` may end the process as soon as it reads this.
         self._is_away = True
-        if time.monotonic() < self._warned_at + _SECONDS_BETWEEN_WARNINGS:
-            return
-        self._warned_at = time.monotonic()
-        reason = without_secrets(_reason(error), self._run.uri)[:120]
-        log.warning("%s: %s; the journal keeps all, trying again", self._place, reason)
 
 
 def _reason(error: BaseException) -> str:

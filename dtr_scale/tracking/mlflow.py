@@ -5,12 +5,10 @@ went back to an older checkpoint and took another way from there gets a new MLfl
 one is renamed and tagged `superseded_by`.
 """
 
-import json
 import logging
 import math
 import os
 import posixpath
-import re
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -18,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import Record, read_journal, read_new_records
-from dtr_scale.tracking.uri import is_own_database, shown_uri
+from dtr_scale.tracking.names import valid_names
+from dtr_scale.tracking.run_file import read_run_file, write_run_file
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "mlflow.json"
 _METRICS_PER_CALL, _PARAMS_PER_CALL = 1000, 100  # MLflow's own limits
-_PARAM_CHARACTERS, _NAME_CHARACTERS = 6000, 250
+_PARAM_CHARACTERS = 6000
 _PICTURES = "samples"
 
 
@@ -217,30 +214,18 @@ class MlflowRun:
         """Return what mlflow.json says of this run on this server, if the server still has it."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            kept = json.loads((self._info.run_dir / RUN_FILE).read_bytes())
-            run_id, uri = str(kept["run_id"]), kept["tracking_uri"]
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError, KeyError):
-            log.warning("%s is not ours; MLflow gets a new run", self._info.run_dir / RUN_FILE)
-            return None
-        if uri not in (self._kept_uri(), shown_uri(self._info.uri)):
+        kept = read_run_file(self._info.run_dir, self._info.uri)
+        if kept is None:
             return None
         try:
-            gone = self._client.get_run(run_id).info.lifecycle_stage != "active"
+            gone = self._client.get_run(kept["run_id"]).info.lifecycle_stage != "active"
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             gone = True
         if gone:
-            log.warning("MLflow's run %s was deleted there; it gets a new one", run_id)
+            log.warning("MLflow no longer has run %s; it gets a new one", kept["run_id"])
         return None if gone else kept
-
-    def _kept_uri(self) -> str | None:
-        # The run's own database goes with its directory, wherever that is moved.
-        own = is_own_database(self._info.uri, self._info.run_dir)
-        return None if own else shown_uri(self._info.uri)
 
     def _create(self, continues: dict[str, Any] | None = None) -> str:
         info, client = self._info, self._client
@@ -256,33 +241,9 @@ class MlflowRun:
         if continues:
             tags = {"continues": continues["run_id"], "continues_at_step": str(continues["step"])}
         run_id = client.create_run(experiment_id, run_name=info.name, tags=tags).info.run_id
-        content = {
-            "run_id": run_id,
-            "tracking_uri": self._kept_uri(),
-            "experiment": info.experiment,
-            "continues": continues,
-        }
-        text = json.dumps(content, indent=2) + "\n"
-        open_folder(info.run_dir).write_bytes(RUN_FILE, text.encode())
+        content = {"run_id": run_id, "experiment": info.experiment, "continues": continues}
+        write_run_file(info.run_dir, info.uri, content)
         return run_id
-
-
-def valid_names(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `entries` by names that MLflow takes: other characters become `_`.
-
-    MLflow takes letters, digits and `_-. :/`, and no name that is another one read as a path
-    (`a//b`, `../a`). Names that become the same are numbered.
-    """
-    valid: dict[str, Any] = {}
-    for key, value in entries.items():
-        name = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", key)[:_NAME_CHARACTERS]
-        if posixpath.normpath(name) != name or name.startswith((".", "/")):
-            name = name.replace("/", "_").replace(".", "_") or "_"
-        unique, number = name, 2
-        while unique in valid:
-            unique, number = f"{name[: _NAME_CHARACTERS - 4]}_{number}", number + 1
-        valid[unique] = value
-    return valid
 
 
 def open_client(uri: str) -> Any:  # noqa: ANN401

@@ -16,15 +16,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from dtr_scale.config.changes import flatten
 from dtr_scale.config.load import load_experiment, resolved
 from dtr_scale.tracking import mirror, mlflow
 from dtr_scale.tracking.journal import Journal
 from dtr_scale.tracking.mirror import MlflowTracker
-from dtr_scale.tracking.mlflow import RunInfo, valid_names
+from dtr_scale.tracking.mlflow import RunInfo
 from dtr_scale.tracking.uri import tracking_uri
 
 # mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
@@ -310,18 +308,6 @@ def test_an_odd_key_costs_nothing_but_its_characters(server, tmp_path, monkeypat
     assert warnings_of("dtr_scale.tracking.mlflow") == ["MLflow takes no param 'FID@5k'"]
 
 
-@given(st.dictionaries(st.text(max_size=300), st.none(), max_size=5))
-@example(dict.fromkeys(["", ".", "..", "/", "a/./b", "a/", "x" * 300, "x" * 301, "é", "a@", "a!"]))
-def test_mlflow_takes_every_valid_name_and_none_is_lost(entries):
-    from mlflow.utils.validation import _validate_param_name
-
-    names = valid_names(entries)
-    assert len(names) == len(entries)
-    for name in names:
-        _validate_param_name(name)
-    assert valid_names(names) == names
-
-
 def test_a_run_that_the_server_or_its_file_no_longer_has_is_made_anew(tmp_path):
     uri = tracking_uri(None, tmp_path)
     job = Job(tmp_path, None)
@@ -344,7 +330,7 @@ from dtr_scale.tracking import mirror
 from dtr_scale.tracking.journal import Journal
 from dtr_scale.tracking.mlflow import RunInfo
 
-mirror._FINISH_SECONDS = mirror._FINISH_SECONDS_IF_AWAY = float(sys.argv[3])
+mirror._FINISH_SECONDS, mirror._FINISH_SECONDS_IF_AWAY = float(sys.argv[3]), 0.1
 setup_logging(0)
 run_dir, uri = pathlib.Path(sys.argv[1]), sys.argv[2]
 journal = Journal(run_dir / "journal.jsonl", step=20)
@@ -371,8 +357,7 @@ def test_no_password_is_shown_or_stored(server, tmp_path, is_away):
         "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
     }
     env.pop("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
-    patience = "3" if is_away else "60"
-    command = [sys.executable, "-c", _SHORT_JOB, tmp_path, uri, patience]
+    command = [sys.executable, "-c", _SHORT_JOB, tmp_path, uri, "60"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     assert ("next start" in ended.stderr) == is_away
     assert ("Connection refused" in ended.stderr) == is_away

@@ -1,0 +1,25 @@
+"""Names of metrics, params and tags, as MLflow's own validation judges them."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+from mlflow.utils.validation import _validate_param_name
+
+from dtr_scale.tracking.names import valid_names
+
+
+def test_a_name_keeps_what_mlflow_takes():
+    assert valid_names({"a.b/c_d-e: 1": 2}) == {"a.b/c_d-e: 1": 2}
+    odd = {"FID@50k": 1, "FID_50k": 2, "FID%50k": 3, "../up": 4, "": 5}
+    assert valid_names(odd) == {
+        "FID_50k": 1, "FID_50k_2": 2, "FID_50k_3": 3, "___up": 4, "_": 5,
+    }  # fmt: skip
+
+
+@given(st.dictionaries(st.text(max_size=300), st.none(), max_size=5))
+@example(dict.fromkeys(["", ".", "..", "/", "a/./b", "a/", "x" * 300, "x" * 301, "é", "a@", "a!"]))
+def test_mlflow_takes_every_valid_name_and_none_is_lost(entries):
+    names = valid_names(entries)
+    assert len(names) == len(entries)
+    for name in names:
+        _validate_param_name(name)
+    assert valid_names(names) == names
