@@ -156,7 +156,8 @@ def test_the_rank_that_is_left_tells_that_the_run_has_failed(start, tmp_path, vi
     assert left["step"] == lines_in(job.run_dir / "journal.jsonl")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_peace(
     start, tmp_path, capsys, kills
 ):
@@ -227,6 +228,7 @@ def outage(request, tmp_path):
     server.start()
 
 
+@pytest.mark.slow
 def test_training_goes_on_through_an_outage_and_stops_after_too_many_failures(
     start, tmp_path, outage
 ):
