@@ -12,7 +12,7 @@ export DTR_SCALE_LAUNCHER_PID=$$
 
 [ -f $data/manifest.json ] || dtr-scale prepare digits --out $data
 deepspeed --log_level error launch/train.py --config configs/demo_digits.json
-dtr-scale sample $run --num 100
+dtr-scale sample $run --num-samples 100
 dtr-scale evaluate $run --num-samples 500
 
 echo

@@ -25,11 +25,15 @@ class Catalog:
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
 
+    def at(self, step: int) -> Folder:
+        """Return where the checkpoint of `step` is, or would be."""
+        return self.folder.child(_name(step))
+
     def url(self, step: int) -> str:
-        return self.folder.child(_name(step)).url
+        return self.at(step).url
 
     def reader(self, step: int) -> CheckpointReader:
-        return CheckpointReader(self.folder.child(_name(step)))
+        return CheckpointReader(self.at(step))
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, newest first; saves cut off do not count."""

@@ -1,26 +1,26 @@
-"""Weights of other projects to ours and back: official DiT and DTR, guided-diffusion, diffusers."""
+"""Turn official weights into ours: those of DiT, DTR and guided-diffusion."""
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dtr_scale.checkpoint.weights import read_weights, write_safetensors, written_whole
+from dtr_scale.checkpoint.weights import read_weights
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.models.build import build_network
 from dtr_scale.models.dit import VARIANTS
 from dtr_scale.models.embedders import sincos_position_table
-from dtr_scale.models.routing import RoutingSpec, build_routing, routing_mask
+from dtr_scale.models.routing import routing_mask
 
 Kind = Literal["dit", "dtr", "adm"]
-Target = Literal["safetensors", "diffusers"]
+
+MASK = "blocks.{}.routing._unit_mapping"
+"""Name of a block's mask in DTR's weights."""
 
 _WRAPPERS = {"module", "_orig_mod"}  # DistributedDataParallel, torch.compile
-_MASK = "blocks.{}.routing._unit_mapping"
 _ADM_PARTS = {"time_embed", "label_emb", "input_blocks", "middle_block", "output_blocks", "out"}
 _SIZED_BY = {
     "x_embedder.proj.weight": 4,
@@ -30,40 +30,6 @@ _SIZED_BY = {
 }
 # DTR's code averages this constant too: decay d lets rounding move it by up to 2^-24 / (1 - d).
 _POSITION_TOLERANCE = 2e-3
-
-
-def convert_file(
-    source: Path, kind: Kind, target: Target, out: Path, num_heads: int | None = None
-) -> None:
-    """Convert a file of official weights, the averaged ones if it has any.
-
-    "safetensors" writes the file `out` with the official names and masks, in fp32, "diffusers" the
-    folder `out`. Errors: those of `read_weights`, `from_official` and `export_diffusers`.
-    """
-    official = read_weights(source)
-    weights = from_official(official, kind)
-    if target == "safetensors":
-        write_safetensors(_unwrapped(official), out)
-    elif kind == "adm":
-        _check_layout({"type": "adm"}, "diffusers")
-    else:
-        export_diffusers(weights, official_config(official, kind, num_heads), out)
-
-
-def convert_network(
-    state_dict: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    target: Target,
-    out: Path,
-    num_timesteps: int = 1000,
-) -> None:
-    """Convert weights of ours; those that have no official layout keep our names."""
-    if target == "diffusers":
-        export_diffusers(state_dict, config, out)
-    elif _layout_obstacle(config):
-        write_safetensors(state_dict, out)
-    else:
-        export_dit(state_dict, config, out, num_timesteps)
 
 
 def load_official(
@@ -82,7 +48,7 @@ def from_official(state_dict: Mapping[str, Tensor], kind: Kind = "dit") -> dict[
     ConfigError for a wrong kind, CheckpointError for missing, unexpected or misshapen weights (for
     "adm": unexpected alone) and for other positions.
     """
-    weights = _unwrapped(state_dict)
+    weights = unwrapped(state_dict)
     _check_kind(weights, kind)
     if kind == "adm":
         return weights
@@ -107,7 +73,7 @@ def official_config(
     exactly the masks of all blocks, or "random". Raises CheckpointError where the shapes are those
     of no DiT, ConfigError for another kind or number of heads.
     """
-    weights = _unwrapped(state_dict)
+    weights = unwrapped(state_dict)
     _check_kind(weights, kind)
     for name, num_axes in _SIZED_BY.items():
         if name not in weights or weights[name].ndim != num_axes:
@@ -132,79 +98,7 @@ def official_config(
     }
 
 
-def export_dit(
-    state_dict: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    path: Path,
-    num_timesteps: int = 1000,
-) -> None:
-    """Write our weights as safetensors in the layout of DiT, or of DTR for a routed network.
-
-    `config` is the network's `model` section. Positions and masks are written too, as the official
-    state dicts have them. Raises ConfigError for a network without such a layout, CheckpointError
-    if `path` cannot be written; the file appears whole or not at all.
-    """
-    _check_layout(config, "the official layout")
-    weights = {name: v for name, v in state_dict.items() if not name.startswith("routing.")}
-    hidden_size, _, patch_size, _ = weights["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    positions = sincos_position_table(hidden_size, config["input_size"] // patch_size)
-    weights["pos_embed"] = positions[None]
-    spec = RoutingSpec(**(config.get("routing") or {}))
-    routing = build_routing(spec, num_timesteps, [hidden_size] * depth)
-    own = routing.state_dict()
-    routing.load_state_dict({name: state_dict[f"routing.{name}"] for name in own})
-    for block, mask in enumerate(routing(torch.arange(num_timesteps))):
-        if mask is not None:
-            weights[_MASK.format(block)] = mask.float()
-    write_safetensors(weights, path)
-
-
-def export_diffusers(
-    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
-) -> None:
-    """Write our weights as a folder for diffusers' `DiTTransformer2DModel.from_pretrained`.
-
-    `config` is the network's `model` section. The README.md written with them says how to mend
-    diffusers' timestep frequencies, which are not DiT's. Raises ConfigError for what that class
-    cannot hold: routing, text, experts, U-Nets, networks without a null label; CheckpointError if
-    the folder cannot be written. config.json comes last: without it the folder does not load.
-    """
-    _check_layout(config, "diffusers' DiT")
-    settings = {"in_channels": 4, "learn_sigma": True, "class_dropout_prob": 0.1, **config}
-    if variant := config.get("variant"):
-        settings |= VARIANTS[variant]._asdict()
-    routing = (config.get("routing") or {"type": "none"})["type"]
-    if routing != "none":
-        raise ConfigError(
-            f"model.routing.type: {routing!r} cannot be converted, diffusers' DiT has no masks; "
-            "convert to safetensors"
-        )
-    if config.get("conditioning") == "none" or not settings["class_dropout_prob"] > 0:
-        raise ConfigError(
-            "model.class_dropout_prob: 0 cannot be converted, diffusers' DiT has a null label; "
-            "convert to safetensors"
-        )
-    described = {
-        "_class_name": "DiTTransformer2DModel",
-        "num_attention_heads": settings["num_heads"],
-        "attention_head_dim": settings["hidden_size"] // settings["num_heads"],
-        "in_channels": settings["in_channels"],
-        "out_channels": settings["in_channels"] * (2 if settings["learn_sigma"] else 1),
-        "num_layers": settings["depth"],
-        "sample_size": settings["input_size"],
-        "patch_size": settings["patch_size"],
-        "num_embeds_ada_norm": len(state_dict["y_embedder.embedding_table.weight"]) - 1,
-        "norm_eps": 1e-6,
-    }
-    weights = dict(_diffusers_weights(state_dict, settings["depth"]))
-    write_safetensors(weights, folder / "diffusion_pytorch_model.safetensors")
-    for name, text in ("README.md", _DIFFUSERS_README), ("config.json", json.dumps(described)):
-        with written_whole(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def _unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unwrapped(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights without the names of wrappers, floats as fp32."""
     return {
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): (
@@ -219,7 +113,7 @@ def _check_kind(weights: Mapping[str, Tensor], kind: Kind) -> None:
     if "input_blocks.0.0.weight" in weights:
         found = "adm"
     elif "x_embedder.proj.weight" in weights:
-        found = "dtr" if _MASK.format(0) in weights else "dit"
+        found = "dtr" if MASK.format(0) in weights else "dit"
     # DTR's window follows from alpha and beta: its weights may come without masks.
     fitting = (None, kind, "dit") if kind == "dtr" else (None, kind)
     if kind not in ("dit", "dtr", "adm") or found not in fitting:
@@ -282,11 +176,11 @@ def _grid_size(pos_embed: Tensor) -> int:
 
 def _pop_masks(weights: dict[str, Tensor], depth: int) -> list[Tensor]:
     """Take the masks of all blocks out of the weights, bool [T, C] each; [] without routing."""
-    if _MASK.format(0) not in weights:
+    if MASK.format(0) not in weights:
         return []
     num_channels = len(weights["x_embedder.proj.weight"])
-    shape, masks = (*weights[_MASK.format(0)].shape[:1], num_channels), []
-    for name in map(_MASK.format, range(depth)):
+    shape, masks = (*weights[MASK.format(0)].shape[:1], num_channels), []
+    for name in map(MASK.format, range(depth)):
         mask = weights.pop(name, None)
         if mask is None or mask.shape != shape or not ((mask == 0) | (mask == 1)).all():
             raise CheckpointError(f"{name} is no mask of zeros and ones {list(shape)}")
@@ -327,75 +221,3 @@ def _shortest(bound: float, accepted: Callable[[float], bool]) -> float | None:
             if accepted(value):
                 return value
     return None
-
-
-def _layout_obstacle(config: Mapping[str, Any]) -> str | None:
-    """Return why a network has no official DiT layout, None if it has one."""
-    if config["type"] != "dit":
-        return f"model.type: {config['type']!r} is no DiT"
-    if config.get("conditioning") == "text":
-        return "model.conditioning: 'text' adds cross-attention"
-    if config.get("num_experts", 1) > 1:
-        return f"model.num_experts: {config['num_experts']} networks are not one"
-    if (config.get("routing") or {"type": "none"})["type"] == "max_roaming":
-        return "model.routing.type: 'max_roaming' has other masks at every training step"
-    return None
-
-
-def _check_layout(config: Mapping[str, Any], target: str) -> None:
-    if obstacle := _layout_obstacle(config):
-        raise ConfigError(
-            f"{obstacle}, which {target} cannot hold; accepted: class-conditional DiTs"
-        )
-
-
-def _diffusers_weights(
-    state_dict: Mapping[str, Tensor], depth: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights under the names of diffusers; each block has the embedders for itself."""
-    renamed = {
-        "x_embedder.proj": "pos_embed.proj",
-        "final_layer.adaLN_modulation.1": "proj_out_1",
-        "final_layer.linear": "proj_out_2",
-    }
-    for i in range(depth):
-        theirs = f"transformer_blocks.{i}"
-        renamed |= {
-            f"blocks.{i}.adaLN_modulation.1": f"{theirs}.norm1.linear",
-            f"blocks.{i}.attn.proj": f"{theirs}.attn1.to_out.0",
-            f"blocks.{i}.mlp.fc1": f"{theirs}.ff.net.0.proj",
-            f"blocks.{i}.mlp.fc2": f"{theirs}.ff.net.2",
-        }
-    for ours, theirs in renamed.items():
-        for kind in ("weight", "bias"):
-            yield f"{theirs}.{kind}", state_dict[f"{ours}.{kind}"]
-    for i in range(depth):
-        embedders = f"transformer_blocks.{i}.norm1.emb"
-        # Clones: safetensors holds no tensor twice.
-        table = state_dict["y_embedder.embedding_table.weight"].clone()
-        yield f"{embedders}.class_embedder.embedding_table.weight", table
-        for kind in ("weight", "bias"):
-            for ours, theirs in (("mlp.0", "linear_1"), ("mlp.2", "linear_2")):
-                value = state_dict[f"t_embedder.{ours}.{kind}"]
-                yield f"{embedders}.timestep_embedder.{theirs}.{kind}", value.clone()
-            thirds = state_dict[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
-            for theirs, third in zip(("to_q", "to_k", "to_v"), thirds, strict=True):
-                yield f"transformer_blocks.{i}.attn1.{theirs}.{kind}", third
-
-
-_DIFFUSERS_README = """\
-# DiT for diffusers
-
-Written by dtr-scale. The frequencies of diffusers' timestep embedding are 10000^(-i/127), DiT was
-trained with 10000^(-i/128). Set them right after loading:
-
-```python
-from diffusers import DiTTransformer2DModel
-
-model = DiTTransformer2DModel.from_pretrained("THIS FOLDER")
-for block in model.transformer_blocks:
-    block.norm1.emb.time_proj.downscale_freq_shift = 0
-```
-
-Without the loop the network sees timesteps that it was not trained on and its samples are worse.
-"""

@@ -1,55 +1,102 @@
-"""Looking into checkpoints: what is in one, is it whole, how do two differ."""
+"""Find a run's checkpoints, describe one, check its bytes, and compare two."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from dtr_scale.checkpoint.catalog import Catalog
-from dtr_scale.checkpoint.layout import INDEX, ITEM_BYTES
+from dtr_scale.checkpoint.layout import COMPLETE, INDEX, ITEM_BYTES
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from dtr_scale.storage.folder import Folder, open_folder
 
+log = logging.getLogger(__name__)
+
+_Read = TypeVar("_Read")
 _POSITION = ("step", "samples_seen", "optimizer_step", "world_size", "version", "torch")
 
 
-def find_checkpoint(place: str) -> CheckpointReader:
-    """Return the checkpoint at a local path or s3:// URL: one itself, or a run's newest complete.
+def find_checkpoint(place: str, step: int | None = None) -> CheckpointReader:
+    """Return a checkpoint whose files are there in full: see `read_newest`."""
 
-    Raises ConfigError where there is none, CheckpointError where none is complete.
+    def checked(reader: CheckpointReader) -> CheckpointReader:
+        reader.check_sizes()
+        return reader
+
+    return read_newest(place, checked, step)
+
+
+def read_newest(
+    place: str, read: Callable[[CheckpointReader], _Read], step: int | None = None
+) -> _Read:
+    """Return what `read` makes of a checkpoint at a local path or s3:// URL.
+
+    That is the place itself, or a run's newest: a damaged one is named and the one before it taken,
+    as in training. With `step` it is the one of that step or none. Raises ConfigError where there
+    is none, CheckpointError where none is whole.
+    """
+    found = find_checkpoints(place)
+    if step is not None:
+        found = [checkpoint for checkpoint in found if checkpoint.step in (step, None)]
+    for checkpoint in found:
+        try:
+            reader = checkpoint.open()
+            if step in (None, reader.meta["step"]):
+                return read(reader)
+        except DamagedCheckpointError as error:
+            if step is not None or checkpoint.step is None:
+                raise
+            log.warning("checkpoint passed over: %s", error)
+    if step is not None:
+        raise ConfigError(f"--step={step}: {place} has no checkpoint of that step")
+    raise CheckpointError(f"none of the {len(found)} checkpoints in {place} is complete")
+
+
+class StoredCheckpoint(NamedTuple):
+    """A checkpoint that should be whole."""
+
+    folder: Folder
+    step: int | None
+    """None for one that was given by its own path."""
+
+    def open(self) -> CheckpointReader:
+        """Return its reader; DamagedCheckpointError if mark and index do not fit."""
+        return CheckpointReader(self.folder)
+
+
+def find_checkpoints(place: str) -> list[StoredCheckpoint]:
+    """Return the checkpoint at a place itself, or all of a run or checkpoint.dir, newest first.
+
+    Saves that were cut off do not count. Raises ConfigError where there are none, CheckpointError
+    for a place that cannot be read.
     """
     folder = open_folder(place)
-    if folder.exists(INDEX):
-        return CheckpointReader(folder)
-    return next(complete_checkpoints(place))
-
-
-def complete_checkpoints(place: str) -> Iterator[CheckpointReader]:
-    """Yield the complete checkpoints of a run directory or checkpoint.dir, newest first.
-
-    Raises ConfigError where there are none, CheckpointError where none is complete.
-    """
-    catalogs = [Catalog(folder) for folder in _folders(open_folder(place))]
-    places = [(catalog, step) for catalog in catalogs for step in catalog.steps()]
-    if not places:
+    try:
+        if folder.exists(INDEX) or folder.exists(COMPLETE):
+            return [StoredCheckpoint(folder, None)]
+        catalog = Catalog(_checkpoints_of(folder))
+        found = [StoredCheckpoint(catalog.at(step), step) for step in catalog.steps()]
+    except OSError as error:
+        raise CheckpointError(
+            f"{place} cannot be read: {error}; give a step_* folder, or the run directory above it"
+        ) from None
+    if not found:
         raise ConfigError(
             f"{place!r} holds no checkpoint; give a step_* folder, or the run directory above it"
         )
-    complete = [catalog.reader(step) for catalog, step in places if catalog.is_complete(step)]
-    if not complete:
-        raise CheckpointError(f"none of the {len(places)} checkpoints in {place} is complete")
-    yield from complete
+    return found
 
 
-def _folders(place: Folder) -> Iterator[Folder]:
-    """Yield where the checkpoints of a run directory or checkpoint.dir may be."""
-    yield place
-    yield place.child("checkpoints")
+def _checkpoints_of(place: Folder) -> Folder:
+    """Return the folder of a run's checkpoints; any other place is one itself or above it."""
     if place.exists("config.json"):
         config = place.read_json("config.json")
         if elsewhere := config["checkpoint"]["dir"]:
-            yield open_folder(elsewhere, config["data"]["storage_options"])
+            return open_folder(elsewhere, config["data"]["storage_options"])
+    inside = place.child("checkpoints")
+    return inside if inside.names() else place
 
 
 def describe(reader: CheckpointReader) -> str:

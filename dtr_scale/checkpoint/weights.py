@@ -1,4 +1,4 @@
-"""Files of weights by name: reading those of others without trust, writing ours whole.
+"""Read files of weights by name without trusting them, and write ours whole or not at all.
 
 A pickle is read by PyTorch's restricted unpickler alone, which makes tensors, plain containers and
 the stand-ins below: nothing that a file names is imported or called.
@@ -75,15 +75,20 @@ def read_weights(path: Path, weights: Literal["ema", "model"] = "ema") -> dict[s
     return dict(content)
 
 
-def write_safetensors(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights by name, whole or not at all; CheckpointError if `path` cannot be written."""
+def write_safetensors(
+    weights: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None
+) -> None:
+    """Write weights by name, whole or not at all; CheckpointError if `path` cannot be written.
+
+    `header` is kept as the file's metadata.
+    """
     # Clones: safetensors refuses tensors that share memory, as the masks of a file may do.
     own = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in weights.items()
     }
     with written_whole(path) as temporary:
-        save_file(own, temporary, metadata={"format": "pt"})
+        save_file(own, temporary, metadata={"format": "pt", **(header or {})})
 
 
 @contextmanager

@@ -1,6 +1,111 @@
-"""What values of the command line's arguments are accepted, as argparse's types."""
+"""Declare commands: their parsers, what they say of themselves, and the values they accept."""
 
 import argparse
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dtr_scale.errors import ConfigError
+from dtr_scale.launchers import launched_rank
+
+EXIT_USER_ERROR = 2
+GROUPS = ("prepare data", "train", "look at a run", "export", "measure")
+OVERRIDES = "any key of the experiment can be overridden: --train.lr=2e-4 or --train.lr 2e-4"
+
+Run = Callable[..., int]
+"""Called with the parsed arguments, and with the overrides if the command takes them."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples, and tells every default that is a value."""
+
+    # A private method of argparse, the one that its own formatter of defaults overrides.
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or isinstance(action.default, bool):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells what cannot be understood once for all ranks."""
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**{"formatter_class": _Help, "allow_abbrev": False} | options)
+
+    def error(self, message: str) -> NoReturn:
+        if launched_rank() == 0:
+            super().error(message)
+        raise SystemExit(EXIT_USER_ERROR)
+
+    def options(self) -> list[str]:
+        """Return the options, as `--out`, that a user can give."""
+        shown = [a for a in self._actions if a.help is not argparse.SUPPRESS]
+        return [option for action in shown for option in action.option_strings if option != "-h"]
+
+
+class Commands:
+    """The commands of the top level, told in the groups of what a user does."""
+
+    def __init__(self, parser: Parser) -> None:
+        self._parsers = parser.add_subparsers(
+            dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+        )
+        self._groups: dict[str, list[str]] = {group: [] for group in GROUPS}
+
+    def add(self, name: str, group: str, summary: str, example: str) -> Parser:
+        """Return the parser of a new command; `summary` opens its help, `example` closes it."""
+        short = summary.partition(";")[0]
+        self._groups[group].append(f"  {name:<11} {short}")
+        return self._parsers.add_parser(name, description=summary, epilog=f"example:\n  {example}")
+
+    def listing(self) -> str:
+        """Return all commands by group, a line each."""
+        return "\n\n".join(
+            "\n".join([f"{group}:", *lines]) for group, lines in self._groups.items() if lines
+        )
+
+
+def actions(parser: Parser, name: str = "action") -> "argparse._SubParsersAction[Parser]":
+    """Return where a command's own sub-commands are added."""
+    return parser.add_subparsers(dest=name, required=True, metavar=name.upper())
+
+
+def runs(
+    parser: argparse.ArgumentParser, run: Run, *, overrides: bool = False, on_ranks: bool = False
+) -> None:
+    """Declare what a command calls.
+
+    With `overrides` it is given the arguments that the parser does not know. With `on_ranks` it may
+    be one of several processes of a launcher, of which the first alone speaks.
+    """
+    parser.set_defaults(run=run, takes_overrides=overrides, on_ranks=on_ranks, parser=parser)
+    if on_ranks:
+        # The deepspeed launcher passes it; the rank is taken from the environment.
+        parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the experiment's file."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="the experiment's JSON")
+
+
+def add_run_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the directory of a run."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what train wrote")
+
+
+def unknown_argument(parser: Parser, argument: str, accepted: list[str]) -> ConfigError:
+    """Return the error for an argument that a command does not have, naming what was meant."""
+    name = argument.partition("=")[0]
+    known = [*parser.options(), *accepted]
+    # `--sampler` is meant for `--evaluation.sampler`, `--num` for `--num-samples`.
+    by_part = {option.lstrip("-").rpartition(".")[2]: option for option in known}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    near += [by_part[p] for p in difflib.get_close_matches(name.lstrip("-"), by_part, 1, 0.75)]
+    near += [option for option in known if option.startswith(f"{name}-")]
+    meant = f"; did you mean {near[0]}?" if near and name.startswith("-") else ""
+    return ConfigError(f"unknown argument {name!r}{meant}; see {parser.prog} -h")
 
 
 def positive_integer(text: str) -> int:
@@ -23,6 +128,14 @@ def fraction(text: str) -> float:
     number = _number(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give a number from 0 to 1")
+    return number
+
+
+def width(text: str) -> float:
+    """Return the relative width of a power-function average, 0.01 to 0.28."""
+    number = _number(text)
+    if not 0.01 <= number < 0.28:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give 0.01 to 0.28")
     return number
 
 

@@ -32,8 +32,6 @@ _CAPTIONS = "captions as CLIP tokens; {}: an open_clip name, or a folder with op
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     """Give the command its sources and actions."""
-    # The deepspeed launcher passes it; the rank is taken from the environment.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     _add_image_folder(sources)
     _add_coco(sources)

@@ -27,17 +27,17 @@ def evaluate_run(
             f"{run_dir} holds samples of shape {list(held_out.manifest.shape)} "
             f"({held_out.manifest.encoding}); only small pixel data can be measured so far"
         )
-    num = num_samples or experiment.evaluation.num_samples
-    images = draw(run, num)
-    asked = class_labels(range(num), run.network.num_classes)
+    num_samples = num_samples or experiment.evaluation.num_samples
+    images = draw(run, num_samples)
+    asked = class_labels(range(num_samples), run.network.num_classes)
     metrics = pixel_report(images, asked, train=train, held_out=held_out)
     manifest = {
         **sampling_settings(experiment).manifest(),
-        "num_samples": num,
+        "num_samples": num_samples,
         "features": "pixels",
         "decoder": None,
         "precision": "fp32",
-        "ema_decay": experiment.train.ema_decay,
+        "ema": run.averages,
         "checkpoints": run.checkpoints,
         "step": run.step,
         "reference": {"split": "val", "manifest_hash": held_out.manifest.hash("val")},

@@ -10,7 +10,7 @@ from torch import Tensor
 from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.evaluation.sampling import grid_columns, save_grid
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.jobs.trained import TrainedRun, check_output, draw, load_run
+from dtr_scale.jobs.trained import TrainedRun, check_output, draw, load_run, write_whole
 from dtr_scale.prepare.encode import autoencoder, decoder_of
 from dtr_scale.train.run_dir import SAMPLES
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 def sample_run(
     run_dir: Path,
     *,
-    num: int,
+    num_samples: int,
     out: Path | None = None,
     vae: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Draw samples 0 to `num` of a run into one picture; return its path.
+    """Draw samples 0 to `num_samples` of a run into one picture; return its path.
 
     Latents are decoded by the autoencoder that made the data, if it is on this disk, or by `vae`;
     otherwise, or where `out` is an .npz, they are stored. `overrides` are those of evaluation.
@@ -34,11 +34,13 @@ def sample_run(
     decode = None if out and out.suffix == ".npz" else _decoder(run, vae, needed=out is not None)
     path = out or run_dir / SAMPLES / ("grid.png" if decode else "latents.npz")
     check_output(path, ".png" if decode else ".npz")
-    images = draw(run, num)
+    images = draw(run, num_samples)
     if decode:
-        save_grid(path, decode(images), columns=grid_columns(run.network.num_classes))
+        columns = grid_columns(run.network.num_classes)
+        pictures = decode(images)
+        write_whole(path, lambda file: save_grid(file, pictures, columns=columns))
     else:
-        np.savez(path, latents=images.numpy())
+        write_whole(path, lambda file: np.savez(file, latents=images.numpy()))
     return path
 
 
@@ -51,11 +53,16 @@ def _decoder(run: TrainedRun, vae: str | None, *, needed: bool) -> _Decode | Non
     device = next(run.network.parameters()).device
     if vae is not None:
         return autoencoder(vae, channels, device).decode
-    if data.type != "synthetic":
-        try:
-            return decoder_of(open_samples(run.experiment).manifest, None, device).decode
-        except (ConfigError, DataError) as error:
-            if needed and channels not in (1, 3):
-                raise
-            log.info("samples are not decoded: %s", error)
-    return (lambda images: images) if channels in (1, 3) else None
+    shown_as_they_are = (lambda images: images) if channels in (1, 3) else None
+    if data.type == "synthetic":
+        return shown_as_they_are
+    try:
+        return decoder_of(open_samples(run.experiment).manifest, None, device).decode
+    except (ConfigError, DataError) as error:
+        if shown_as_they_are:
+            log.info("samples of %d channels are shown as pixels: %s", channels, error)
+            return shown_as_they_are
+        if needed:
+            raise
+        log.info("samples are not decoded: %s", error)
+        return None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dtr_scale.checkpoint.convert import export_dit
+from dtr_scale.checkpoint.export import export_dit
 
 
 @pytest.fixture

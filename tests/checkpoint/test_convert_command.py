@@ -1,15 +1,12 @@
-"""The convert command: official files and runs in, files and folders out."""
+"""The convert command: official files in, files and folders out."""
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from dtr_scale.checkpoint.convert import from_official, official_config
+from dtr_scale.checkpoint.convert import from_official
 from dtr_scale.checkpoint.weights import read_weights
 from dtr_scale.cli.main import main
 from dtr_scale.jobs.network import build_model
-from dtr_scale.jobs.trained import load_run
-from tests.support.runs import train
 from tests.support.weights import (
     ADM,
     assert_same,
@@ -65,33 +62,15 @@ def test_the_command_keeps_the_masks_of_dtr(tmp_path, saved):
 
 
 def test_the_command_refuses_in_one_line(tmp_path, saved, capsys):
-    path, out = saved(released(dtr_masks())), ["--out", tmp_path / "out"]
-    file, folder = ["--to", "safetensors", *out], ["--to", "diffusers", *out]
+    path, out = saved(released(dtr_masks())), tmp_path / "out"
+    file = ["--to", "safetensors", "--out", f"{out}.safetensors"]
+    folder = ["--to", "diffusers", "--out", out]
     assert "kind 'dit' does not fit" in refused(capsys, path, "--from", "dit", *file)
     heads = ["--num-heads", 4]
     assert "has no masks" in refused(capsys, path, "--from", "dtr", *folder, *heads)
     adm = saved(build_model(ADM).state_dict())
     assert "'adm' is no DiT" in refused(capsys, adm, "--from", "adm", *folder)
     assert "No such file" in refused(capsys, tmp_path / "no.pt", "--from", "dit", *file)
-    assert "is no run directory" in refused(capsys, tmp_path, "--from", "run", *file)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["none", "random", "dtr"])
-def test_the_command_converts_a_run(digits, tmp_path, capsys, kind):
-    run = tmp_path / "run"
-    small = ("--train.max_steps=2", f"--model.routing.type={kind}", "--train.ema_decay=0.5")
-    assert train(digits, run, *small) == 0
-    capsys.readouterr()
-    out = ["--out", f"{tmp_path}/a.safetensors"]
-    assert main(["convert", str(run), "--from", "run", "--to", "safetensors", *out]) == 0
-    network = load_run(run).network
-    official = read_weights(tmp_path / "a.safetensors")
-    weights = from_official(official, "dit" if kind == "none" else "dtr")
-    assert_same(weights, network.state_dict())
-    config = official_config(official, "dit" if kind == "none" else "dtr", num_heads=4)
-    assert config["routing"]["type"] == kind
-    if kind == "none":
-        folder = ["--out", f"{tmp_path}/b"]
-        assert main(["convert", str(run), "--from", "run", "--to", "diffusers", *folder]) == 0
-        assert load_diffusers(tmp_path / "b").config["sample_size"] == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
+    pickle = ["--from", "dtr", "--to", "safetensors", "--out", "x.pt"]
+    assert "give a file that ends in .safetensors" in refused(capsys, path, *pickle)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dtr_scale.checkpoint.convert import export_diffusers
+from dtr_scale.checkpoint.export import export_diffusers
 from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.network import build_model
 from tests.support.weights import CONFIG, batch, load_diffusers, random_network

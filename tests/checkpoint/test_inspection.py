@@ -1,12 +1,12 @@
 """The commands that look into checkpoints, on those of real runs."""
 
-import pytest
-import torch
-from safetensors.torch import load_file
+import shutil
+from pathlib import Path
 
-from dtr_scale.checkpoint.inspection import find_checkpoint
+import pytest
+
 from dtr_scale.cli.main import main
-from tests.support.runs import train
+from tests.support.runs import damage, train
 
 SETTINGS = (
     "--train.global_batch_size=32", "--train.micro_batch_size=32", "--checkpoint.every_steps=10",
@@ -68,6 +68,34 @@ def test_verify_reads_every_byte(run_dir, capsys, tmp_path):
     assert "1 damaged" in text
 
 
+def cut(run_dir, tmp_path, step, how):
+    """Return a copy of a run with one of its checkpoints damaged."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    damage(Path(step_dir(copy, step)) / "rank_00000.safetensors", how)
+    return copy
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "unmarked"])
+def test_verify_judges_every_checkpoint_of_a_run(run_dir, capsys, tmp_path, how):
+    copy = cut(run_dir, tmp_path, 80, how)
+    text = output(capsys, "checkpoint", "verify", copy, code=1)
+    assert text.count("complete and as written") == 7
+    assert ("COMPLETE is missing" if how == "unmarked" else "1 damaged") in text
+    copy = cut(run_dir, tmp_path / "older", 20, how)
+    output(capsys, "checkpoint", "verify", copy, code=1)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
+    run_dir, capsys, tmp_path
+):
+    copy = cut(run_dir, tmp_path, 80, "cut")
+    assert main(["checkpoint", "inspect", str(copy)]) == 0
+    out, err = capsys.readouterr()
+    assert "step            70\n" in out
+    assert "checkpoint passed over: " in err and "step_00000080: rank_00000.safetensors" in err
+
+
 def test_diff_measures_how_far_two_are_apart(run_dir, capsys):
     text = output(capsys, "checkpoint", "diff", step_dir(run_dir, 40), step_dir(run_dir, 80))
     assert "step: 40 and 80\n" in text
@@ -77,80 +105,12 @@ def test_diff_measures_how_far_two_are_apart(run_dir, capsys):
 
 
 @pytest.mark.parametrize(
-    ("ema", "kind"),
-    [("ema", "ema"), ("0.995", "ema"), ("0.5", "ema_0.5"), ("power_0.1", "ema_power_0.1"),
-     ("none", "master")],
-)  # fmt: skip
-def test_export_writes_the_average_asked_for(run_dir, capsys, tmp_path, ema, kind):
-    out = tmp_path / "model.safetensors"
-    output(capsys, "checkpoint", "export", run_dir, "--ema", ema, "--out", out)
-    stored = find_checkpoint(str(run_dir)).read([f"{kind}/blocks.0.mlp.fc1.weight"])
-    assert torch.equal(load_file(out)["blocks.0.mlp.fc1.weight"], *stored.values())
-
-
-def test_reconstruct_makes_an_average_that_was_not_kept(run_dir, capsys, tmp_path):
-    """Of the widths 0.05, 0.1 and 0.2 in eight checkpoints; 0.2 itself comes out exactly."""
-    out = tmp_path / "model.safetensors"
-    name = "blocks.0.mlp.fc1.weight"
-    reader = find_checkpoint(str(run_dir))
-    made = {}
-    for sigma in (0.07, 0.15, 0.2):
-        text = output(capsys, "ema", "reconstruct", run_dir, "--sigma-rel", sigma, "--out", out)
-        assert "made of 24 averages" in text
-        made[sigma] = load_file(out)[name]
-    kept = {s: reader.read([f"ema_power_{s}/{name}"])[f"ema_power_{s}/{name}"] for s in (0.1, 0.2)}
-    torch.testing.assert_close(made[0.2], kept[0.2], rtol=1e-4, atol=1e-5)
-    between = (made[0.15] - kept[0.1]).norm() / (kept[0.2] - kept[0.1]).norm()
-    assert 0.2 < between < 0.8
-    assert made[0.07].isfinite().all()
-
-
-def test_reconstruct_knows_what_was_switched_on_later(digits, tmp_path, capsys):
-    """Beside a run that kept the averages from the first step on: weights are the same."""
-    later, always = tmp_path / "later", tmp_path / "always"
-    small = (*SETTINGS, "--evaluation.every_steps=0")
-    assert train(digits, later, *small, "--train.ema_sigma_rel=[]", "--train.max_steps=40") == 0
-    assert train(digits, later, *small, "--train.max_steps=80") == 0
-    assert train(digits, always, *small, "--train.max_steps=80") == 0
-    reader = find_checkpoint(str(later))
-    assert reader.meta["averages"]["ema_power_0.1"] == [{"from_step": 40, "sigma_rel": 0.1}]
-
-    name, made = "blocks.0.mlp.fc1.weight", {}
-    for run in (later, always):
-        out = tmp_path / f"{run.name}.safetensors"
-        text = output(capsys, "ema", "reconstruct", run, "--sigma-rel", 0.12, "--out", out)
-        assert f"made of {4 * 3 if run == later else 8 * 3} averages" in text
-        made[run] = load_file(out)[name]
-    apart = (made[later] - made[always]).norm()
-    kept = [find_checkpoint(str(always)).read([f"{k}/{name}"]) for k in ("master", "ema_power_0.1")]
-    weights, near = (value for read in kept for value in read.values())
-    assert apart < 0.1 * (weights - near).norm()
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["inspect", "nowhere"], "'nowhere' holds no checkpoint"),
-        (["export", "RUN", "--ema", "0.1", "--out", "x"], "accepted: 0.995, 0.5, power_0.05"),
+        (["verify", "nowhere"], "'nowhere' holds no checkpoint"),
     ],
 )
-def test_what_is_not_there_is_named(run_dir, capsys, arguments, message):
-    arguments = [str(run_dir) if argument == "RUN" else argument for argument in arguments]
+def test_what_is_not_there_is_named(capsys, arguments, message):
     assert main(["checkpoint", *arguments]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_reconstruct_needs_a_step_that_was_kept(run_dir, capsys, tmp_path):
-    arguments = [
-        "ema",
-        "reconstruct",
-        str(run_dir),
-        "--sigma-rel",
-        "0.1",
-        "--out",
-        str(tmp_path / "x"),
-    ]
-    assert main([*arguments, "--step", "33"]) == 2
-    assert "has no complete checkpoint of that step" in capsys.readouterr().err
-    assert main([*arguments[:4], "0.5", *arguments[5:]]) == 2
-    assert "--sigma-rel=0.5 is not accepted" in capsys.readouterr().err

@@ -23,7 +23,7 @@ COMMANDS = [
     "prepare",
     "convert",
     "checkpoint",
-    "ema",
+    "export",
     "bench",
     "plan",
     "config",
@@ -77,10 +77,48 @@ def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkey
 
 def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):
     line = refused(capsys, "sample", "run", "--colums", "3")
-    assert line.startswith("error: unknown argument --colums; of a trained run evaluation.* alone")
+    assert line == "error: unknown argument '--colums'; see dtr-scale sample -h"
     line = refused(capsys, "evaluate", "run", "--train.lr=3")
-    assert line.startswith("error: unknown argument --train.lr;")
+    assert line.startswith("error: unknown argument '--train.lr'; see")
     assert "unexpected argument 'extra'" in refused(capsys, "evaluate", "run", "extra")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["sample", "run", "--nmu-samples", "3"], "--num-samples"),
+        (["sample", "run", "--num", "3"], "--num-samples"),
+        (["sample", "run", "--sampler", "ddim"], "--evaluation.sampler"),
+        (["evaluate", "run", "--evaluation.smapler=ddim"], "evaluation.sampler"),
+        (["cka", "run", "--num-timestep=3"], "--num-timesteps"),
+    ],
+)
+def test_what_was_meant_is_named(arguments, meant, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(Path(DEMO).read_text())
+    arguments[1] = str(tmp_path)
+    assert f"; did you mean {meant}?" in refused(capsys, *arguments)
+
+
+def test_commands_are_grouped_by_what_a_user_does(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    groups = ["prepare data", "train", "look at a run", "export", "measure"]
+    places = [out.index(f"\n{group}:\n") for group in groups]
+    assert places == sorted(places)
+    for command in COMMANDS:
+        assert out.count(f"\n  {command} ") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "default"),
+    [("cka", "(default: 64)"), ("affinity", "(default: 8)"), ("export", "(default: the newest)")],
+)
+def test_help_tells_the_defaults(command, default, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert default in out and "None" not in out and "False" not in out
 
 
 @pytest.mark.parametrize(
@@ -96,7 +134,7 @@ def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):
 def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
     line = refused(capsys, *arguments)
     assert line.startswith("error: unknown argument ")
-    assert f"see dtr-scale {arguments[0]} -h" in line
+    assert f"see dtr-scale {arguments[0]}" in line and line.endswith(" -h")
 
 
 @pytest.mark.parametrize(
@@ -107,10 +145,11 @@ def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
         ["train"],
         ["train", "--conf", DEMO],
         ["prepare", "cifar", "--out", "there"],
-        ["sample", "run", "--num", "0"],
-        ["sample", "run", "--num", "-1"],
+        ["sample", "run", "--num-samples", "0"],
+        ["sample", "run", "--num-samples", "-1"],
         ["evaluate", "run", "--num-samples", "many"],
-        ["plan", "--config", DEMO],
+        ["plan"],
+        ["convert", "run", "--from", "run", "--to", "safetensors", "--out", "x"],
         ["bench"],
         ["bench", "checkpoint", "--rounds", "0"],
     ],
@@ -183,7 +222,7 @@ def test_a_run_without_a_checkpoint_is_refused(command, tmp_path, digits, capsys
     overrides = [f"--run_dir={tmp_path}", f"--data.shards={digits}"]
     assert main(["config", "show", DEMO, *overrides]) == 0
     (tmp_path / "config.json").write_text(capsys.readouterr().out)
-    assert "no complete checkpoint in" in refused(capsys, command, str(tmp_path))
+    assert "holds no checkpoint" in refused(capsys, command, str(tmp_path))
 
 
 def test_rank_0_alone_reports_an_error_of_the_experiment(monkeypatch, capsys):

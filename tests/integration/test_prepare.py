@@ -125,7 +125,7 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
     assert len(losses) == 200
     assert np.mean(losses[-20:]) < np.mean(losses[:20])
 
-    draw = ["sample", str(run_dir), "--num", "20", "--evaluation.num_sampling_steps=5"]
+    draw = ["sample", str(run_dir), "--num-samples", "20", "--evaluation.num_sampling_steps=5"]
     assert main(draw) == 0
     with Image.open(run_dir / "samples" / "grid.png") as picture:
         assert picture.mode == "RGB"

@@ -13,7 +13,7 @@ SMALL = ("--model.variant=DiT-S/2", "--train.max_steps=1000", "--train.global_ba
 
 
 def plan(capsys, *arguments):
-    assert main(["plan", "--config", LARGE, "--flops", *arguments]) == 0
+    assert main(["plan", "--config", LARGE, *arguments]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return out

@@ -95,3 +95,15 @@ def copied(digits: Path, tmp_path: Path) -> Path:
     for path in digits.iterdir():
         (place / path.name).write_bytes(path.read_bytes())
     return place
+
+
+def damage(file: Path, how: str) -> None:
+    """Damage a rank's file of a checkpoint: "cut", "flipped" (a bit), or "unmarked" (COMPLETE)."""
+    content = bytearray(file.read_bytes())
+    if how == "unmarked":
+        (file.parent / "COMPLETE").unlink()
+    elif how == "cut":
+        file.write_bytes(content[:-100])
+    else:
+        content[-1] ^= 1
+        file.write_bytes(content)

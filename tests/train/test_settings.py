@@ -72,7 +72,7 @@ def test_a_run_resumes_to_the_last_bit_and_samples(digits, tmp_path, overrides):
     assert train_experiment(experiment(digits, resumed, *overrides)) == 0
     assert journal(resumed) == journal(through)
     assert [record["step"] for record in journal(through)] == [1, 2, 3, 4]
-    pictures = [sample_run(run_dir, num=2).read_bytes() for run_dir in (through, resumed)]
+    pictures = [sample_run(run_dir, num_samples=2).read_bytes() for run_dir in (through, resumed)]
     assert pictures[0] == pictures[1]
 
 
@@ -110,7 +110,7 @@ def test_experts_trained_one_by_one_sample_as_one(digits, tmp_path):
     run = load_run(tmp_path)
     assert isinstance(run.network, MultiExperts)
     assert len(run.checkpoints) == 2
-    assert sample_run(tmp_path, num=2).parent == tmp_path / "samples"
+    assert sample_run(tmp_path, num_samples=2).parent == tmp_path / "samples"
 
 
 def test_an_expert_sees_its_timesteps_alone(digits, tmp_path):
@@ -153,13 +153,13 @@ def test_latents_are_sampled_into_an_npz_by_any_sampler(digits, tmp_path):
     drawn = []
     for sampler in ("ddpm", "ddim", "dpm_solver"):
         overrides = [f"--evaluation.sampler={sampler}", "--evaluation.num_sampling_steps=ddim5"]
-        path = sample_run(tmp_path, num=3, overrides=overrides)
+        path = sample_run(tmp_path, num_samples=3, overrides=overrides)
         drawn.append(np.load(path)["latents"])
         assert drawn[-1].shape == (3, 4, 8, 8)
     assert not np.array_equal(drawn[0], drawn[1])
     for out in (tmp_path / "x.png", tmp_path, tmp_path / "config.json" / "x.npz"):
         with pytest.raises(ConfigError, match="--out="):
-            sample_run(tmp_path, num=3, out=out)
+            sample_run(tmp_path, num_samples=3, out=out)
 
 
 @pytest.mark.parametrize("file", range(4))

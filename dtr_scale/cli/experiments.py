@@ -1,0 +1,136 @@
+"""Parse the commands on an experiment's file: train, plan, config and bench."""
+
+import argparse
+import json
+
+from dtr_scale.cli.arguments import OVERRIDES, Commands, actions, add_config, positive_integer, runs
+from dtr_scale.launchers import launched_rank
+
+
+def add_experiments(commands: Commands) -> None:
+    """Add the commands to their groups."""
+    _add_plan(commands)
+    _add_config_command(commands)
+    _add_train(commands)
+    _add_bench(commands)
+
+
+def _add_train(commands: Commands) -> None:
+    parser = commands.add(
+        "train",
+        "train",
+        f"train an experiment, or go on with it; {OVERRIDES}",
+        "deepspeed launch/train.py --config configs/dit_l_dtr_antuw.json --train.max_steps=400000",
+    )
+    add_config(parser)
+    runs(parser, _train, overrides=True, on_ranks=True)
+
+
+def _add_plan(commands: Commands) -> None:
+    parser = commands.add(
+        "plan",
+        "train",
+        f"tell what an experiment will cost: parameters, GMACs, training FLOPs; {OVERRIDES}",
+        "dtr-scale plan --config configs/dit_l_dtr_antuw.json --model.variant=DiT-XL/2",
+    )
+    add_config(parser)
+    parser.add_argument("--per-layer", action="store_true", help="every module of the network")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    runs(parser, _plan, overrides=True)
+
+
+def _add_config_command(commands: Commands) -> None:
+    parser = commands.add(
+        "config",
+        "train",
+        "show an experiment with every default filled in, or the JSON Schema of all experiments",
+        "dtr-scale config show configs/dit_l_dtr_antuw.json",
+    )
+    parts = actions(parser)
+    show = parts.add_parser("show", help=f"print the resolved experiment; {OVERRIDES}")
+    show.add_argument("file", metavar="FILE", help="the experiment's JSON")
+    runs(show, _config_show, overrides=True)
+    schema = parts.add_parser("schema", help="print the JSON Schema")
+    runs(schema, _config_schema)
+
+
+def _add_bench(commands: Commands) -> None:
+    parser = commands.add(
+        "bench",
+        "measure",
+        "measure saving and restoring, or reading samples, on this machine",
+        "dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch\n"
+        "  dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8",
+    )
+    parts = actions(parser)
+    checkpoint = parts.add_parser(
+        "checkpoint", help="saving and restoring; for several ranks, start it with a launcher"
+    )
+    add = checkpoint.add_argument
+    add("--model", default="DiT-B/2", metavar="VARIANT", help="a variant of DiT")
+    add("--rounds", type=positive_integer, default=5, help="of saving and restoring")
+    add("--dir", metavar="DIR_OR_S3", help="where to save (default: the temporary folder)")
+    runs(checkpoint, _bench_checkpoint, on_ranks=True)
+    data = parts.add_parser(
+        "data", help=f"an experiment's samples, beside webdataset and tarfile; {OVERRIDES}"
+    )
+    add_config(data)
+    data.add_argument("--seconds", type=positive_integer, default=5, help="of each measurement")
+    data.add_argument("--shards", type=positive_integer, default=16, help="how many are read")
+    runs(data, _bench_data, overrides=True, on_ranks=True)
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    # Before torch is imported: a mistake in the file is told at once.
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.train import train_experiment
+
+    return train_experiment(experiment)
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.plan import plan_compute
+
+    plan = plan_compute(experiment)
+    if arguments.json:
+        print(json.dumps(plan.figures(per_layer=arguments.per_layer), indent=2))
+    else:
+        print(plan.table(per_layer=arguments.per_layer))
+    return 0
+
+
+def _config_show(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment, resolved
+
+    print(json.dumps(resolved(load_experiment(arguments.file, overrides)), indent=2))
+    return 0
+
+
+def _config_schema(arguments: argparse.Namespace) -> int:
+    from dtr_scale.config.schema import experiment_schema
+
+    print(experiment_schema(), end="")
+    return 0
+
+
+def _bench_checkpoint(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.bench_checkpoint import bench_checkpoint
+
+    table = bench_checkpoint(arguments.model, rounds=arguments.rounds, place=arguments.dir)
+    if launched_rank() == 0:
+        print(table)
+    return 0
+
+
+def _bench_data(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+    from dtr_scale.jobs.bench_data import bench_data
+
+    experiment = load_experiment(arguments.config, overrides)
+    print(bench_data(experiment, arguments.seconds, arguments.shards))
+    return 0

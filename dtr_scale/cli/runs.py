@@ -1,0 +1,165 @@
+"""Parse the commands on a trained run: sample, evaluate, cka and affinity."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from dtr_scale.cli.arguments import (
+    Commands,
+    add_run_dir,
+    positive_integer,
+    runs,
+    unknown_argument,
+)
+
+
+def add_runs(commands: Commands) -> None:
+    """Add the commands to their groups."""
+    _add_sample(commands)
+    _add_cka(commands)
+    _add_affinity(commands)
+    _add_evaluate(commands)
+
+
+def _add_sample(commands: Commands) -> None:
+    parser = commands.add(
+        "sample",
+        "look at a run",
+        "draw samples from a run's newest checkpoint (averaged weights) into a picture; "
+        "evaluation.* can be overridden",
+        "dtr-scale sample runs/demo_digits --num-samples 100 --evaluation.cfg_scale=2",
+    )
+    add_run_dir(parser)
+    _add_num_samples(parser)
+    parser.add_argument(
+        "--out", type=Path, help="PNG, .npz of latents (default: RUN_DIR/samples/grid.png)"
+    )
+    parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
+    runs(parser, _sample, overrides=True)
+
+
+def _add_evaluate(commands: Commands) -> None:
+    parser = commands.add(
+        "evaluate",
+        "measure",
+        "measure samples of a run's newest checkpoint against the held-out split; "
+        "evaluation.* can be overridden",
+        "dtr-scale evaluate runs/demo_digits --num-samples 500 --evaluation.sampler=dpm_solver",
+    )
+    add_run_dir(parser)
+    parser.add_argument(
+        "--num-samples",
+        type=positive_integer,
+        help="samples (default: the run's evaluation.num_samples)",
+    )
+    runs(parser, _evaluate, overrides=True)
+
+
+def _add_cka(commands: Commands) -> None:
+    parser = commands.add(
+        "cka",
+        "look at a run",
+        "show how alike a run's representations are at different timesteps, block by block",
+        "dtr-scale cka runs/demo_digits --num-timesteps 30",
+    )
+    add_run_dir(parser)
+    _add_num_samples(parser)
+    _add_num_timesteps(parser)
+    parser.add_argument(
+        "--out", type=Path, help="PNG, and .npz beside it (default: RUN_DIR/samples/cka.png)"
+    )
+    parser.add_argument(
+        "--biased", action="store_true", help="the plain estimator, near 1 for few samples"
+    )
+    runs(parser, _cka)
+
+
+def _add_affinity(commands: Commands) -> None:
+    parser = commands.add(
+        "affinity",
+        "look at a run",
+        "cut a run's timesteps into clusters of alike gradients, for ant_uw; holds 4 bytes per "
+        "parameter and timestep in memory",
+        "dtr-scale affinity runs/demo_digits --num-clusters 8",
+    )
+    add_run_dir(parser)
+    _add_num_samples(parser)
+    _add_num_timesteps(parser)
+    parser.add_argument("--num-clusters", type=positive_integer, default=8, help="clusters")
+    runs(parser, _affinity)
+
+
+def _add_num_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-samples", type=positive_integer, default=64, help="samples")
+
+
+def _add_num_timesteps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-timesteps", type=positive_integer, default=20, help="evenly spread")
+
+
+def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _check_overrides(arguments, overrides)
+    from dtr_scale.jobs.sample import sample_run
+
+    path = sample_run(
+        arguments.run_dir,
+        num_samples=arguments.num_samples,
+        out=arguments.out,
+        vae=arguments.vae,
+        overrides=overrides,
+    )
+    print(path)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    _check_overrides(arguments, overrides)
+    from dtr_scale.jobs.evaluate import evaluate_run
+
+    metrics, path = evaluate_run(
+        arguments.run_dir, num_samples=arguments.num_samples, overrides=overrides
+    )
+    for name, value in metrics.items():
+        print(f"{name}: {value:.1%}" if name == "legibility" else f"{name}: {value:.3f}")
+    print(f"report: {path}")
+    return 0
+
+
+def _check_overrides(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Refuse what is neither an option nor one of the run's keys that may be overridden."""
+    from dtr_scale.config.load import parse_overrides
+    from dtr_scale.config.schema import EvaluationConfig
+
+    for key, _ in parse_overrides(overrides):
+        if not key.startswith("evaluation."):
+            accepted = [f"--evaluation.{name}" for name in EvaluationConfig.model_fields]
+            raise unknown_argument(arguments.parser, f"--{key}", accepted)
+
+
+def _cka(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.analyse import cka_run
+
+    paths = cka_run(
+        arguments.run_dir,
+        num_samples=arguments.num_samples,
+        num_timesteps=arguments.num_timesteps,
+        out=arguments.out,
+        debiased=not arguments.biased,
+    )
+    print(*paths, sep="\n")
+    return 0
+
+
+def _affinity(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.analyse import affinity_run
+
+    objective, paths = affinity_run(
+        arguments.run_dir,
+        num_samples=arguments.num_samples,
+        num_timesteps=arguments.num_timesteps,
+        num_clusters=arguments.num_clusters,
+    )
+    print(json.dumps({"objective": objective}))
+    print(*paths, sep="\n", file=sys.stderr)
+    return 0
