@@ -49,7 +49,11 @@ class Commands:
 
     def __init__(self, parser: Parser) -> None:
         self._parsers = parser.add_subparsers(
-            dest="command", required=True, metavar="COMMAND", help=argparse.SUPPRESS
+            dest="command",
+            required=True,
+            metavar="COMMAND",
+            help=argparse.SUPPRESS,
+            prog=parser.prog,  # else it is made of the usage's words
         )
         self._groups: dict[str, list[str]] = {group: [] for group in GROUPS}
 
