@@ -16,6 +16,7 @@ _IDENTITY = (
     "data.window_shards",
     "data.horizontal_flip",
 )
+# Kernels round differently, and a learning rate may be mended: the run stays what it is.
 _CHANGEABLE = ("model.attention", "objective.lr")
 
 

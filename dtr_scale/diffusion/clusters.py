@@ -1,6 +1,6 @@
-"""Clusters of neighbouring timesteps, the tasks of ANT (Go et al., 2023).
+"""Cut the timesteps into clusters of neighbours, the tasks of ANT (Go et al., 2023).
 
-Boundaries int64 [K + 1] say where they lie: cluster k holds boundaries[k] <= t < boundaries[k + 1],
+Boundaries are int64 [K + 1]: cluster k holds boundaries[k] <= t < boundaries[k + 1],
 at least one timestep, from boundaries[0] = 0 to boundaries[K] = T. ConfigError unless 1 <= K <= T.
 """
 
@@ -37,7 +37,8 @@ def interval_clusters(distance: np.ndarray, num_clusters: int) -> np.ndarray:
     _require_timesteps(num_timesteps, num_clusters)
     if np.shape(distance) != (num_timesteps, num_timesteps) or not np.isfinite(distance).all():
         raise ConfigError(
-            f"distances of timesteps {list(np.shape(distance))} are not a square of finite numbers"
+            f"distances of timesteps {list(np.shape(distance))} are no square of finite numbers; "
+            "give float [T, T]"
         )
     cost = _interval_costs(distance)
     # least[e]: of all cuts of the first e timesteps into as many intervals as the loop has seen.
@@ -67,6 +68,4 @@ def _interval_costs(distance: np.ndarray) -> np.ndarray:
 
 def _require_timesteps(num_timesteps: int, num_clusters: int) -> None:
     if not 1 <= num_clusters <= num_timesteps:
-        raise ConfigError(
-            f"num_clusters: {num_clusters} is not accepted; give 1 to {num_timesteps}"
-        )
+        raise ConfigError(f"num_clusters = {num_clusters}: not accepted; give 1 to {num_timesteps}")

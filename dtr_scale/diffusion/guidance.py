@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho & Salimans, 2022)."""
+"""Guide a network without a classifier (Ho & Salimans, 2022)."""
 
 from typing import Literal, Protocol
 
@@ -45,22 +45,23 @@ def cfg_model(
         return model
     if not model.class_dropout_prob > 0:
         raise ConfigError(
-            f"cfg_scale: {cfg_scale} needs a model trained with a null label; "
-            "set model.class_dropout_prob above 0 and train, or use cfg_scale 1.0"
+            f"cfg_scale = {cfg_scale}: needs a model trained with a null label; "
+            "set model.class_dropout_prob above 0 and train, or give cfg_scale = 1.0"
         )
     channels = model.in_channels if cfg_channels in (None, "all") else cfg_channels
     if not 1 <= channels <= model.in_channels:
         raise ConfigError(
-            f"cfg_channels: {channels} is not accepted; give 1 to {model.in_channels} or 'all'"
+            f"cfg_channels = {channels}: not accepted; give 1 to {model.in_channels} or 'all'"
         )
     first, stop = cfg_interval or (0, float("inf"))
     if not 0 <= first < stop:
         raise ConfigError(
-            f"cfg_interval: {[first, stop]} is not accepted; give timesteps [lo, hi] with "
+            f"cfg_interval = {[first, stop]}: not accepted; give timesteps [lo, hi] with "
             "0 <= lo < hi, for example [200, 700]"
         )
 
     def guided_model(x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        # One forward of twice the batch: weights are read, and gathered under FSDP, once.
         null_y = model.null_like(y) if null_condition is None else null_condition.expand_as(y)
         conditions = torch.cat([y, null_y.to(y)])
         # fp32: the difference of two near outputs loses most of bf16's digits.

@@ -66,7 +66,9 @@ def ddim_sample(
     `ddpm_sample`, for `eta` > 0: ConfigError without it.
     """
     if eta > 0 and noise is None:
-        raise ConfigError(f"evaluation.eta: {eta} needs a source of noise; give noise, or eta 0")
+        raise ConfigError(
+            f"evaluation.eta = {eta}: needs a source of noise; give noise, or eta = 0"
+        )
     x, last = x_T.float(), diffusion.num_timesteps - 1
     for i in _steps(diffusion, progress):
         t = _timestep(x, last - i)

@@ -1,4 +1,4 @@
-"""Noise schedules and the timesteps that shortened sampling keeps."""
+"""Make noise schedules, and choose the timesteps that shortened sampling keeps."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
     if name == "linear":
         if num_timesteps <= 20:
             raise ConfigError(
-                f"diffusion.num_timesteps: {num_timesteps} is too few for the linear schedule, "
+                f"diffusion.num_timesteps = {num_timesteps}: too few for the linear schedule, "
                 "whose last beta would reach 1; give 21 or more, or the cosine schedule"
             )
         scale = 1000 / num_timesteps
@@ -29,7 +29,7 @@ def beta_schedule(name: str, num_timesteps: int) -> np.ndarray:
         alpha_bar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     accepted = ", ".join(NOISE_SCHEDULES)
-    raise ConfigError(f"diffusion.noise_schedule: {name!r} is unknown; accepted: {accepted}")
+    raise ConfigError(f"diffusion.noise_schedule = {name!r}: unknown; give one of {accepted}")
 
 
 def space_timesteps(

@@ -1,4 +1,4 @@
-"""Which timestep each sample of a run is noised to, as a function of its position."""
+"""Draw the timestep of each sample of a run, as a function of its position."""
 
 from dataclasses import dataclass
 

@@ -126,6 +126,7 @@ class DiTBlock(nn.Module):
         if mask is None:
             return self._block(z, c, context)
         mask = mask[:, None]
+        # The channels it does not see bypass the block whole.
         return ~mask * z + self._block(mask * z, c, context)  # eq. 8
 
     def _block(self, z: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
@@ -207,6 +208,7 @@ class DiT(Denoiser):
         self.routing = build_routing(routing or RoutingSpec(), num_timesteps, [hidden_size] * depth)
         self.pos_embed: Tensor
         positions = sincos_position_table(hidden_size, input_size // patch_size)
+        # A function of the sizes: official files have it, checkpoints need not.
         self.register_buffer("pos_embed", positions[None], persistent=False)
         self.initialize_weights()
 

@@ -1,4 +1,4 @@
-"""What enters a diffusion transformer: patches, positions, timesteps and labels."""
+"""Embed what enters a diffusion transformer: patches, positions, timesteps and labels."""
 
 import math
 
@@ -33,6 +33,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        # fp32 up to here: in bf16, 998 and 999 are one timestep.
         frequencies = timestep_embedding(t, self.frequency_embedding_size)
         return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
 
@@ -45,6 +46,7 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden_size: int, class_dropout_prob: float) -> None:
         super().__init__()
+        # DiT and ADM have no row without dropout: official weights load strictly.
         num_rows = num_classes + (class_dropout_prob > 0)
         self.embedding_table = nn.Embedding(num_rows, hidden_size)
 

@@ -109,6 +109,7 @@ class Windows(Routing):
             self._keep(f"stop_{width}", stop)
 
     def forward(self, t: Tensor, step: int | None = None) -> list[Tensor]:
+        # Compared here, not looked up: a bool table [T, C] would be read from memory per block.
         masks: dict[int, Tensor] = {}
         for width in set(self.widths):
             start, stop = self._at("start", width, t), self._at("stop", width, t)
@@ -204,6 +205,7 @@ def _released_windows(
     spec: RoutingSpec, num_timesteps: int, num_idle: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where the windows start, and where they stop less C_beta, float64 [T] each."""
+    # Ties round to even, as numpy in the released code does.
     start = np.round(np.linspace(0, 1, num_timesteps) ** spec.alpha * num_idle)
     return start, start
 

@@ -235,7 +235,7 @@ class ADM(Denoiser):
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(h.dtype))
         if self.conditioning == "class":
             emb = emb + self.label_emb(y.long())
-        masks = iter(self.routing(t, step))
+        masks = iter(self.routing(t, step))  # taken in the order of `blocks`
         skips = []
         for layers in self.input_blocks:
             h = self._run(layers, h, emb, masks)

@@ -1,4 +1,4 @@
-"""Task affinity between timesteps: how alike the network's gradients are (ANT, Go et al., 2023)."""
+"""Measure how alike the network's gradients at two timesteps are (ANT, Go et al., 2023)."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial

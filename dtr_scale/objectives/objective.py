@@ -1,4 +1,4 @@
-"""What a step minimises: how the losses of a global batch become one scalar.
+"""Turn the losses of a global batch into the one scalar that a step minimises.
 
 l_k below is the mean of (mse + vb) over the samples of cluster k in the global batch, n_k their
 number. An objective's own parameters are replicated fp32 tensors outside the network's engine.
@@ -81,6 +81,7 @@ class AntUwObjective(Objective):
     def __init__(self, num_clusters: int, lr: float, device: torch.device) -> None:
         self.log_var = torch.zeros(num_clusters, dtype=torch.float32, device=device)
         self.optimizer = torch.optim.AdamW([self.log_var], lr=lr, weight_decay=0.0)
+        # Made now, not by the first step: a checkpoint of step 0 has them, and copies into them.
         self.optimizer.state[self.log_var] = {
             "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
             "exp_avg": torch.zeros_like(self.log_var),
@@ -93,6 +94,8 @@ class AntUwObjective(Objective):
         return uncertainty_loss(mse + vb, cluster, self.log_var, counts)
 
     def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
+        # By hand, from l_k over all ranks: backward would see this rank's share alone, and the
+        # network's clipping would count it.
         gradient = (1 - torch.exp(-self.log_var) * cluster_loss / len(self.log_var)) / 2
         self.log_var.grad = torch.where(counts > 0, gradient, 0.0).float()
         self.optimizer.step()
@@ -130,4 +133,4 @@ def build_objective(
     if type == "ant_uw":
         return AntUwObjective(num_clusters, lr, device)
     accepted = ", ".join(OBJECTIVE_TYPES)
-    raise ConfigError(f"objective.type: {type!r} is unknown; accepted: {accepted}")
+    raise ConfigError(f"objective.type = {type!r}: unknown; give one of {accepted}")

@@ -1,4 +1,4 @@
-"""ANT-UW: homoscedastic uncertainty (Kendall et al., 2018) over clusters of timesteps."""
+"""Weigh clusters of timesteps by their uncertainty (ANT-UW; Kendall et al., 2018)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Weights of the mean squared error by noise level, as functions of the SNR."""
+"""Weigh the mean squared error by noise level, as a function of the SNR."""
 
 import math
 
@@ -53,10 +53,10 @@ def _min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:
 
 def _require_known(key: str, name: str, accepted: tuple[str, ...]) -> None:
     if name not in accepted:
-        raise ConfigError(f"{key}: {name!r} is unknown; accepted: {', '.join(accepted)}")
+        raise ConfigError(f"{key} = {name!r}: unknown; give one of {', '.join(accepted)}")
 
 
 def _require_positive(key: str, value: float) -> float:
     if not 0 < value < math.inf:
-        raise ConfigError(f"{key} = {value} is not accepted; give a finite number above 0")
+        raise ConfigError(f"{key} = {value}: not accepted; give a finite number above 0")
     return value

@@ -108,5 +108,5 @@ def test_a_cluster_needs_a_timestep(num_clusters):
         lambda k: log_snr_clusters(np.ones(10), k),
         lambda k: affinity_clusters(np.eye(10), k),
     ):
-        with pytest.raises(ConfigError, match=f"num_clusters: {num_clusters}.*1 to 10"):
+        with pytest.raises(ConfigError, match=f"num_clusters = {num_clusters}:.*1 to 10"):
             clusters(num_clusters)

@@ -75,13 +75,13 @@ def test_a_network_without_null_label_cannot_be_guided():
     model = ToyModel()
     model.class_dropout_prob = 0.0
     with pytest.raises(
-        ConfigError, match=r"cfg_scale: 1\.5 needs a model trained with a null label"
+        ConfigError, match=r"cfg_scale = 1\.5: needs a model trained with a null label"
     ):
         cfg_model(model)
 
 
 def test_more_channels_than_there_are_cannot_be_guided():
-    with pytest.raises(ConfigError, match="cfg_channels: 5 is not accepted; give 1 to 4"):
+    with pytest.raises(ConfigError, match="cfg_channels = 5: not accepted; give 1 to 4"):
         cfg_model(ToyModel(), cfg_channels=5)
 
 
@@ -113,5 +113,5 @@ def test_inside_the_interval_alone_is_guided():
 
 @pytest.mark.parametrize("interval", [(700, 200), (5, 5), (-1, 5), (0, float("nan"))])
 def test_an_empty_interval_is_refused(interval):
-    with pytest.raises(ConfigError, match=r"cfg_interval: \[.*\] is not accepted; give timesteps"):
+    with pytest.raises(ConfigError, match=r"cfg_interval = \[.*\]: not accepted; give timesteps"):
         cfg_model(ToyModel(), cfg_interval=interval)

@@ -122,4 +122,4 @@ def test_a_number_of_timesteps_that_cannot_be_is_refused(run_dir, capsys, comman
 
 def test_more_clusters_than_timesteps_are_refused(run_dir, capsys):
     assert main(["affinity", str(run_dir), *FEW, "--num-clusters", "1001"]) == 2
-    assert "num_clusters: 1001 is not accepted" in capsys.readouterr().err
+    assert "num_clusters = 1001: not accepted" in capsys.readouterr().err

@@ -166,5 +166,5 @@ def test_objectives_are_built_by_name():
     }
     expected["ant_uw"] = uncertainty_loss(mse + vb, CLUSTER, torch.zeros(K))
     torch.testing.assert_close(losses, expected)
-    with pytest.raises(ConfigError, match="'antuw' is unknown; accepted: vanilla, min_snr, p2, a"):
+    with pytest.raises(ConfigError, match="'antuw': unknown; give one of vanilla, min_snr, p2, a"):
         build_objective("antuw", **arguments)

@@ -79,13 +79,16 @@ def test_min_snr_is_one_at_no_signal_and_has_its_limits_at_no_noise():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "minsnr"}, "objective.type: 'minsnr' is unknown; accepted: vanilla, min_snr, p2"),
-        ({"prediction": "eps"}, "prediction: 'eps' is unknown; accepted: epsilon, x0, v"),
-        ({"kind": "p2", "prediction": "v"}, "prediction: 'v' is unknown.*: epsilon$"),
-        ({"gamma": 0.0}, "objective.gamma = 0.0 is not accepted; give a finite number above 0"),
-        ({"kind": "p2", "gamma": -1.0}, "objective.gamma = -1.0 is not accepted"),
-        ({"gamma": float("inf")}, "objective.gamma = inf is not accepted"),
-        ({"kind": "p2", "k": 0.0}, "objective.k = 0.0 is not accepted"),
+        (
+            {"kind": "minsnr"},
+            "objective.type = 'minsnr': unknown; give one of vanilla, min_snr, p2",
+        ),
+        ({"prediction": "eps"}, "prediction = 'eps': unknown; give one of epsilon, x0, v"),
+        ({"kind": "p2", "prediction": "v"}, "prediction = 'v': unknown; give one of epsilon$"),
+        ({"gamma": 0.0}, "objective.gamma = 0.0: not accepted; give a finite number above 0"),
+        ({"kind": "p2", "gamma": -1.0}, "objective.gamma = -1.0: not accepted"),
+        ({"gamma": float("inf")}, "objective.gamma = inf: not accepted"),
+        ({"kind": "p2", "k": 0.0}, "objective.k = 0.0: not accepted"),
     ],
 )
 def test_what_is_not_accepted_is_named(arguments, message):
