@@ -1,22 +1,20 @@
-"""The composition root: an experiment becomes a trainer, and a trainer a run.
+"""Build a trainer and its parts from an experiment: the composition root.
 
-The only place where the config's sections meet the components, which take keyword arguments.
+Here the config's sections meet the components, which take keyword arguments. `jobs/sampling.py`
+does the same for samples and `jobs/tracking.py` for MLflow.
 """
 
 import logging
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dtr_scale
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.retention import Keep
-from dtr_scale.config.changes import flatten
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment, TrainConfig
 from dtr_scale.data.batch import BatchAssembler
@@ -36,18 +34,13 @@ from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
 from dtr_scale.errors import ConfigError
-from dtr_scale.evaluation.report import has_pixel_metrics
-from dtr_scale.evaluation.sampling import SamplingSettings
 from dtr_scale.models import build as networks
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage.folder import open_folder
-from dtr_scale.tracking.base import NullTracker, Tracker
-from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
-from dtr_scale.train.evaluate import PeriodicEvaluation
-from dtr_scale.train.run_dir import CHECKPOINTS, SAMPLES, RunDirectory
+from dtr_scale.train.run_dir import CHECKPOINTS
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -135,23 +128,6 @@ def build_network(experiment: Experiment) -> Denoiser:
     )
 
 
-def sampling_settings(experiment: Experiment) -> SamplingSettings:
-    """Return how an experiment's evaluation draws samples."""
-    evaluation = experiment.evaluation
-    return SamplingSettings(
-        noise_schedule=experiment.diffusion.noise_schedule,
-        num_timesteps=experiment.diffusion.num_timesteps,
-        sampler=evaluation.sampler,
-        num_sampling_steps=evaluation.num_sampling_steps,
-        cfg_scale=evaluation.cfg_scale,
-        cfg_channels=evaluation.cfg_channels,
-        clip_denoised=evaluation.clip_denoised,
-        seed=experiment.train.seed,
-        eta=evaluation.eta,
-        cfg_interval=evaluation.cfg_interval,
-    )
-
-
 def open_samples(experiment: Experiment, split: str = "train") -> Samples:
     """Return the samples of a split; ConfigError if the network does not fit them."""
     model, data = experiment.model, experiment.data
@@ -194,25 +170,6 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
         cache_dir=Path(data.cache_dir) if data.cache_dir else None,
         cache_max_bytes=int(data.cache_gb * GIB),
     )
-
-
-def sampling_conditions(
-    experiment: Experiment,
-) -> tuple[Callable[[range], Tensor], Tensor] | tuple[None, None]:
-    """Return what gives the texts of samples, the held-out split's in order, and the null text.
-
-    None for classes.
-    """
-    if experiment.model.conditioning != "text":
-        return None, None
-    samples = open_samples(experiment, "val")
-    places = [(shard, i) for shard, size in enumerate(samples.shard_samples) for i in range(size)]
-
-    def texts(indices: range) -> Tensor:
-        tokens = [samples.read(*places[index % len(places)])[1] for index in indices]
-        return torch.from_numpy(np.stack(tokens))
-
-    return texts, torch.from_numpy(samples.null_condition())
 
 
 def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
@@ -341,92 +298,3 @@ def _announce(experiment: Experiment, network: nn.Module) -> None:
             "the authors' own later table has DiT-XL with DTR behind plain DiT-XL "
             "(FID 10.85 against 9.40 at 400K steps)"
         )
-
-
-def check_tracking(experiment: Experiment) -> None:
-    """Raise ConfigError if the experiment's MLflow can never be reached; no server is asked."""
-    if experiment.tracking.type == "mlflow":
-        from dtr_scale.tracking.check import check_uri
-
-        check_uri(experiment.tracking.uri)
-
-
-def build_tracker(
-    experiment: Experiment, world: World, run_dir: RunDirectory, *, step: int
-) -> Tracker:
-    """Return what mirrors rank 0's journal from `step` on, as the experiment asks."""
-    tracking = experiment.tracking
-    if tracking.type == "none":
-        return NullTracker()
-    from dtr_scale.tracking.mirror import MlflowTracker
-    from dtr_scale.tracking.mlflow import RunInfo
-    from dtr_scale.tracking.uri import tracking_uri
-
-    run = RunInfo(
-        run_dir=run_dir.path,
-        journal=run_dir.journal,
-        uri=tracking_uri(tracking.uri, run_dir.path),
-        experiment=tracking.experiment,
-        name=experiment.name,
-        params=flatten(resolved(experiment)),
-        tags={
-            "dtr_scale.version": dtr_scale.__version__,
-            "torch.version": torch.__version__,
-            "world_size": str(world.world_size),
-            "device": str(world.device.type),
-            "host": socket.gethostname(),
-            "run_dir": str(run_dir.path.resolve()),
-        },
-        step=step,
-    )
-    return MlflowTracker(run)
-
-
-def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:
-    """Return the split that samples are compared with, if they will and can be."""
-    wanted = experiment.evaluation.every_steps and experiment.data.type == "latents"
-    if not wanted or not has_pixel_metrics(trainer.loader.samples):
-        return None
-    held_out = open_samples(experiment, "val")
-    if isinstance(held_out, SampleReader):
-        held_out.check_sizes()
-    return held_out
-
-
-def build_evaluation(
-    experiment: Experiment,
-    trainer: Trainer,
-    run_dir: RunDirectory | None,
-    tracker: Tracker,
-    leave_reason: Callable[[], str | None] = lambda: None,
-) -> PeriodicEvaluation:
-    """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to.
-
-    Raises ConfigError or DataError now for what would fail at the first evaluation.
-    """
-    evaluation = experiment.evaluation
-    conditions, null_condition = None, None
-    if evaluation.every_steps:
-        conditions, null_condition = sampling_conditions(experiment)
-
-    def report(step: int, metrics: Record, picture: Path) -> None:
-        trainer.checkpoints.note(step, metrics)  # for checkpoint.keep_best
-        tracker.log_evaluation(step, metrics, picture)
-
-    periodic = PeriodicEvaluation(
-        world=trainer.world,
-        engine=trainer.engine,
-        ema=trainer.ema,
-        settings=sampling_settings(experiment),
-        num_samples=evaluation.num_samples,
-        batch_size=evaluation.batch_size,
-        conditions=conditions,
-        null_condition=null_condition,
-        held_out=_held_out(experiment, trainer) if run_dir else None,
-        folder=run_dir.path / SAMPLES if run_dir else None,
-        report=report,
-        leave_reason=leave_reason,
-    )
-    if evaluation.every_steps:
-        periodic.check()
-    return periodic

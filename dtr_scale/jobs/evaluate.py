@@ -6,7 +6,8 @@ from pathlib import Path
 from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.report import has_pixel_metrics, pixel_report, write_report
 from dtr_scale.evaluation.sampling import class_labels
-from dtr_scale.jobs.build import open_samples, sampling_settings
+from dtr_scale.jobs.build import open_samples
+from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.jobs.trained import draw, load_run
 
 

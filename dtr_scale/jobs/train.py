@@ -13,8 +13,10 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, PeerError, UnsavedError
-from dtr_scale.jobs.build import build_evaluation, build_tracker, build_trainer, check_tracking
+from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.resume import resume_or_start
+from dtr_scale.jobs.sampling import build_evaluation
+from dtr_scale.jobs.tracking import build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record

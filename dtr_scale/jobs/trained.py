@@ -17,11 +17,8 @@ from dtr_scale.config.load import load_experiment, parse_overrides
 from dtr_scale.config.schema import Experiment
 from dtr_scale.errors import ConfigError
 from dtr_scale.evaluation.sampling import draw_samples
-from dtr_scale.jobs.build import (
-    build_network,
-    sampling_conditions,
-    sampling_settings,
-)
+from dtr_scale.jobs.build import build_network
+from dtr_scale.jobs.sampling import sampling_conditions, sampling_settings
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import MultiExperts
 from dtr_scale.storage.folder import open_folder

@@ -12,7 +12,8 @@ import torch
 from dtr_scale.config.schema import EngineConfig
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DataError, EngineError
-from dtr_scale.jobs.build import build_network, build_trainer, sampling_settings
+from dtr_scale.jobs.build import build_network, build_trainer
+from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.evaluate import PeriodicEvaluation

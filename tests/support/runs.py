@@ -8,7 +8,8 @@ from typing import Any
 from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
-from dtr_scale.jobs.build import build_evaluation, build_trainer
+from dtr_scale.jobs.build import build_trainer
+from dtr_scale.jobs.sampling import build_evaluation
 from dtr_scale.jobs.train import train_experiment
 from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Record
