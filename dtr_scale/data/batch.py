@@ -1,7 +1,7 @@
 """What a training step needs of its samples: decoded, with every draw made.
 
-All of it is a function of (seed, position, salt), position = step * B + place in the global batch
-of B: the same at any world size, micro-batch size and number of workers.
+All of it is a function of (seed, position, salt), position = samples seen before the global batch +
+place in it: the same at any world size, micro-batch size and number of workers.
 """
 
 import functools
@@ -34,7 +34,7 @@ class MicroBatch(NamedTuple):
 class TimestepDraw(Protocol):
     """Timesteps of places in the global batch; picklable."""
 
-    def draw(self, step: int, places: np.ndarray | range, salt: int = 0) -> tuple[Any, Any]:
+    def draw(self, samples_seen: int, places: np.ndarray | range, salt: int = 0) -> tuple[Any, Any]:
         """Return (t, cluster), each int64 [len(places)]."""
         ...
 
@@ -76,11 +76,11 @@ class BatchAssembler:
         return MicroBatch(x_start, noise, t, cluster, y)
 
     def assemble(
-        self, step: int, places: np.ndarray, salt: int, out: MicroBatch | None = None
+        self, samples_seen: int, places: np.ndarray, salt: int, out: MicroBatch | None = None
     ) -> MicroBatch:
-        """Return what `places` int [n] of the global batch of a step hold, in `out` if given."""
+        """Return what `places` int [n] of a global batch hold, in `out` if given."""
         out = out or self.empty(len(places))
-        positions = step * self.global_batch_size + places
+        positions = samples_seen + places
         # Most of the time goes into two fields of normals, which are drawn outside Python's lock.
         noise = self._beside.submit(self._normals, "noise", positions, salt, out.noise)
         mirrored = self._chosen("flip", self._flip_prob, positions, salt)
@@ -95,7 +95,7 @@ class BatchAssembler:
             y[self._chosen("label_drop", self._drop_prob, positions, salt)] = self._null_condition()
         out.y.copy_(torch.from_numpy(y))
         self._decode(stored, mirrored, positions, salt, out.x_start)
-        t, cluster = self._draw_timesteps.draw(step, places, salt)
+        t, cluster = self._draw_timesteps.draw(samples_seen, places, salt)
         out.t.copy_(torch.from_numpy(t))
         out.cluster.copy_(torch.from_numpy(cluster))
         noise.result()

@@ -23,14 +23,14 @@ from dtr_scale.errors import DataError, DtrScaleError
 
 
 class _Key(NamedTuple):
-    step: int
+    samples_seen: int  # before the global batch
     micro: int
     salt: int
     slot: int
 
 
 class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
-    """Micro-batches of one rank by (step, micro-batch of the step, salt); runs in the workers.
+    """Micro-batches of one rank by (position, number in its step, salt); runs in the workers.
 
     `places` int [micro-batches of a step, n] are the rank's, `node_lanes` those of its node.
     With `slots`, [slots, n, ...], a micro-batch is written there and only the slot returned.
@@ -45,8 +45,7 @@ class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
     ) -> None:
         self._assembler = assembler
         self._places = places
-        self._node_lanes = node_lanes
-        self._lanes = np.unique(places % assembler.order.num_lanes).tolist()
+        self._node_lanes = np.array(node_lanes)
         self._slots = slots
         self._wanted: list[int] = []
 
@@ -54,28 +53,44 @@ class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
         """Return the micro-batch; our own errors come as values, so that they stay one line."""
         out = None if self._slots is None else MicroBatch(*(t[key.slot] for t in self._slots))
         try:
-            self._prefetch(key.step * self._assembler.global_batch_size)
-            batch = self._assembler.assemble(key.step, self._places[key.micro], key.salt, out)
+            self._prefetch(key.samples_seen)
+            places = self._places[key.micro]
+            batch = self._assembler.assemble(key.samples_seen, places, key.salt, out)
         except DtrScaleError as error:
             return error
         return batch if out is None else key.slot
 
     def _prefetch(self, position: int) -> None:
         order = self._assembler.order
-        wanted = order.shards_of_two_windows(position, self._lanes)
+        lanes, node_lanes = (
+            np.unique((position + places) % order.num_lanes).tolist()
+            for places in (self._places, self._node_lanes)
+        )
+        wanted = order.shards_of_two_windows(position, lanes)
         if wanted != self._wanted:
             self._wanted = wanted
-            ahead = functools.partial(order.shards_ahead, position, self._node_lanes)
+            ahead = functools.partial(order.shards_ahead, position, node_lanes)
             self._assembler.samples.prefetch(wanted, ahead)
 
 
 class _Keys(Sampler[_Key]):
-    """The keys of a rank's micro-batches from the `first` of a step on; slots go round."""
+    """The keys of a rank's micro-batches from the `first` of a step on; slots go round.
+
+    The global batches of B follow each other from `samples_seen` on, wherever that is.
+    """
 
     def __init__(
-        self, step: int, first: int, grad_accum_steps: int, salt: int, num_slots: int
+        self,
+        samples_seen: int,
+        global_batch_size: int,
+        *,
+        first: int,
+        grad_accum_steps: int,
+        salt: int,
+        num_slots: int,
     ) -> None:
-        self._step = step
+        self._samples_seen = samples_seen
+        self._global_batch_size = global_batch_size
         self._first = first
         self._grad_accum_steps = grad_accum_steps
         self._salt = salt
@@ -84,7 +99,8 @@ class _Keys(Sampler[_Key]):
     def __iter__(self) -> Iterator[_Key]:
         for number in itertools.count(self._first):
             steps, micro = divmod(number, self._grad_accum_steps)
-            yield _Key(self._step + steps, micro, self._salt, number % self._num_slots)
+            samples_seen = self._samples_seen + steps * self._global_batch_size
+            yield _Key(samples_seen, micro, self._salt, number % self._num_slots)
 
 
 class BatchLoader:
@@ -129,11 +145,9 @@ class BatchLoader:
         self.seek(0)
 
     def seek(self, samples_seen: int, salt: int = 0) -> None:
-        """Continue with the step at `samples_seen`; another `salt` re-draws all but the order."""
-        step, rest = divmod(samples_seen, self.global_batch_size)
-        assert rest == 0
+        """Continue at a position, of any batch size; another `salt` re-draws all but the order."""
         self.close()
-        self._step, self._salt = step, salt
+        self._samples_seen, self._salt = samples_seen, salt
 
     def peek(self, samples_seen: int, count: int) -> tuple[list[list[int]], MicroBatch]:
         """Return the first samples of the step at `samples_seen`, whichever rank's they are.
@@ -142,8 +156,7 @@ class BatchLoader:
         """
         places = np.arange(min(count, self.global_batch_size))
         located = self._assembler.order.samples(samples_seen + places)
-        step = samples_seen // self.global_batch_size
-        return located.tolist(), self._read_here(step, places, 0)
+        return located.tolist(), self._read_here(samples_seen, places, 0)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
@@ -153,7 +166,7 @@ class BatchLoader:
         if self._batches is None:
             self._batches = self._start()
             if self._num_workers:
-                return self._read_here(self._step, self.places[0], self._salt)
+                return self._read_here(self._samples_seen, self.places[0], self._salt)
         try:
             batch = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
@@ -168,9 +181,9 @@ class BatchLoader:
             raise batch
         return self._copied_out(batch) if isinstance(batch, int) else batch
 
-    def _read_here(self, step: int, places: np.ndarray, salt: int) -> MicroBatch:
+    def _read_here(self, samples_seen: int, places: np.ndarray, salt: int) -> MicroBatch:
         try:
-            return self._assembler.assemble(step, places, salt)
+            return self._assembler.assemble(samples_seen, places, salt)
         finally:
             if self._num_workers:
                 self.samples.close()
@@ -208,11 +221,12 @@ class BatchLoader:
         loader = DataLoader(
             _MicroBatches(self._assembler, self.places, self._node_lanes, self._slots),
             sampler=_Keys(
-                self._step,
-                1 if self._num_workers else 0,
-                self.grad_accum_steps,
-                self._salt,
-                self._num_slots,
+                self._samples_seen,
+                self.global_batch_size,
+                first=1 if self._num_workers else 0,
+                grad_accum_steps=self.grad_accum_steps,
+                salt=self._salt,
+                num_slots=self._num_slots,
             ),
             batch_size=None,
             num_workers=self._num_workers,

@@ -22,8 +22,8 @@ class TimestepSampler:
 
     `boundaries` [K + 1] are ascending: the integers of `dtr_scale.diffusion.clusters` where the
     objective weights clusters, since each then needs samples of its own; else `timestep_strata`,
-    and "cluster k" is stratum k. Every answer depends on the step and the place in the global
-    batch alone, never on which rank asks.
+    and "cluster k" is stratum k. Every answer depends on the position of the global batch (the
+    samples seen before it) and the place in it alone, never on which rank asks.
     """
 
     seed: int
@@ -34,15 +34,17 @@ class TimestepSampler:
     def num_clusters(self) -> int:
         return len(self.boundaries) - 1
 
-    def clusters(self, step: int) -> np.ndarray:
+    def clusters(self, samples_seen: int) -> np.ndarray:
         """Return the cluster of every place of the global batch, int64 [B]."""
-        # The shift keeps a place, and the rank that owns it, from meeting one cluster for ever.
-        shift = keyed_generator(self.seed, "cluster_shift", step).integers(self.num_clusters)
+        # The shift keeps a place, and the rank that owns it, from meeting one cluster for ever. Its
+        # key is the step of a run that always had this batch size: each batch has its own.
+        nth = samples_seen // self.global_batch_size
+        shift = keyed_generator(self.seed, "cluster_shift", nth).integers(self.num_clusters)
         return (np.arange(self.global_batch_size) + shift) % self.num_clusters
 
-    def counts(self, step: int) -> np.ndarray:
+    def counts(self, samples_seen: int) -> np.ndarray:
         """Return the number of samples of each cluster in the global batch, int64 [K]."""
-        return np.bincount(self.clusters(step), minlength=self.num_clusters)
+        return np.bincount(self.clusters(samples_seen), minlength=self.num_clusters)
 
     def at(self, cluster: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Return the timesteps at the fractions u [n] in [0, 1) of clusters [n], int64 [n]."""
@@ -52,14 +54,13 @@ class TimestepSampler:
         return np.minimum(np.floor(low + u * (high - low)), last).astype(np.int64)
 
     def draw(
-        self, step: int, places: np.ndarray | range, salt: int = 0
+        self, samples_seen: int, places: np.ndarray | range, salt: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the timesteps t and the clusters of `places` int [n], int64 [n] each.
 
         t is uniform inside its cluster; `salt` gives another draw for the same places.
         """
         places = np.asarray(places, np.int64)
-        cluster = self.clusters(step)[places]
-        positions = step * self.global_batch_size + places
-        u = KeyedStream(self.seed, "timestep").uniform(positions, salt)
+        cluster = self.clusters(samples_seen)[places]
+        u = KeyedStream(self.seed, "timestep").uniform(samples_seen + places, salt)
         return self.at(cluster, u), cluster

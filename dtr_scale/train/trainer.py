@@ -215,7 +215,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         """Update the weights once; everything is queued on the device before the host reads it."""
-        sums = StepSums(self.timesteps.counts(self.step), self.world.device)
+        sums = StepSums(self.timesteps.counts(self.state.samples_seen), self.world.device)
         for micro in range(self.loader.grad_accum_steps):
             batch = self._watch.next_of(batches).to(self.world.device)
             model_fn = partial(self.engine.forward, y=batch.y, step=self.step)

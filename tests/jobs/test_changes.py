@@ -79,6 +79,18 @@ def test_changes_that_are_allowed_by_name_go_on(digits, tmp_path, changed, caplo
     assert [record["step"] for record in journal(tmp_path)] == list(range(1, 9))
 
 
+def test_another_batch_size_goes_on_at_the_same_position(digits, tmp_path):
+    """The journal's step counts updates, samples_seen is where the data goes on."""
+    tiny(digits, tmp_path)
+    allowed = "--checkpoint.allow_changes=train.global_batch_size"
+    for size, max_steps in ((64, 6), (16, 8)):
+        batch = (f"--train.global_batch_size={size}", "--train.micro_batch_size=16")
+        assert tiny(digits, tmp_path, *batch, allowed, f"--train.max_steps={max_steps}") == 0
+    found = [(record["step"], record["samples_seen"]) for record in journal(tmp_path)]
+    seen = [32, 64, 96, 128, 192, 256, 272, 288]
+    assert found == list(enumerate(seen, 1))
+
+
 def test_a_change_that_does_not_fit_the_weights_is_refused_all_the_same(digits, tmp_path):
     tiny(digits, tmp_path)
     allowed = ("--model.depth=3", "--checkpoint.allow_changes=model.depth", "--train.max_steps=8")
