@@ -1,7 +1,6 @@
-"""How alike a network's representations are at different timesteps: centred kernel alignment.
+"""Compare a network's representations between timesteps by centred kernel alignment (CKA).
 
-Linear CKA of Kornblith et al. (2019), between timesteps within each block as in the DTR paper's
-figure 6.
+It is the linear CKA of Kornblith et al. (2019), within each block, as in the DTR paper's figure 6.
 """
 
 from collections.abc import Iterable
@@ -112,10 +111,18 @@ def _alignment(grams: Tensor, debiased: bool) -> Tensor:
     least = 4 if debiased else 2
     flat = (_without_diagonal(grams) if debiased else grams).flatten(1)
     norms = flat.norm(dim=1, keepdim=True)
-    if grams.shape[-1] < least or not (norms.isfinite().all() and (norms > 0).all()):
+    if grams.shape[-1] < least:
         raise EvaluationError(
-            "CKA needs representations that are finite and differ between samples; give at least "
-            f"{least} samples, and a network that has not diverged"
+            f"num_samples = {grams.shape[-1]}: too few for CKA; give at least {least} samples"
+        )
+    if not norms.isfinite().all():
+        raise EvaluationError(
+            "representations are not all finite; give a network that has not diverged"
+        )
+    if not (norms > 0).all():
+        raise EvaluationError(
+            "representations must differ between samples, and these are all alike; give other "
+            "samples, or a network that has been trained further"
         )
     unit = flat / norms
     return (unit @ unit.T).clamp(-1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What one forward of a network costs, layer by layer, counted without memory or arithmetic.
+"""Count what one forward of a network costs, layer by layer, without allocating anything.
 
 A MAC is one multiplication with its addition, 2 FLOPs. The "GFLOPs" of the tables in DiT and DTR
 are 10^9 MACs.

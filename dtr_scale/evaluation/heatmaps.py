@@ -1,8 +1,8 @@
-"""Pictures of matrices between timesteps."""
+"""Draw matrices between timesteps as heat maps."""
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -13,7 +13,7 @@ _PANELS_WIDE = 1.6  # columns per row of panels
 
 
 def save_heatmaps(
-    path: Path,
+    file: BinaryIO,
     matrices: np.ndarray,
     timesteps: Sequence[int],
     *,
@@ -57,5 +57,4 @@ def save_heatmaps(
     figure.supylabel("timestep", fontsize=10)
     colors = ScalarMappable(scale)
     figure.colorbar(colors, ax=axes, label=label, fraction=0.05, aspect=20 * rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150, bbox_inches="tight")
+    figure.savefig(file, format="png", dpi=150, bbox_inches="tight")

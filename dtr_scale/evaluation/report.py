@@ -1,4 +1,4 @@
-"""Numbers of a set of samples, published with everything they depend on."""
+"""Measure samples against real pictures, and publish the numbers with all they depend on."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtr_scale.data.reader import Samples
 from dtr_scale.evaluation.metrics import frechet_distance, legibility
+from dtr_scale.storage.folder import open_folder
 
 REPORT = "evaluation.json"
 _MOST_PIXELS = 4096  # as raw features; larger pictures need a feature extractor
@@ -68,7 +69,7 @@ def _clipped(images: Tensor | np.ndarray) -> np.ndarray:
 
 def write_report(run_dir: Path, metrics: dict[str, float], manifest: dict[str, Any]) -> Path:
     """Store the numbers with their manifest; return where."""
-    path = run_dir / REPORT
-    content = {"metrics": metrics, "manifest": manifest}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
+    content = json.dumps({"metrics": metrics, "manifest": manifest}, indent=2) + "\n"
+    # Whole or not at all: half a report would end every program that compares runs.
+    open_folder(run_dir).write_bytes(REPORT, content.encode())
+    return run_dir / REPORT

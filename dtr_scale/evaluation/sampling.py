@@ -1,4 +1,4 @@
-"""Samples of a trained network: sample i is a function of (seed, i), whoever draws it."""
+"""Draw samples of a trained network: sample i is a function of (seed, i), whoever draws it."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""What a trained run's network does at different timesteps, from its newest complete checkpoint."""
+"""Compare what a trained network does at different timesteps: its CKA, and its gradients."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.evaluation.cka import timestep_cka
 from dtr_scale.evaluation.heatmaps import save_heatmaps
 from dtr_scale.jobs.build import build_diffusion, open_samples
-from dtr_scale.jobs.trained import TrainedRun, check_output, load_run
+from dtr_scale.jobs.trained import TrainedRun, check_output, load_run, write_whole
 from dtr_scale.objectives.affinity import gradient_affinity
 from dtr_scale.train.run_dir import SAMPLES
 
@@ -54,7 +54,10 @@ def cka_run(
     ).numpy()
     titles = [f"block {block}" for block in range(len(cka))]
     label = "linear CKA, debiased" if debiased else "linear CKA"
-    save_heatmaps(picture, cka, timesteps.tolist(), titles=titles, label=label)
+    write_whole(
+        picture,
+        lambda file: save_heatmaps(file, cka, timesteps.tolist(), titles=titles, label=label),
+    )
     manifest = _manifest(run, samples, split, len(x_start)) | {"debiased": debiased}
     return picture, _save(picture, manifest, cka=cka, timesteps=timesteps)
 
@@ -84,13 +87,16 @@ def affinity_run(
     )
     boundaries = affinity_clusters(affinity, num_clusters)
     picture = run_dir / SAMPLES / "affinity.png"
-    save_heatmaps(
+    write_whole(
         picture,
-        affinity[None],
-        list(range(len(affinity))),
-        titles=["task affinity"],
-        label="cosine of gradients",
-        limits=(-1.0, 1.0),
+        lambda file: save_heatmaps(
+            file,
+            affinity[None],
+            list(range(len(affinity))),
+            titles=["task affinity"],
+            label="cosine of gradients",
+            limits=(-1.0, 1.0),
+        ),
     )
     manifest = _manifest(run, samples, "train", len(x_start))
     arrays = {"affinity": affinity, "boundaries": boundaries, "timesteps": timesteps}
@@ -151,5 +157,6 @@ def _manifest(run: TrainedRun, samples: Samples, split: str, num_samples: int) -
 def _save(picture: Path, manifest: dict[str, Any], **arrays: Any) -> Path:  # noqa: ANN401
     """Write arrays beside a picture; return where."""
     path = picture.with_suffix(".npz")
-    np.savez(path, **arrays, manifest=np.array(json.dumps(manifest)))
+    described = np.array(json.dumps(manifest))
+    write_whole(path, lambda file: np.savez(file, **arrays, manifest=described))
     return path

@@ -1,4 +1,4 @@
-"""What an experiment will cost, before it runs."""
+"""Tell what an experiment will cost before it runs."""
 
 from dataclasses import dataclass
 from typing import Any

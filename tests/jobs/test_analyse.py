@@ -120,6 +120,13 @@ def test_a_number_of_timesteps_that_cannot_be_is_refused(run_dir, capsys, comman
     assert f"--num-timesteps={count} is not accepted; give 2 to 1000" in capsys.readouterr().err
 
 
+def test_too_few_samples_are_told_by_their_number_alone(run_dir, capsys):
+    assert main(["cka", str(run_dir), "--num-samples", "2", "--num-timesteps", "4"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "error: num_samples = 2: too few for CKA; give at least 4 samples\n"
+    )
+
+
 def test_more_clusters_than_timesteps_are_refused(run_dir, capsys):
     assert main(["affinity", str(run_dir), *FEW, "--num-clusters", "1001"]) == 2
     assert "num_clusters = 1001: not accepted" in capsys.readouterr().err
