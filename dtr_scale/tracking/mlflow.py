@@ -144,6 +144,11 @@ class MlflowRun:
             history = client.get_metric_history(run_id, key)
             points = (p for p in history if p.step <= step)
             self._log(metrics=[_metric(key, p.value, p.timestamp, p.step) for p in points])
+        for tag, text in old.data.tags.items():
+            # The changes of this job, noted before its figures showed that it went another way.
+            if tag.startswith("changed.") and text.endswith(f" from step {step}"):
+                earlier = text.rpartition("; ")[0]
+                client.set_tag(run_id, tag, earlier) if earlier else client.delete_tag(run_id, tag)
         client.set_tag(run_id, "superseded_by", self._run_id)
         client.set_tag(run_id, "superseded_at_step", str(step))
         client.update_run(run_id, name=name)

@@ -253,6 +253,7 @@ def test_a_journal_that_took_another_way_gets_a_run_of_its_own(server, tmp_path)
     assert old.info.run_name == "a_run (superseded at step 20)"
     assert old.data.tags["superseded_by"] == new.info.run_id
     assert old.data.params["train.lr"] == "0.0001"
+    assert "changed.train.lr" not in old.data.tags  # it never had another
     assert old.info.status != "RUNNING"
     job = Job(run_dir, server.uri, step=25)
     job.log([26])
@@ -415,6 +416,8 @@ def test_an_outage_loses_nothing_and_repeats_nothing(server, tmp_path, warnings_
     assert f"the journal {ending}/journal.jsonl has them all" in ended.stderr
     assert "Traceback" not in ended.stderr
 
+    (warning,) = warnings_of("dtr_scale.tracking.mirror")  # one a minute
+    assert "Connection refused" in warning and len(warning) < 120
     server.start()
     job.log(range(241, 251))
     job.finish()
