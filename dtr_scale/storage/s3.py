@@ -4,7 +4,11 @@ The only module that knows s3fs, aiohttp and botocore.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,20 @@ import aiohttp
 import botocore.exceptions as botocore
 import s3fs
 import s3fs.core
+from s3fs.errors import translate_boto_error
 
 from dtr_scale.storage.folder import Bytes, Folder
 from dtr_scale.storage.local import replacing
 
+log = logging.getLogger(__name__)
+
 _PART_BYTES = 32 * 2**20  # what one request uploads
-_REQUEST_SECONDS = 300.0  # for one request with its retries; refused ones give up after 65
+_REQUEST_SECONDS = 300.0  # for one request with its retries
+_MAX_ATTEMPTS = 15  # with the waits between them about a minute
+_LONGEST_WAIT_SECONDS = 8.0
+_TELL_SECONDS = 3.0  # between two lines about retries, which may come from many requests at once
+_PATIENCE_SECONDS = 9.0  # for an answer, before a line says that there is none yet
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "Throttling", "XAmzContentSHA256Mismatch"}
 _UNFINISHED = "UNFINISHED"  # the object in a folder that is not published yet
 
 # A body can also be lost as a ClientConnectionError, which s3fs does not try again by itself.
@@ -134,19 +146,21 @@ class S3Folder(Folder):
     def _connect(self) -> Any:  # noqa: ANN401
         """Return the file system of this process: s3fs keeps one per process and options."""
         options = dict(self._options)
-        max_attempts = options.pop("max_attempts", 10)
+        max_attempts = options.pop("max_attempts", _MAX_ATTEMPTS)
         region = options.pop("region", None)
         connection = _FileSystem(
             **options,
             client_kwargs={"region_name": region} if region else {},
             config_kwargs={
-                "retries": {"max_attempts": max_attempts, "mode": "standard"},
+                # None of botocore's, which are silent: `_FileSystem` tries again.
+                "retries": {"total_max_attempts": 1, "mode": "standard"},
                 # Servers other than AWS refuse the checksums that botocore adds by default.
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
             },
             use_listings_cache=False,
         )
+        connection.max_attempts = max_attempts
         connection.retries = max_attempts + 2  # bodies cut in mid-stream are retried by s3fs
         return connection
 
@@ -177,19 +191,74 @@ class S3Folder(Folder):
 
 
 class _FileSystem(s3fs.S3FileSystem):
-    """s3fs with an end to every request."""
+    """s3fs with one policy of retries for requests, which says what it waits for."""
 
-    async def _call_s3(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        # aiohttp's timeouts do not cover an upload that the server stops reading, and retries
-        # of s3fs multiply those of botocore: a silent server would be asked for hours.
+    max_attempts = _MAX_ATTEMPTS
+    _told_at = 0.0
+
+    async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        # In place of s3fs's own, whose retries multiply those of botocore, both in silence.
+        what = "/".join(filter(None, (kwargs.get("Bucket"), kwargs.get("Key"))))
         try:
+            # aiohttp's timeouts do not cover an upload that the server stops reading.
             async with asyncio.timeout(_REQUEST_SECONDS):
-                return await super()._call_s3(*args, **kwargs)
+                for attempt in range(1, self.max_attempts):
+                    try:
+                        return await self._try(what, method, *args, **kwargs)
+                    except Exception as error:
+                        if not _is_transient(error):
+                            raise
+                        self._tell(f"{what}: {error}; retrying ({attempt} of {self.max_attempts})")
+                    # Half of it random: ranks that failed together do not come back together.
+                    wait = min(0.1 * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
+                    await asyncio.sleep(wait * random.uniform(0.5, 1))
+                return await self._try(what, method, *args, **kwargs)
         except TimeoutError as error:
             limit = f"no success within {_REQUEST_SECONDS:g} s"
             raise ConnectionError(f"{self.endpoint_url or 'the server'}: {limit}") from error
-        except botocore.HTTPClientError as error:  # not to be tried again by the callers, too
+        except botocore.ClientError as error:
+            raise translate_boto_error(error) from error
+        except (botocore.HTTPClientError, botocore.ConnectionError) as error:
+            # As no error that s3fs knows: it would try again what was tried enough.
             raise ConnectionError(str(error)) from error
+
+    async def _try(self, what: str, method: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        # As s3fs calls a method of botocore; `_get_s3_method_kwargs` is private to it.
+        await self.set_session()
+        call = getattr(await self.get_s3(kwargs.get("Bucket")), method)
+        async with _telling_of_silence(what):
+            return await call(**self._get_s3_method_kwargs(call, *args, **kwargs))
+
+    def _tell(self, message: str) -> None:
+        if time.monotonic() - self._told_at >= _TELL_SECONDS:
+            self._told_at = time.monotonic()
+            log.warning("s3://%s", " ".join(message.split()))
+
+
+@contextlib.asynccontextmanager
+async def _telling_of_silence(what: str) -> AsyncIterator[None]:
+    """Say now and then that a request has no answer yet."""
+
+    async def tell() -> None:
+        started = time.monotonic()
+        while True:
+            await asyncio.sleep(_PATIENCE_SECONDS)
+            log.warning("s3://%s: no answer for %.0f s", what, time.monotonic() - started)
+
+    telling = asyncio.create_task(tell())
+    try:
+        yield
+    finally:
+        telling.cancel()
+
+
+def _is_transient(error: Exception) -> bool:
+    """Tell whether the same request may succeed a little later."""
+    if isinstance(error, botocore.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or error.response["Error"]["Code"] in _TRANSIENT_CODES
+    # The timeout of the whole request arrives as a cancellation, not as one of these.
+    return isinstance(error, (*s3fs.core.S3_RETRYABLE_ERRORS, botocore.ConnectionError))
 
 
 class _Parts:
