@@ -80,7 +80,7 @@ def find_checkpoints(place: str) -> list[StoredCheckpoint]:
         found = [StoredCheckpoint(catalog.at(step), step) for step in catalog.steps()]
     except OSError as error:
         raise CheckpointError(
-            f"{place} cannot be read: {error}; give a step_* folder, or the run directory above it; "
+            f"{place} cannot be read: {error}; give a step_* folder, or the run above it; "
             "for s3:// check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, the server"
         ) from None
     if not found:

@@ -1,4 +1,4 @@
-"""Encoders: what turns pictures and captions into the numbers that shards store.
+"""Encode pictures and captions as the numbers that shards store, and decode them.
 
 The only module that knows diffusers and open_clip.
 """
@@ -82,6 +82,7 @@ class PosteriorEncoder(PictureEncoder):
         self, name: str, size: int | None, device: torch.device, *, local_only: bool = False
     ) -> None:
         """Without a `size` it decodes alone."""
+        _must_exist_if_a_path(name)
         with _loading("the autoencoder", name, "a name of the hub, or a folder of save_pretrained"):
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -236,6 +237,15 @@ def _autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=_precision(device) == "bf16")
 
 
+def _must_exist_if_a_path(name: str) -> None:
+    """Refuse what can be no name of the hub (ORGANISATION/NAME), and no folder is there."""
+    if (name.startswith(("/", ".", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise ConfigError(
+            f"the autoencoder {name!r} cannot be loaded: there is no such folder; "
+            "accepted: a name of the hub, or a folder of save_pretrained"
+        )
+
+
 @contextmanager
 def _loading(what: str, name: str, accepted: str) -> Iterator[None]:
     """Turn whatever a library raises while it loads a network into one line.
@@ -254,6 +264,9 @@ def _loading(what: str, name: str, accepted: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # hubs, files and formats fail in many ways
         reason = textwrap.shorten(one_line(error), 240)
+        if isinstance(error, OSError) and name.count("/") == 1 and not Path(name).exists():
+            # The hub's libraries tell of a missing config.json where nothing was found at all.
+            reason = "it is not in the cache, and the hub is out of reach or does not have it"
         raise ConfigError(
             f"{what} {name!r} cannot be loaded ({reason}); accepted: {accepted}"
         ) from error

@@ -1,4 +1,4 @@
-"""Pictures as arrays: decoded, cropped as ADM does, and read ahead by threads."""
+"""Read pictures as arrays: decode them, crop as ADM does, and read ahead in threads."""
 
 import io
 import time
@@ -15,6 +15,9 @@ from PIL import Image
 from dtr_scale.errors import DataError
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif")
+# Of these endings. Pillow left to itself looks at the content and starts Ghostscript, a program
+# with files and pipes at its hand, on PostScript that is named .jpg.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 _READ_AGAIN_SECONDS = (0.2, 1.0, 5.0)  # waits after what storage may get over
 
 _Asked = TypeVar("_Asked")
@@ -50,7 +53,7 @@ def read_picture(path: str | Path, size: int, offset: int = 0, length: int = -1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data and palettes: nothing is wrong with x
-            image = _as_rgb(Image.open(io.BytesIO(content)))
+            image = _as_rgb(Image.open(io.BytesIO(content), formats=_FORMATS))
         pixels = np.asarray(center_crop(image, size))
     except (MemoryError, UnreadablePictureError):
         raise

@@ -1,5 +1,6 @@
-"""Looking into prepared data: is every byte as written, and what is in it."""
+"""Verify and describe prepared data: is every byte as written, and what is in it."""
 
+import contextlib
 import hashlib
 import io
 from collections import Counter
@@ -27,7 +28,7 @@ def verify(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, int, str |
 
     Every byte is read and hashed, and every index counted, by a few threads.
     """
-    checks = [partial(_check_shard, folder, shard) for shard in manifest.shards]
+    checks = [partial(_check_shard, folder, manifest, shard) for shard in manifest.shards]
     checks += [partial(_check_index, folder, manifest, shard) for shard in manifest.shards]
     if manifest.null_context_sha256 is not None:
         checks.append(partial(_check_null_context, folder, manifest))
@@ -38,9 +39,54 @@ def verify(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, int, str |
         pool.shutdown(cancel_futures=True)
 
 
-def _check_shard(folder: Folder, shard: Shard) -> tuple[str, int, str | None]:
-    problem = _problem(folder, shard.name, shard.sha256, shard.bytes)
+def _check_shard(folder: Folder, manifest: Manifest, shard: Shard) -> tuple[str, int, str | None]:
+    arrays = _FloatArrays(folder, manifest, shard)
+    problem = _problem(folder, shard.name, shard.sha256, shard.bytes, arrays)
+    if problem is None and arrays.not_finite:
+        some = ", ".join(map(str, sorted(arrays.not_finite)[:10]))
+        more = f" and {n} more" if (n := len(arrays.not_finite) - 10) > 0 else ""
+        problem = f"numbers that are not finite in samples {some}{more}"
     return shard.name, shard.bytes, problem
+
+
+class _FloatArrays:
+    """The float16 arrays of a shard, checked in the pieces in which it is hashed."""
+
+    def __init__(self, folder: Folder, manifest: Manifest, shard: Shard) -> None:
+        self.not_finite: set[int] = set()
+        places: list[tuple[int, int, int]] = []  # start, bytes, sample
+        for sample, (start, _, tokens, captions) in enumerate(_rows_or_none(folder, shard)):
+            if manifest.dtype == "float16":
+                places.append((start, 2 * int(np.prod(manifest.stored_shape)), sample))
+            if manifest.context_shape is not None:
+                places.append((tokens, 2 * captions * int(np.prod(manifest.context_shape)), sample))
+        self._places = sorted(places)
+        self._starts = np.array([place[0] for place in self._places], np.int64)
+
+    def end_of_piece(self, start: int, end: int) -> int:
+        """Return the end of a piece from `start`, about at `end`, that cuts no array."""
+        last = int(np.searchsorted(self._starts, end)) - 1  # of those that start before `end`
+        if last >= 0 and end < (end_of_last := sum(self._places[last][:2])):
+            return int(self._starts[last]) if start < self._starts[last] else end_of_last
+        return end
+
+    def check(self, content: bytes, first_byte: int) -> None:
+        first = int(np.searchsorted(self._starts, first_byte))
+        for start, num_bytes, sample in self._places[first:]:
+            offset = start - first_byte
+            if offset + num_bytes > len(content):
+                break
+            if not np.isfinite(np.frombuffer(content, np.float16, num_bytes // 2, offset)).all():
+                self.not_finite.add(sample)
+
+
+def _rows_or_none(folder: Folder, shard: Shard) -> list[list[int]]:
+    """Return the rows of a shard's index; none if it is damaged, as its own check tells."""
+    with contextlib.suppress(DataError, ValueError, EOFError):
+        rows = _index(folder, shard)
+        if rows.ndim == 2 and rows.shape[1:] == (4,) and rows.size and rows.min() >= 0:
+            return rows.tolist()
+    return []
 
 
 def _check_index(folder: Folder, manifest: Manifest, shard: Shard) -> tuple[str, int, str | None]:
@@ -66,7 +112,13 @@ def _check_null_context(folder: Folder, manifest: Manifest) -> tuple[str, int, s
     return NULL_CONTEXT_NAME, 0, problem
 
 
-def _problem(folder: Folder, name: str, sha256: str, num_bytes: int | None = None) -> str | None:
+def _problem(
+    folder: Folder,
+    name: str,
+    sha256: str,
+    num_bytes: int | None = None,
+    arrays: _FloatArrays | None = None,
+) -> str | None:
     """Return what is wrong with a file; a store that does not answer raises a DataError."""
     with data_errors(folder, name):
         try:
@@ -75,9 +127,16 @@ def _problem(folder: Folder, name: str, sha256: str, num_bytes: int | None = Non
             return "missing"
         if num_bytes is not None and size != num_bytes:
             return f"{size} bytes, the manifest says {num_bytes}"
-        digest = hashlib.sha256()
-        for start in range(0, size, _PIECE_BYTES):
-            digest.update(folder.read_bytes(name, start, min(size, start + _PIECE_BYTES)))
+        digest, start = hashlib.sha256(), 0
+        while start < size:
+            end = min(size, start + _PIECE_BYTES)
+            if arrays is not None:
+                end = arrays.end_of_piece(start, end)
+            content = folder.read_bytes(name, start, end)
+            digest.update(content)
+            if arrays is not None:
+                arrays.check(content, start)
+            start = end
     return None if digest.hexdigest() == sha256 else "its bytes are not those that were written"
 
 
@@ -137,7 +196,7 @@ def draw_samples(
             with data_errors(folder, shard.name):
                 content = folder.read_bytes(shard.name, int(start), int(start) + num_bytes)
             if len(content) != num_bytes:
-                raise DataError(f"{folder.url}/{shard.name} is cut; see dtr-scale prepare verify")
+                raise DataError(f"{folder.url}/{shard.name} is cut; see dtr-scale data verify")
             stored = np.frombuffer(content, dtype).reshape(shape)
             arrays.append(manifest.decode(stored, mirrored=False, generator=None))
             labels.append(int(label))

@@ -1,4 +1,4 @@
-"""Where pictures lie: folders of classes, COCO, FFHQ, and tars, which are never unpacked.
+"""List the pictures of a source: folders of classes, COCO, FFHQ, and tars, never unpacked.
 
 A picture is a place in a file, so listing reads names and tar headers alone, and any thread of
 any rank reads any picture. What is hidden (`.cache`, `._x.jpg`) in folders, or in a tar of tars, is
@@ -24,6 +24,7 @@ from dtr_scale.prepare.images import PICTURE_ENDINGS
 log = logging.getLogger(__name__)
 
 MAX_CAPTIONS = 5
+_MAX_CLASSES = 10**6  # a class beyond is a mistake: every one of them has a row in the network
 _SPLITS = {"train", "val", "test"}
 
 
@@ -36,6 +37,16 @@ class Picture(NamedTuple):
     captions: tuple[str, ...] = ()
     offset: int = 0
     length: int = -1
+
+
+def utf8_name(name: str) -> str:
+    """Return a name that JSON can hold, whatever bytes a disk or a tar has in it."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _without_surrogates(caption: str) -> str:
+    r"""Return a caption that UTF-8 can hold: JSON may have half a pair of surrogates, "\ud83d"."""
+    return caption.encode(errors="replace").decode().strip()
 
 
 @dataclass(frozen=True)
@@ -104,7 +115,7 @@ def coco(images: Path, annotations: Path, split: str = "train") -> Listing:
         content = json.loads(annotations.read_bytes())
         for one in sorted(content["annotations"], key=lambda one: one["id"]):
             if "caption" in one:
-                captions[one["image_id"]].append(one["caption"].strip())
+                captions[one["image_id"]].append(_without_surrogates(one["caption"]))
         pictures = [
             Picture(
                 image["file_name"],
@@ -174,27 +185,35 @@ def _samples(path: Path) -> Iterator[tuple[str, _Members]]:
                 last, members = key, {}
             file = tar.extractfile(member) if ending in ("cls", "txt") else None
             text = file.read() if file else b""
+            if ending in members:
+                raise ValueError(f"{member.name} stands twice")
             members[ending] = member.offset_data, member.size, text
     if last is not None:
         yield last, members
 
 
 def _picture(path: Path, key: str, members: _Members, with_captions: bool) -> Picture:
-    ending = next((e for e in members if f".{e}".endswith(PICTURE_ENDINGS)), None)
-    if ending is None:
+    # KEY.depth.png and the like are other things than the picture.
+    endings = [ending for ending in members if f".{ending}" in PICTURE_ENDINGS]
+    if not endings:
         found = ", ".join(f".{ending}" for ending in members)
         raise DataError(f"{path}: sample {key} has no picture, only {found}; accepted: .jpg, .png")
-    offset, length, _ = members[ending]
+    if len(endings) > 1:
+        names = " and ".join(f"{key}.{ending}" for ending in endings)
+        raise DataError(f"{path}: {names} are pictures of one sample; accepted: one of them")
+    offset, length, _ = members[endings[0]]
     label = int(members["cls"][2]) if "cls" in members else 0
-    if label < 0:
-        raise DataError(f"{path}: sample {key} is of class {label}; accepted: 0, 1, 2, ...")
+    if not 0 <= label < _MAX_CLASSES:
+        raise DataError(
+            f"{path}: sample {key} is of class {label}; accepted: 0, 1, 2, ..., {_MAX_CLASSES - 1}"
+        )
     captions: list[str] = []
     if with_captions:
         lines = members.get("txt", (0, 0, b""))[2].decode().splitlines()
         captions = [line.strip() for line in lines if line.strip()][:MAX_CAPTIONS]
         if not captions:
             raise DataError(f"{path}: sample {key} has no caption; fix: add {key}.txt to the tar")
-    name = f"{path.name}/{key}.{ending}"
+    name = f"{path.name}/{key}.{endings[0]}"
     return Picture(name, str(path), label, tuple(captions), offset, length)
 
 
@@ -216,7 +235,7 @@ def _tar_of_tars(path: Path, split: str) -> Listing:
 
 
 def _classes(names: Sequence[str]) -> tuple[int, tuple[str, ...]]:
-    return max(1, len(names)), tuple(names)
+    return max(1, len(names)), tuple(utf8_name(name) for name in names)
 
 
 def _folders(root: Path) -> list[str]:

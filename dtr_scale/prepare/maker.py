@@ -1,4 +1,4 @@
-"""Making shards: pictures are read ahead by threads, encoded in batches, and summed up."""
+"""Make shards of pictures: read ahead in threads, encode in batches, sum up channels."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dtr_scale.prepare.encode import PictureEncoder, TextEncoder
 from dtr_scale.prepare.images import UnreadablePictureError, read_ahead, read_picture
-from dtr_scale.prepare.listing import Picture
+from dtr_scale.prepare.listing import Picture, utf8_name
 from dtr_scale.prepare.writer import StoredSample, shard_name
 
 log = logging.getLogger(__name__)
@@ -31,14 +31,13 @@ class Work(NamedTuple):
         return shard_name(self.split, self.number)
 
     def told(self, picture: Picture) -> str:
-        """Return the picture's name for the manifest, whose JSON is UTF-8 whatever disks hold."""
-        name = picture.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        return f"{self.split}/{name}"
+        """Return the picture's name for the manifest."""
+        return f"{self.split}/{utf8_name(picture.name)}"
 
 
 @dataclass
 class MadeShard:
-    """A shard on its way to storage."""
+    """A shard with its samples, not stored yet."""
 
     work: Work
     channels: int
@@ -105,6 +104,13 @@ class ShardMaker:
         except UnreadablePictureError as error:
             return error
 
+    def is_storable(self, picture: Picture) -> bool:
+        """Tell whether a picture can be read, and encoded to finite numbers."""
+        answer = self.read(picture)
+        return isinstance(answer, np.ndarray) and bool(
+            np.isfinite(self._encoder.encode(answer[None])).all()
+        )
+
     def _add(
         self,
         shard: MadeShard,
@@ -115,18 +121,25 @@ class ShardMaker:
         arrays: list[np.ndarray] = []
         for picture, answer in zip(batch, answers, strict=True):
             if isinstance(answer, UnreadablePictureError):
-                shard.unreadable.append(shard.work.told(picture))
-                log.warning("%s cannot be read: %s", shard.unreadable[-1], answer)
+                _leave_out(shard, picture, f"cannot be read: {answer}")
             else:
                 pictures.append(picture)
                 arrays.append(answer)
         if not pictures:
             return
         stored = self._encoder.encode(np.stack(arrays))
-        for numbers in self._encoder.means(stored):
-            shard.count(numbers)
-        for array, picture, context in zip(stored, pictures, self._contexts(pictures), strict=True):
-            shard.samples.append(StoredSample(array, picture.label, picture.captions, context))
+        parts = zip(
+            pictures, stored, self._encoder.means(stored), self._contexts(pictures), strict=True
+        )
+        for picture, array, numbers, context in parts:
+            # One such sample would end the training that draws it.
+            if not np.isfinite(array).all():
+                _leave_out(shard, picture, "is encoded to numbers that are not finite")
+            elif context is not None and not np.isfinite(context).all():
+                _leave_out(shard, picture, "has captions whose tokens are not finite")
+            else:
+                shard.count(numbers)
+                shard.samples.append(StoredSample(array, picture.label, picture.captions, context))
 
     def _contexts(self, pictures: Sequence[Picture]) -> Sequence[np.ndarray | None]:
         """Return the tokens of each picture's captions, float16 [captions, L, D]."""
@@ -136,24 +149,29 @@ class ShardMaker:
         return np.split(tokens, np.cumsum([len(one.captions) for one in pictures])[:-1])
 
 
+def _leave_out(shard: MadeShard, picture: Picture, reason: str) -> None:
+    shard.unreadable.append(shard.work.told(picture))
+    log.warning("%s %s", shard.unreadable[-1], reason)
+
+
 class Progress:
     """What a person sees: a bar with pictures/s and time left, or a line per shard in a log."""
 
     def __init__(self, pictures: int, shards: int, *, shown: bool) -> None:
         self._pictures, self._shards = pictures, shards
-        self._made = self._stored = 0
+        self.num_made = self._stored = 0
         self._start = time.monotonic()
         off = None if shown else True  # None: off where there is no terminal
         self._bar = tqdm(total=pictures, unit=" pictures", smoothing=0.05, disable=off)
 
     def made(self, pictures: int) -> None:
-        self._made += pictures
+        self.num_made += pictures
         self._bar.update(pictures)
 
     def stored(self, name: str, samples: int) -> None:
         self._stored += 1
-        speed = max(1, self._made) / (time.monotonic() - self._start)
-        left = timedelta(seconds=round((self._pictures - self._made) / speed))
+        speed = max(1, self.num_made) / (time.monotonic() - self._start)
+        left = timedelta(seconds=round((self._pictures - self.num_made) / speed))
         told = f"{name}: {samples} samples, shard {self._stored} of {self._shards}"
         log.info("%s, %.1f pictures/s, eta %s", told, speed, left)
 

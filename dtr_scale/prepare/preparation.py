@@ -1,4 +1,4 @@
-"""Preparing pictures: listed, made into shards and stored, by any number of ranks.
+"""Prepare a listing of pictures as shards with a manifest, on any number of ranks.
 
 Shard i of a split is a function of the listing, the settings and i alone, and rank r of W makes
 the shards r, r + W, ...: whatever was killed and however many ranks go on, the bytes are the same.
@@ -17,6 +17,7 @@ import numpy as np
 from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, Origin, read_manifest
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.encode import PictureEncoder, TextEncoder
+from dtr_scale.prepare.images import UnreadablePictureError, read_ahead
 from dtr_scale.prepare.ledger import Ledger, ShardRecord
 from dtr_scale.prepare.listing import MAX_CAPTIONS, Listing
 from dtr_scale.prepare.maker import MadeShard, Progress, ShardMaker, Work
@@ -26,6 +27,7 @@ from dtr_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 
+_LOOK_AHEAD = 10_000  # pictures that are still read when too many could not be
 _TAR_BLOCK = 512  # bytes: a member has a header of one, and is filled up to whole ones
 
 
@@ -60,6 +62,7 @@ class Preparation:
         self._folder = folder
         self._text_encoder = text_encoder
         self._max_unreadable = max_unreadable
+        self._num_workers = num_workers
         self._rank, self._world_size = rank, world_size
         self._leaving = leaving
         self._unreadable = 0
@@ -110,7 +113,7 @@ class Preparation:
         """Tell whether a picture that a shard lacks can be read by now."""
         unreadable = set(record.unreadable)
         lacking = (picture for picture in work.pictures if work.told(picture) in unreadable)
-        return any(isinstance(self._maker.read(picture), np.ndarray) for picture in lacking)
+        return any(self._maker.is_storable(picture) for picture in lacking)
 
     def _make(self, works: Sequence[Work]) -> None:
         """Make and store shards, each stored while the next is made."""
@@ -120,6 +123,8 @@ class Preparation:
         def on_batch(pictures: int, unreadable: int) -> bool:
             progress.made(pictures)
             self._unreadable += unreadable
+            if self._are_too_many(self._unreadable):
+                self._look_ahead(works, progress.num_made)
             self._check_unreadable(self._unreadable)
             return not self._leaving()
 
@@ -135,6 +140,23 @@ class Preparation:
             finally:
                 progress.close()
 
+    def _look_ahead(self, works: Sequence[Work], first: int) -> None:
+        """Read on from picture `first` without encoding, so that more are named at once."""
+        rest = [(work, picture) for work in works for picture in work.pictures]
+        rest = rest[first : first + _LOOK_AHEAD]
+        if rest:
+            log.warning("too many pictures cannot be read; looking at %d more", len(rest))
+        read = read_ahead(
+            [[one] for one in rest],
+            lambda one: self._maker.read(one[1]),
+            num_workers=self._num_workers,
+            ahead=2 * self._num_workers,
+        )
+        for (work, picture), (answer,) in zip(rest, read, strict=True):
+            if isinstance(answer, UnreadablePictureError):
+                self._unreadable += 1
+                log.warning("%s cannot be read: %s", work.told(picture), answer)
+
     def _store(self, shard: MadeShard, progress: Progress) -> None:
         work = shard.work
         stored = write_shard(self._folder, work.split, work.number, shard.samples, work.first_key)
@@ -147,13 +169,20 @@ class Preparation:
             np.save(content, self._text_encoder.encode([""])[0])
             self._folder.write_bytes(NULL_CONTEXT_NAME, content.getvalue())
 
+    @property
+    def _num_pictures(self) -> int:
+        return sum(origin.pictures for origin in self._plan.origins.values())
+
+    def _are_too_many(self, unreadable: int) -> bool:
+        return unreadable > self._max_unreadable * self._num_pictures
+
     def _check_unreadable(self, unreadable: int) -> None:
-        pictures = sum(origin.pictures for origin in self._plan.origins.values())
-        if unreadable > self._max_unreadable * pictures:
+        if self._are_too_many(unreadable):
             raise DataError(
-                f"{unreadable} of {pictures} pictures cannot be read (the log names them), more "
-                f"than --max-unreadable={self._max_unreadable:g} allows; fix: mend them, or allow "
-                "more, and start the command again; after removing some, give another --out"
+                f"{unreadable} of {self._num_pictures} pictures cannot be read (the log names "
+                f"them), more than --max-unreadable={self._max_unreadable:g} allows; fix: mend "
+                "them, or allow more, and start the command again; after removing some, give "
+                "another --out"
             )
 
 

@@ -135,7 +135,12 @@ def test_weights_are_known_by_their_numbers(vae_path, tmp_path):
     ("make", "message"),
     [
         (lambda path: PosteriorEncoder(f"{path}/none", 32, CPU), "autoencoder '.*none' cannot be"),
+        (lambda path: PosteriorEncoder(f"{path}/none", 32, CPU), "loaded: there is no such folder"),
         (lambda path: PosteriorEncoder("a/b", 32, CPU, local_only=True), "accepted: a name of the"),
+        (
+            lambda path: PosteriorEncoder("a/b", 32, CPU),
+            "it is not in the cache, and the hub is ou",
+        ),
         (lambda path: PosteriorEncoder(str(path), 30, CPU), "--size=30 is not accepted by .* of 4"),
         (lambda path: TextEncoder("ViT-L-14", "mine", CPU), "mine is no file, .* are: openai, lai"),
         (lambda path: TextEncoder("ViT-Q", "openai", CPU), "the known weights are: none"),

@@ -146,6 +146,20 @@ def test_storage_that_does_not_get_over_it_is_no_unreadable_picture(tmp_path, fa
         read_picture(tmp_path / "x.png", 16)
 
 
+def test_postscript_is_unreadable_and_starts_no_program(tmp_path, monkeypatch):
+    """Pillow opens it by Ghostscript, whatever the file's name."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # look for it on PATH again
+    (tmp_path / "x.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(UnreadablePictureError, match="UnidentifiedImageError"):
+        read_picture(tmp_path / "x.jpg", 16)
+    assert not (tmp_path / "started").exists()
+
+
 def test_a_lack_of_memory_is_no_unreadable_picture(tmp_path, monkeypatch):
     def lacking(image, size):
         raise MemoryError

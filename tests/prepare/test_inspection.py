@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest, write_manifest
+from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, read_manifest, write_manifest
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.prepare.encode import PixelEncoder, TextEncoder
 from dtr_scale.prepare.inspection import describe, draw_samples, verify
 from dtr_scale.prepare.listing import coco
 from dtr_scale.prepare.preparation import Preparation
+from dtr_scale.prepare.writer import StoredSample, write_shards
 from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import as_bytes, captioned, noise_picture, small_clip
 
@@ -86,6 +87,35 @@ def test_a_manifest_that_counts_wrong_is_told(copy):
     assert problem == f"{manifest.shards[0].samples} samples, the manifest says 77"
 
 
+def test_numbers_that_are_not_finite_are_told(folder, monkeypatch):
+    """Also where a shard is read in many pieces; in the tokens of captions, too."""
+    arrays = np.ones((9, 2, 2, 4, 4, 4), np.float16)
+    arrays[3, 1, 0, 2, 1, 1], arrays[8, 0, 0, 0, 0, 0] = np.nan, np.inf
+    tokens = np.ones((9, 2, 3, 5), np.float16)
+    tokens[5, 1, 2, 4] = -np.inf
+    samples = [
+        StoredSample(array, 0, ("a", "b"), context)
+        for array, context in zip(arrays, tokens, strict=True)
+    ]
+    shards = tuple(write_shards(folder, samples, "train", 5))
+    manifest = Manifest(
+        encoding="posterior",
+        shape=(4, 4, 4),
+        dtype="float16",
+        scale_factor=1.0,
+        shift=0.0,
+        num_classes=1,
+        context_shape=(3, 5),
+        shards=shards,
+    )
+    for num_bytes in (32 * 2**20, 1024, 100):
+        monkeypatch.setattr("dtr_scale.prepare.inspection._PIECE_BYTES", num_bytes)
+        assert {name: problem for name, _, problem in verify(folder, manifest) if problem} == {
+            "train-000000.tar": "numbers that are not finite in samples 3",
+            "train-000001.tar": "numbers that are not finite in samples 0, 3",
+        }
+
+
 def test_a_class_too_many_is_told(folder):
     manifest = prepare_digits(folder)
     write_manifest(folder, manifest.model_copy(update={"num_classes": 9}))
@@ -133,5 +163,5 @@ def test_a_cut_shard_is_named_when_samples_are_drawn(digits, tmp_path):
     for path in digits.iterdir():
         folder.write_bytes(path.name, path.read_bytes())
     folder.write_bytes("val-000000.tar", folder.read_bytes("val-000000.tar")[:1000])
-    with pytest.raises(DataError, match=r"val-000000.tar is cut; see dtr-scale prepare verify"):
+    with pytest.raises(DataError, match=r"val-000000.tar is cut; see dtr-scale data verify"):
         draw_samples(folder, read_manifest(folder), "val", 10)

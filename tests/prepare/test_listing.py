@@ -1,6 +1,7 @@
 """Where pictures lie: listed from folders, JSON and tars, and read from where the list says."""
 
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -193,6 +194,28 @@ def test_webdataset_tars_are_read_by_offset(tmp_path):
     assert webdataset(tmp_path, num_classes=12).num_classes == 12
 
 
+def test_a_map_beside_a_picture_is_not_the_picture(tmp_path):
+    members = {"x.depth.png": as_bytes(noise_picture(1)), "x.jpg": as_bytes(noise_picture(2))}
+    (tmp_path / "a.tar").write_bytes(tar_of(members))
+    (picture,) = webdataset(tmp_path).splits["train"]
+    assert picture.name == "a.tar/x.jpg"
+    assert_shows(picture, noise_picture(2))
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path):
+    root = class_folders(tmp_path / "src", {os.fsdecode(b"caf\xe9"): 1, "tea": 1})
+    listing = image_folder(root)
+    assert listing.class_names == ("caf\\xe9", "tea")
+    assert [picture.label for picture in listing.splits["train"]] == [0, 1]
+    content = {
+        "images": [{"id": 1, "file_name": "x.jpg"}],
+        "annotations": [{"id": 5, "image_id": 1, "caption": "half \ud83d"}],
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(content))
+    (picture,) = coco(tmp_path, tmp_path / "captions.json").splits["train"]
+    assert picture.captions == ("half ?",)
+
+
 def test_endings_may_be_in_capitals(tmp_path):
     members = {"x.JPG": as_bytes(noise_picture(1)), "x.CLS": b"3", "x.TXT": b"a caption"}
     (tmp_path / "A.TAR").write_bytes(tar_of(members))
@@ -282,6 +305,17 @@ ONE = '{"images": [{"id": 1, "file_name": "x.jpg"}, {"id": 2, "file_name": "y.jp
             webdataset,
             "source: sample x is of class -1; accepted: 0, 1",
         ),
+        (
+            _tar({"x.jpg": PICTURE, "x.cls": b"10000000000000000000"}),
+            webdataset,
+            "sample x is of class 10000000000000000000; accepted: 0, 1, 2, ..., 999999",
+        ),
+        (
+            _tar({"x.jpg": PICTURE, "x.png": PICTURE}),
+            webdataset,
+            "source: x.jpg and x.png are pictures of one sample; accepted: one of them",
+        ),
+        (_tar({"x.depth.png": PICTURE}), webdataset, "sample x has no picture, only .depth.png"),
         (
             _tar({"x.jpg": PICTURE}),
             lambda path: webdataset(path, with_captions=True),

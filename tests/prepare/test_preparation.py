@@ -322,6 +322,60 @@ def test_too_many_unreadable_pictures_stop_the_run(damaged, tmp_path, rank):
     assert read_manifest(folder).num_samples("train") == 37
 
 
+def test_of_too_many_unreadable_pictures_all_are_named(tmp_path, warnings_of):
+    root = class_folders(tmp_path / "src", {"a": 200})
+    broken = [f"a/{i:03d}.png" for i in range(0, 200, 40)]
+    for name in broken:
+        (root / name).write_bytes(b"")
+    with pytest.raises(DataError, match="5 of 200 pictures cannot be read"):
+        preparation(root, open_folder(tmp_path / "out"), max_unreadable=0.0).run()
+    told = warnings_of("dtr_scale.prepare.maker") + warnings_of("dtr_scale.prepare.preparation")
+    assert {w.split()[0] for w in told if "cannot be read: " in w} == {f"train/{n}" for n in broken}
+
+
+class Overflowing(PosteriorEncoder):
+    """An autoencoder whose numbers overflow for pictures that are dark at the corner."""
+
+    def encode(self, pictures):
+        stored = super().encode(pictures)
+        stored[pictures[:, 0, 0, 0] < 64, 1, 1] = np.inf
+        return stored
+
+
+def test_pictures_with_latents_that_are_not_finite_are_left_out(vae_path, tmp_path, warnings_of):
+    """Also at the next start, which does not make their shard again and again."""
+    root = class_folders(tmp_path / "src", {"a": 20})
+    dark = {
+        f"train/{p.name}"
+        for p in image_folder(root).splits["train"]
+        if read_picture(p.path, SIZE)[0, 0, 0] < 64
+    }
+    assert 0 < len(dark) < 20
+    encoder = Overflowing(str(vae_path), SIZE, CPU)
+    folder = open_folder(tmp_path / "out")
+    options = {"shard_bytes": 10_000, "max_unreadable": 1.0, "world_size": 2}
+    with pytest.raises(DataError, match="pictures cannot be read"):
+        preparation(root, folder, encoder, **options | {"max_unreadable": 0.0}).run()
+    preparation(root, folder, encoder, rank=0, **options).run()
+    records = [name for name in folder.names() if name.endswith(".record.json")]
+    before = written(folder, records)
+    preparation(root, folder, encoder, rank=0, **options).run()
+    assert written(folder, records) == before
+    preparation(root, folder, encoder, rank=1, **options).run()
+    manifest = read_manifest(folder)
+    assert set(manifest.unreadable) == dark
+    assert manifest.num_samples("train") == 20 - len(dark)
+    assert np.isfinite(manifest.channel_mean).all()
+    assert not [problem for *_, problem in verify(folder, manifest) if problem]
+    assert "is encoded to numbers that are not finite" in warnings_of("dtr_scale.prepare.maker")[0]
+
+
+def test_a_class_whose_name_is_not_utf_8_is_escaped(tmp_path):
+    root = class_folders(tmp_path / "src", {os.fsdecode(b"caf\xe9"): 2, "tea": 1})
+    preparation(root, open_folder(tmp_path / "out")).run()
+    assert read_manifest(open_folder(tmp_path / "out")).class_names == (r"caf\xe9", "tea")
+
+
 def test_mended_pictures_are_stored_by_the_next_start(damaged, folder, tmp_path):
     """The shards that lack them are made again, the others are left alone."""
     ranks = {"world_size": 2, "max_unreadable": 1.0}

@@ -44,10 +44,10 @@ def test_retries_are_told_at_most_every_few_seconds(aws, warnings_of):
 
 def test_a_server_that_stays_silent_is_told(aws, warnings_of):
     aws.setattr(s3, "_PATIENCE_SECONDS", 0.1)
-    aws.setattr(s3, "_REQUEST_SECONDS", 0.5)
+    aws.setattr(s3, "_REQUEST_SECONDS", 5.0)  # connecting takes some
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ConnectionError, match=r"no success within 0\.5 s"):
+        with pytest.raises(ConnectionError, match=r"no success within 5 s"):
             open_folder("s3://bucket/x", KEYS | {"endpoint_url": url}).read_bytes("a")
     assert warnings_of("dtr_scale.storage.s3")[0].startswith("s3://bucket/x/a: no answer for")
 
