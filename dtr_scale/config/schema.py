@@ -65,7 +65,7 @@ class DataConfig(Section):
     of its lanes. The order of samples depends on it."""
     cache_dir: str | None = None
     """Where the processes of a node keep shards from object storage, and note which files they
-    have verified; default: a folder under the temporary one."""
+    have verified; default: dtr_scale/shards in XDG_CACHE_HOME or ~/.cache."""
     cache_gb: Annotated[float, Field(ge=0.0)] = 64
     """Most that is kept there, more than a node's windows; what is needed last goes first.
     0: no local disk is used, each process holds the shards of its windows in memory."""

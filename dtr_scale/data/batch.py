@@ -126,7 +126,7 @@ class BatchAssembler:
         salt: int,
         x_start: Tensor,
     ) -> None:
-        """Fill x_start as `Manifest.decode` does, for all samples at once."""
+        """Fill x_start: stored * scale_factor + shift, of a posterior mean + std * eps."""
         manifest = self.samples.manifest
         numbers = torch.from_numpy(stored)
         if manifest.encoding == "posterior":

@@ -1,4 +1,4 @@
-"""What a full cache of shards gives up first: what will be used last."""
+"""Evict the shards whose next use is farthest away (Belady)."""
 
 import contextlib
 import fcntl
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
+
+from dtr_scale.data.seals import open_copy, open_lock
 
 _IDLE_SECONDS = 3600.0
 
@@ -51,7 +53,8 @@ class CacheFolder:
     def evict(self, num_bytes: int, *, in_use: bool = False) -> int:
         """Remove copies of `num_bytes` together and return what they had; 0: none can go."""
         freed = 0
-        with (self.path / "evict.lock").open("ab") as lock:
+        with open_lock(self.path / "evict.lock") as lock:
+            # One process at a time, or two would both free the room that one of them needs.
             fcntl.flock(lock, fcntl.LOCK_EX)
             for copy in self._least_needed_first():
                 if freed >= num_bytes:
@@ -83,7 +86,7 @@ class CacheFolder:
 def _is_free(path: Path) -> bool:
     """Tell whether no process holds a copy open."""
     try:
-        with path.open("rb") as file:
+        with open_copy(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileNotFoundError, BlockingIOError):
         return False

@@ -7,6 +7,7 @@ before its place is used again: a fifth of what it costs to send tensors from pr
 import contextlib
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dtr_scale.data.batch import BatchAssembler, MicroBatch
 from dtr_scale.data.manifest import one_line
 from dtr_scale.data.order import lane_major
-from dtr_scale.data.workers import obey_parent_only, starting_workers
+from dtr_scale.data.reader import Replaced, taken
+from dtr_scale.data.workers import obey_parent_only, shared, starting_workers
 from dtr_scale.errors import DataError, DtrScaleError
+
+_logger = logging.getLogger(__name__)
 
 
 class _Key(NamedTuple):
@@ -29,7 +33,14 @@ class _Key(NamedTuple):
     slot: int
 
 
-class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
+class _Read(NamedTuple):
+    """What a process that reads hands over."""
+
+    batch: "MicroBatch | int | DtrScaleError"  # the number of its slot, if it has one
+    replaced: Sequence[Replaced]
+
+
+class _MicroBatches(Dataset[_Read]):
     """Micro-batches of one rank by (position, number in its step, salt); runs in the workers.
 
     `places` int [micro-batches of a step, n] are the rank's, `node_lanes` those of its node.
@@ -49,8 +60,12 @@ class _MicroBatches(Dataset["MicroBatch | int | DtrScaleError"]):
         self._slots = slots
         self._wanted: list[int] = []
 
-    def __getitem__(self, key: _Key) -> "MicroBatch | int | DtrScaleError":
+    def __getitem__(self, key: _Key) -> _Read:
         """Return the micro-batch; our own errors come as values, so that they stay one line."""
+        batch = self._read(key)
+        return _Read(batch, taken(self._assembler.samples))
+
+    def _read(self, key: _Key) -> "MicroBatch | int | DtrScaleError":
         out = None if self._slots is None else MicroBatch(*(t[key.slot] for t in self._slots))
         try:
             self._prefetch(key.samples_seen)
@@ -141,7 +156,10 @@ class BatchLoader:
         # One more than workers may be told to fill: the one that is being copied out.
         self._num_slots = num_workers * prefetch + 1
         self._slots: MicroBatch | None = None
-        self._batches: Iterator[MicroBatch | int | DtrScaleError] | None = None
+        self.num_replaced = 0
+        """Places that were given to another sample, because their own is not finite."""
+        self._told: set[tuple[str, int]] = set()
+        self._batches: Iterator[_Read] | None = None
         self.seek(0)
 
     def seek(self, samples_seen: int, salt: int = 0) -> None:
@@ -168,7 +186,7 @@ class BatchLoader:
             if self._num_workers:
                 return self._read_here(self._samples_seen, self.places[0], self._salt)
         try:
-            batch = next(self._batches)
+            batch, replaced = next(self._batches)
         except (RuntimeError, OSError, EOFError) as error:
             # torch says "Caught" of what a worker raised; the rest is a connection to a dead one.
             if not self._num_workers or "Caught " in str(error):
@@ -177,6 +195,7 @@ class BatchLoader:
                 f"a data worker was killed ({one_line(error)}); fix: give the job more memory, or "
                 f"lower data.num_workers (now {self._num_workers})"
             ) from error
+        self._tell(replaced)
         if isinstance(batch, DtrScaleError):
             raise batch
         return self._copied_out(batch) if isinstance(batch, int) else batch
@@ -185,8 +204,21 @@ class BatchLoader:
         try:
             return self._assembler.assemble(samples_seen, places, salt)
         finally:
+            self._tell(taken(self.samples))
             if self._num_workers:
                 self.samples.close()
+
+    def _tell(self, replaced: Sequence[Replaced]) -> None:
+        """Count samples that others stand in for, and name each once."""
+        self.num_replaced += len(replaced)
+        for shard, sample, by in replaced:
+            if (shard, sample) not in self._told:
+                self._told.add((shard, sample))
+                _logger.warning(
+                    "sample %d of shard %s is not finite: sample %d takes its place "
+                    "(samples replaced so far: %d); prepare the data again to mend it",
+                    sample, shard, by, len(self._told),
+                )  # fmt: skip
 
     def _copied_out(self, slot: int) -> MicroBatch:
         assert self._slots is not None
@@ -207,7 +239,7 @@ class BatchLoader:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _start(self) -> Iterator["MicroBatch | int | DtrScaleError"]:
+    def _start(self) -> Iterator[_Read]:
         workers: dict[str, Any] = {}
         if self._num_workers:
             workers = {
@@ -217,7 +249,8 @@ class BatchLoader:
             }
             if self._slots is None:
                 slots = self._assembler.empty(self._num_slots, self.places.shape[1])
-                self._slots = MicroBatch(*(tensor.share_memory_() for tensor in slots))
+                fix = f"lower data.num_workers (now {self._num_workers}) or train.micro_batch_size"
+                self._slots = MicroBatch(*shared(slots, fix))
         loader = DataLoader(
             _MicroBatches(self._assembler, self.places, self._node_lanes, self._slots),
             sampler=_Keys(

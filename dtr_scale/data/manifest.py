@@ -1,8 +1,9 @@
-"""The manifest of prepared data: what a folder of shards holds, described and checked here."""
+"""Describe what a folder of shards holds, and read and check that description."""
 
 import contextlib
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -112,21 +113,10 @@ class Manifest(_Record):
         """Return how many samples a split has."""
         return sum(shard.samples for shard in self.split(split))
 
-    def decode(
-        self, stored: np.ndarray, *, mirrored: bool, generator: np.random.Generator | None
-    ) -> np.ndarray:
-        """Return x_start, float32 [C, H, W], of a stored array.
-
-        `generator` draws eps of a posterior (x = mean + std * eps); without one x is the mean.
-        """
-        if self.encoding == "posterior":
-            mean, std = stored[int(mirrored)].astype(np.float32)
-            if generator is not None:
-                mean += std * generator.standard_normal(mean.shape, dtype=np.float32)
-            x_start = mean
-        else:
-            x_start = (stored[..., ::-1] if mirrored else stored).astype(np.float32)
-        return x_start * np.float32(self.scale_factor) + np.float32(self.shift)
+    def decode(self, stored: np.ndarray) -> np.ndarray:
+        """Return x_start, float32 [C, H, W], of a stored array; of a posterior, of its mean."""
+        numbers = stored[0, 0] if self.encoding == "posterior" else stored
+        return numbers.astype(np.float32) * np.float32(self.scale_factor) + np.float32(self.shift)
 
 
 def read_manifest(folder: Folder, split: str | None = "train") -> Manifest:
@@ -146,6 +136,9 @@ def read_manifest(folder: Folder, split: str | None = "train") -> Manifest:
         raise DataError(f"{where}: {field}: {first['msg']}{more}; {fix}") from error
     if not manifest.shards:
         raise DataError(f"{where} lists no shards; {fix}")
+    for name, times in Counter(shard.name for shard in manifest.shards).items():
+        if times > 1:  # each time would be trained on
+            raise DataError(f"{where} lists shard {name} {times} times; list it once")
     if split is None:
         return manifest
     if not manifest.split(split):

@@ -1,18 +1,19 @@
-"""Reading samples of prepared shards at their offsets; no tar is parsed here."""
+"""Read samples of prepared shards at their offsets, without parsing a tar."""
 
-import os
 from collections.abc import Callable, Sequence
-from io import FileIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dtr_scale.data.cache import GIB, ShardCache
+from dtr_scale.data.cache import GIB, choose_shards
+from dtr_scale.data.finite import rows_not_finite
 from dtr_scale.data.manifest import Manifest, data_errors
-from dtr_scale.data.prefetch import OpenShards
-from dtr_scale.data.shards import Split
+from dtr_scale.data.prefetch import Prefetcher
+from dtr_scale.data.shards import OpenShard
+from dtr_scale.data.split import Split
+from dtr_scale.errors import DataError
 from dtr_scale.storage.folder import Folder
 
 Condition = int | np.ndarray
@@ -21,9 +22,7 @@ Condition = int | np.ndarray
 Sample = tuple[np.ndarray, Condition]
 """Stored array and condition."""
 
-
-_MOST_BY_RANGE = 256
-"""Samples that are fetched alone before a process waits for whole shards, which come 10x faster."""
+_TOKEN = np.dtype(np.float16)
 
 
 class Views(NamedTuple):
@@ -33,11 +32,21 @@ class Views(NamedTuple):
     conditions: np.ndarray  # int64 [n], or float32 [n, L, D]
 
 
+class Replaced(NamedTuple):
+    """A sample that is not finite, and which of its shard took its place."""
+
+    shard: str
+    sample: int
+    by: int
+
+
 class Samples(Protocol):
     """Samples of one split by (shard, index): `SampleReader`, `SyntheticSource`."""
 
     manifest: Manifest
     shard_samples: tuple[int, ...]
+    replaced: list[Replaced]
+    """What was replaced since `taken` emptied the list."""
 
     def read(self, shard: int, index: int) -> Sample:
         """Return the stored array and the condition (the first caption) of a sample."""
@@ -64,12 +73,19 @@ class Samples(Protocol):
         ...
 
 
+def taken(samples: Samples) -> list[Replaced]:
+    """Return what was replaced since the last call."""
+    replaced, samples.replaced = samples.replaced, []
+    return replaced
+
+
 class SampleReader:
     """The samples of one split of a prepared folder, by (shard, index in the shard).
 
-    A sample is one read at a known offset of a whole, verified shard. Where reading begins, before
-    whole shards have come from object storage, the first samples are fetched one by one; their
-    shard is verified when it arrives. What is not as the manifest says raises a DataError.
+    A sample is one read at a known offset of a shard. What is not as the manifest says raises a
+    DataError. In the place of a sample whose stored numbers are not finite comes the nearest good
+    sample before it in its shard, else the nearest after it: a function of the data alone, so the
+    same at any world size and after any resume.
     """
 
     def __init__(
@@ -83,46 +99,35 @@ class SampleReader:
         cache_max_bytes: int = 64 * GIB,
     ) -> None:
         self.manifest = manifest
-        shards = manifest.split(split)
-        self.shard_samples = tuple(shard.samples for shard in shards)
-        self.cache = ShardCache(folder, shards, cache_dir, cache_max_bytes)
-        self._split = Split(manifest, self.cache)
+        self.split = Split(folder, manifest, split)
+        self.shards = choose_shards(self.split, cache_dir, cache_max_bytes)
+        self.shard_samples = tuple(shard.samples for shard in self.split.shards)
+        self.replaced: list[Replaced] = []
         self._max_open = 2 * window_shards
         self._dtype = np.dtype(manifest.dtype)
         self._num_views = 2 if manifest.encoding == "posterior" else 1
         self._view_shape = manifest.stored_shape[self._num_views - 1 :]
         self._view_bytes = self._dtype.itemsize * int(np.prod(self._view_shape))
+        self._caption_bytes = _TOKEN.itemsize * int(np.prod(manifest.context_shape or 0))
         self._begin()
 
     def _begin(self) -> None:
-        self._shelf = OpenShards(self._split.open, self._max_open)
-        self._rows: dict[int, np.ndarray] = {}  # of shards that have not come yet
-        self._by_range = _MOST_BY_RANGE
+        self._prefetcher = Prefetcher(self.shards, self._max_open)
         self._buffers: dict[str, np.ndarray] = {}
+        self._good: dict[tuple[int, int], int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shelf": None}  # threads and files
+        return self.__dict__ | {"_prefetcher": None}  # threads and files
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._begin()
 
-    def of_first_shards(self, num_shards: int) -> "SampleReader":
-        """Return a reader of the first shards of the split alone."""
-        cache = self.cache
-        shards = cache.shards[:num_shards]
-        return SampleReader(
-            cache.folder,
-            self.manifest.model_copy(update={"shards": shards}),
-            shards[0].split,
-            window_shards=self._max_open // 2,
-            cache_dir=cache.files.path,
-            cache_max_bytes=cache.files.max_bytes,
-        )
-
     def read(self, shard: int, index: int) -> Sample:
         """Return the stored array and the condition (the first caption) of a sample."""
-        self._shelf.get(shard)
+        self._prefetcher.get_whole(shard)
+        if not self._is_good(shard, index):
+            index = self._good_neighbour(shard, index)
         located, zero = np.array([[shard, index]]), np.zeros(1)
         stored, condition = [], 0
         for view in range(self._num_views):
@@ -136,105 +141,106 @@ class SampleReader:
         try:
             return self._read_views(located, mirrored, caption)
         except OSError:
-            # The whole shard tells what is wrong, and with which of them.
-            self._by_range = 0
-        with data_errors(self.cache.folder, "a shard"):
+            # Of a request for single samples. The whole shard tells what is wrong.
+            self._prefetcher.whole_only()
+        with data_errors(self.split.folder, "a shard"):
             return self._read_views(located, mirrored, caption)
 
     def null_condition(self) -> np.ndarray:
         """Return the empty caption's tokens, zeros where the data has none, float32 [L, D]."""
-        return self._split.null_condition()
+        return self.split.null_condition()
 
     def check_sizes(self) -> None:
         """Look at every shard's size before training: DataError for one missing or cut short."""
-        self._split.check_sizes()
+        self.split.check_sizes()
 
     def prefetch(self, wanted: Sequence[int], next_uses: Callable[[], Sequence[int]]) -> None:
         """Hold these shards ready; `next_uses` tells in which order shards are needed again."""
-        shards = self.cache.shards
-
-        def hashes() -> list[str]:
-            order = dict.fromkeys(chain(next_uses(), range(len(shards))))
-            return [shards[shard].sha256 for shard in order]
-
-        self.cache.files.next_uses = hashes
-        self._shelf.plan(wanted)
+        # The last are those of other nodes: needed by this job, but farthest away.
+        every = range(len(self.shard_samples))
+        self.shards.expect(lambda: dict.fromkeys(chain(next_uses(), every)))
+        self._prefetcher.plan(wanted)
 
     def close(self) -> None:
         """Close the shards; they are opened again when needed."""
-        self._shelf.close()
-        self.cache.files.next_uses = tuple
-        self._by_range = _MOST_BY_RANGE
+        self._prefetcher.close()
+        self.shards.expect(tuple)
 
     def _read_views(self, located: np.ndarray, mirrored: np.ndarray, caption: np.ndarray) -> Views:
-        shards = located[:, 0].tolist()
-        files: dict[int, FileIO | None] = {}
+        places = {i: np.flatnonzero(located[:, 0] == i) for i in set(located[:, 0].tolist())}
+        # All of them before the first is read: opening one may close others.
+        opened = {i: self._prefetcher.get(i, places) for i in places}
         rows = np.empty((len(located), 4), np.int64)
-        needed = set(shards)
-        for shard in needed:
-            files[shard], index = self._find(shard, needed)
-            here = located[:, 0] == shard
-            rows[here] = index[located[here, 1]]
-        offsets = rows[:, 0]
-        if self._num_views > 1:
-            offsets = offsets + mirrored * self._view_bytes
-        content = self._fill("stored", shards, files, offsets, self._view_bytes)
-        stored = content.view(self._dtype).reshape(-1, *self._view_shape)
-        if self.manifest.context_shape is None:
-            return Views(stored, rows[:, 1])
-        num_bytes = 2 * int(np.prod(self.manifest.context_shape))
-        offsets = rows[:, 2] + np.floor(caption * rows[:, 3]).astype(np.int64) * num_bytes
-        tokens = self._fill("context", shards, files, offsets, num_bytes).view(np.float16)
-        return Views(stored, tokens.reshape(-1, *self.manifest.context_shape).astype(np.float32))
+        for i, here in places.items():
+            rows[here] = opened[i].rows[located[here, 1]]
+        reading = [(opened[i], here) for i, here in places.items()]
+        offsets = rows[:, 0] + mirrored * self._view_bytes * (self._num_views > 1)
+        stored = self._fill("stored", reading, offsets, self._view_bytes)
+        stored = stored.view(self._dtype).reshape(-1, *self._view_shape)
+        bad = rows_not_finite(stored)
+        conditions = rows[:, 1]
+        if (shape := self.manifest.context_shape) is not None:
+            nth = np.floor(caption * rows[:, 3]).astype(np.int64)
+            offsets = rows[:, 2] + nth * self._caption_bytes
+            tokens = self._fill("context", reading, offsets, self._caption_bytes).view(_TOKEN)
+            bad = np.union1d(bad, rows_not_finite(tokens))
+            conditions = tokens.reshape(-1, *shape).astype(np.float32)
+        if len(bad):
+            return self._read_views(self._replace(located, bad), mirrored, caption)
+        return Views(stored, conditions)
 
     def _fill(
         self,
         name: str,
-        shards: list[int],
-        files: dict[int, FileIO | None],
+        reading: Sequence[tuple[OpenShard, np.ndarray]],
         offsets: np.ndarray,
         num_bytes: int,
     ) -> np.ndarray:
-        """Return the bytes at offsets [n] of shards [n], uint8 [n, num_bytes]."""
+        """Return the bytes at offsets [n], each in the shard of its place, uint8 [n, num_bytes]."""
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.shape[1] != num_bytes or len(buffer) < len(shards):
-            buffer = self._buffers[name] = np.empty((len(shards), num_bytes), np.uint8)
-        buffer = buffer[: len(shards)]
-        away = []
-        for row, shard, offset in zip(buffer, shards, offsets.tolist(), strict=True):
-            file = files[shard]
-            if file is None:
-                away.append((row, shard, offset))
-            elif (found := os.preadv(file.fileno(), [row], offset)) != num_bytes:
-                raise self._split.error(shard, f"{num_bytes} bytes at {offset}", f"{found}")
-        if away:
-            self._by_range -= len(away)
-            names = [self.cache.shards[shard].name for _, shard, _ in away]
-            ranges = [(n, at, at + num_bytes) for n, (_, _, at) in zip(names, away, strict=True)]
-            contents = self.cache.folder.read_ranges(ranges)
-            for (row, shard, offset), content in zip(away, contents, strict=True):
-                if len(content) != num_bytes:
-                    raise self._split.error(
-                        shard, f"{num_bytes} bytes at {offset}", f"{len(content)}"
-                    )
-                row[:] = np.frombuffer(content, np.uint8)
+        if buffer is None or buffer.shape[1] != num_bytes or len(buffer) < len(offsets):
+            buffer = self._buffers[name] = np.empty((len(offsets), num_bytes), np.uint8)
+        buffer = buffer[: len(offsets)]
+        parts = list(buffer)
+        ends = [
+            shard.read(offsets[here].tolist(), [parts[place] for place in here.tolist()])
+            for shard, here in reading
+        ]
+        for end in ends:
+            end()
         return buffer
 
-    def _find(self, shard: int, needed: set[int]) -> tuple[FileIO | None, np.ndarray]:
-        """Return a shard's file, None while its samples are to be fetched alone, and its index.
+    def _replace(self, located: np.ndarray, bad: np.ndarray) -> np.ndarray:
+        """Return `located` with a good sample in each bad place."""
+        located = located.copy()
+        for place in bad.tolist():
+            shard, index = located[place].tolist()
+            good = self._good_neighbour(shard, index)
+            self.replaced.append(Replaced(self.split.shards[shard].name, index, good))
+            located[place, 1] = good
+        return located
 
-        The files of the shards that are `needed` with it stay open.
-        """
-        opened = self._shelf.ready(shard)
-        if opened is None and self._is_still_away(shard):
-            if shard not in self._rows:
-                self._rows[shard] = self._split.rows(shard)
-            return None, self._rows[shard]
-        self._rows.pop(shard, None)
-        return opened or self._shelf.get(shard, needed)
+    def _good_neighbour(self, shard: int, index: int) -> int:
+        """Return the nearest good sample before one in its shard, else the nearest after it."""
+        if (shard, index) not in self._good:
+            candidates = chain(range(index)[::-1], range(index + 1, self.shard_samples[shard]))
+            good = next((near for near in candidates if self._is_good(shard, near)), None)
+            if good is None:
+                raise DataError(
+                    f"shard {self.split.shards[shard].name} in {self.split.folder.url}: none of "
+                    f"its {self.shard_samples[shard]} samples is finite (infinities or NaNs are "
+                    "stored); fix: prepare the data again (dtr-scale prepare)"
+                )
+            self._good[shard, index] = good
+        return self._good[shard, index]
 
-    def _is_still_away(self, shard: int) -> bool:
-        """Tell whether reading begins here and the shard has not come yet."""
-        if self._by_range <= 0 or self.cache.folder.is_local or self.cache.at_hand(shard):
-            return False
-        return not self._shelf.has_failed(shard)
+    def _is_good(self, shard: int, index: int) -> bool:
+        """Tell whether all numbers of a sample are finite, those of all views and captions."""
+        opened = self._prefetcher.get(shard)
+        at, _, captions_at, num_captions = opened.rows[index].tolist()
+        stored = np.empty(self._num_views * self._view_bytes, np.uint8)
+        captions = np.empty(num_captions * self._caption_bytes, np.uint8)
+        opened.read([at], [stored])()
+        opened.read([captions_at], [captions])()
+        numbers = stored.view(self._dtype)[None], captions.view(_TOKEN)[None]
+        return not any(len(rows_not_finite(each)) for each in numbers)

@@ -1,82 +1,182 @@
-"""One split of a prepared folder, held against its manifest."""
+"""Open shards: where they lie, in this process's memory, or sample by sample on their way here.
 
-import hashlib
-import io
+A shard is opened whole and verified, and stays readable until it is closed. `RangedShard` alone is
+not verified: it stands in for a shard that is on its way, and is verified with it.
+"""
+
+import contextlib
 import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from io import FileIO
+from typing import Protocol
 
 import numpy as np
 
-from dtr_scale.data.cache import ShardCache, closed_on_error
-from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, data_errors
-from dtr_scale.data.prefetch import OpenShard
-from dtr_scale.errors import DataError
+from dtr_scale.data.seals import ProcessSeals, Seals
+from dtr_scale.data.split import Split
 
 
-class Split:
-    """Opens the shards of a split; what is not as the manifest says raises a DataError."""
+class OpenShard(Protocol):
+    """A shard that can be read."""
 
-    def __init__(self, manifest: Manifest, cache: ShardCache) -> None:
-        self.manifest = manifest
-        self.cache = cache
+    rows: np.ndarray
+    """Where the samples lie, int64 [samples, 4]; see `dtr_scale.prepare.writer`."""
 
-    def check_sizes(self) -> None:
-        """Look at every shard's size before training: DataError for one missing or cut short."""
-        folder = self.cache.folder
-        with data_errors(folder, "the list of shards"):
-            sizes = folder.sizes()
-        for shard in self.cache.shards:
-            for name in (shard.name, shard.index_name):
-                with data_errors(folder, f"shard {name}"):
-                    if name not in sizes:
-                        raise FileNotFoundError(f"not among the {len(sizes)} files there")
-            if sizes[shard.name] != shard.bytes:
-                raise self.cache.mismatch(shard.name, f"bytes {shard.bytes}", sizes[shard.name])
+    def read(self, offsets: Sequence[int], buffer: Sequence[np.ndarray]) -> Callable[[], None]:
+        """Fill arrays of bytes with what stands at the offsets, and return what ends it.
 
-    def null_condition(self) -> np.ndarray:
-        """Return the empty caption's tokens, zeros where the data has none, float32 [L, D]."""
-        shape, expected = self.manifest.context_shape, self.manifest.null_context_sha256
-        assert shape is not None
-        if expected is None:
-            return np.zeros(shape, np.float32)
-        with data_errors(self.cache.folder, NULL_CONTEXT_NAME):
-            content = self.cache.folder.read_bytes(NULL_CONTEXT_NAME)
-        if (found := hashlib.sha256(content).hexdigest()) != expected:
-            raise self.cache.mismatch(NULL_CONTEXT_NAME, f"sha256 {expected}", found)
-        return np.load(io.BytesIO(content)).reshape(shape).astype(np.float32)
+        The arrays are filled once that is called: it waits for requests that are under way, so
+        that those to several shards run at once.
+        """
+        ...
 
-    def open(self, shard: int, wait: bool = True) -> OpenShard:
-        """Return a shard, verified; for `wait` see `ShardCache.open`."""
-        rows = self.rows(shard)
-        with closed_on_error(self.cache.open(shard, wait=wait)) as file:
-            if len(rows):
-                self._check_header(shard, file, int(rows[0, 0]))
-        return OpenShard(file, rows)
+    def close(self) -> None:
+        """Free what the shard holds."""
+        ...
 
-    def rows(self, shard: int) -> np.ndarray:
-        """Return where a shard's samples lie, int64 [samples, 4], checked against the manifest."""
-        described, manifest = self.cache.shards[shard], self.manifest
-        rows = np.load(io.BytesIO(self.cache.index(shard)))
-        if len(rows) != described.samples:
-            raise self.error(shard, f"{described.samples} samples", f"{len(rows)}")
-        labels, captions = rows[:, 1], rows[:, 3]
-        if not np.all((labels >= 0) & (labels < manifest.num_classes)):
-            raise self.error(shard, f"{manifest.num_classes} classes", f"class {labels.max()}")
-        if manifest.context_shape is not None and not np.all(captions):
-            raise self.error(shard, "captions", f"sample {captions.argmin()} without one")
-        return rows
 
-    def _check_header(self, shard: int, file: FileIO, offset: int) -> None:
-        """Look at the shape and dtype before the first sample's numbers."""
-        before = os.pread(file.fileno(), min(offset, 512), max(0, offset - 512))
-        header = io.BytesIO(before[before.rfind(b"\x93NUMPY") :])
-        np.lib.format.read_magic(header)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
-        manifest = self.manifest
-        if (shape, dtype) != (manifest.stored_shape, np.dtype(manifest.dtype)):
-            expected = f"arrays {manifest.dtype} {manifest.stored_shape}"
-            raise self.error(shard, expected, f"{dtype} {shape}")
+class Shards(Protocol):
+    """The shards of a split, one way to each of them."""
 
-    def error(self, shard: int, expected: str, found: str) -> DataError:
-        """Return the error of a shard that is not what the manifest says."""
-        return self.cache.mismatch(self.cache.shards[shard].name, expected, found)
+    split: Split
+
+    def open(self, i: int, wait: bool = True) -> OpenShard:
+        """Return a shard, verified; DataError names it and what is wrong.
+
+        With `wait` False, BlockingIOError if another process is about to fetch or verify it.
+        """
+        ...
+
+    def ranged(self, i: int) -> "RangedShard | None":
+        """Return what reads single samples while the shard is fetched; None: it is at hand."""
+        return None
+
+    def expect(self, next_uses: Callable[[], Iterable[int]]) -> None:
+        """Tell in which order shards will be needed, for whoever has to give some up."""
+
+
+class FileShard:
+    """A whole, verified shard in an open file."""
+
+    def __init__(self, split: Split, i: int, file: FileIO, rows: np.ndarray) -> None:
+        split.check_header(i, file, rows)
+        self.rows = rows
+        self._split = split
+        self._i = i
+        self._file = file
+
+    def read(self, offsets: Sequence[int], buffer: Sequence[np.ndarray]) -> Callable[[], None]:
+        """Fill the buffer now."""
+        descriptor = self._file.fileno()
+        for offset, part in zip(offsets, buffer, strict=True):
+            found = os.preadv(descriptor, [part], offset)  # pyright: ignore[reportArgumentType]
+            if found != len(part):
+                raise self._split.error(self._i, f"{len(part)} bytes at {offset}", found)
+        return _nothing_to_wait_for
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class RangedShard:
+    """A shard that is still away, by one request per sample."""
+
+    def __init__(self, split: Split, i: int, rows: np.ndarray) -> None:
+        self.rows = rows
+        self.num_requests = 0
+        self._split = split
+        self._i = i
+
+    def read(self, offsets: Sequence[int], buffer: Sequence[np.ndarray]) -> Callable[[], None]:
+        """Ask for all at once; what storage raises comes out of the waiting, as an OSError."""
+        name = self._split.shards[self._i].name
+        ends = [at + len(part) for at, part in zip(offsets, buffer, strict=True)]
+        ranges = [(name, at, end) for at, end in zip(offsets, ends, strict=True)]
+        self.num_requests += len(ranges)
+        asked = _in_background(lambda: self._split.folder.read_ranges(ranges))
+
+        def fill() -> None:
+            # Copied here, by whoever waits: a request that nobody waits for any more, after the
+            # error of another, must not write into a buffer that is used again.
+            for part, offset, content in zip(buffer, offsets, asked.result(), strict=True):
+                if len(content) != len(part):
+                    expected = f"{len(part)} bytes at {offset}"
+                    raise self._split.error(self._i, expected, len(content))
+                part[:] = np.frombuffer(content, np.uint8)
+
+        return fill
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LocalShards(Shards):
+    """Shards in a local folder, used where they lie."""
+
+    def __init__(self, split: Split, seals: Seals) -> None:
+        self.split = split
+        self._seals = seals
+
+    def open(self, i: int, wait: bool = True) -> FileShard:
+        """Return a shard's file, hashed if nobody has done so."""
+        split, shard = self.split, self.split.shards[i]
+        rows = split.rows(i, split.read_index(i))
+        with (
+            self._seals.hold(shard.sha256, wait) as seal,
+            split.reading(i),
+            closed_on_error(FileIO(split.folder.local_path / shard.name)) as file,
+        ):
+            split.verify(i, file, seal)
+            return FileShard(split, i, file, rows)
+
+
+class MemoryShards(Shards):
+    """Shards of object storage in this process's memory, where no disk may be used."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def open(self, i: int, wait: bool = True) -> FileShard:
+        """Fetch a shard into a file without a name, and hash it."""
+        split, name = self.split, self.split.shards[i].name
+        rows = split.rows(i, split.read_index(i))
+        with closed_on_error(FileIO(os.memfd_create(name), "r+")) as file:
+            with split.reading(i), ProcessSeals().hold(name, wait) as seal:
+                split.folder.get_into(name, file)
+                split.verify(i, file, seal)
+            return FileShard(split, i, file, rows)
+
+    def ranged(self, i: int) -> RangedShard:
+        """Return what reads single samples: the shard is never at hand before it is opened."""
+        return RangedShard(self.split, i, self.split.rows(i, self.split.read_index(i)))
+
+
+@contextlib.contextmanager
+def closed_on_error(file: FileIO) -> Iterator[FileIO]:
+    """Close a file if the block that looks into it fails."""
+    try:
+        yield file
+    except BaseException:
+        file.close()
+        raise
+
+
+def _nothing_to_wait_for() -> None:
+    """Return at once."""
+
+
+def _in_background(work: Callable[[], list[bytes]]) -> Future[list[bytes]]:
+    """Run in a daemon thread: an executor's would hold up the process's end until it is done."""
+    future: Future[list[bytes]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="range-requests", daemon=True).start()
+    return future

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dtr_scale.data.manifest import Manifest
-from dtr_scale.data.reader import Sample, Views
+from dtr_scale.data.reader import Replaced, Sample, Views
 from dtr_scale.randomness import keyed_generator
 
 
@@ -33,6 +33,7 @@ class SyntheticSource:
             shards=(),
         )
         self.shard_samples = (num_samples,)
+        self.replaced: list[Replaced] = []
         self._seed = seed
 
     def read(self, shard: int, index: int) -> Sample:

@@ -1,12 +1,18 @@
-"""The processes that read ahead: started so that they live and die with their parent alone."""
+"""Start the processes that read ahead, so that they live and die with their parent alone."""
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker, util
 
+from torch import Tensor
+
+from dtr_scale.errors import DataError
+
+_SHM = "/dev/shm"
+_QUEUES_BYTES = 2**20
 _LEAVE_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}
 
 
@@ -29,6 +35,28 @@ def starting_workers() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child_exit)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shared(slots: Iterable[Tensor], fix: str) -> list[Tensor]:
+    """Move tensors to memory that processes share; DataError where /dev/shm has no room for them.
+
+    Without room Python could not start the workers either, whose queues need a little of it.
+    """
+    slots = list(slots)
+    needed = sum(slot.nbytes for slot in slots) + _QUEUES_BYTES
+    shm = os.statvfs(_SHM)
+    total, free = shm.f_blocks * shm.f_frsize, shm.f_bavail * shm.f_frsize
+    try:
+        if needed > free:
+            raise RuntimeError("too little is free")
+        # torch reserves the room at once: ranks that start together do not take it twice.
+        return [slot.share_memory_() for slot in slots]
+    except RuntimeError as error:
+        room = f"{needed / 1e6:.1f} MB of {_SHM}, {free / 1e6:.1f} of its {total / 1e6:.1f} MB are"
+        raise DataError(
+            f"micro-batches that are read ahead need {room} free; fix: give it more (containers: "
+            f"--shm-size={needed * 2 // 2**20 + 1}m), or {fix}"
+        ) from error
 
 
 def obey_parent_only(parent_pid: int, _worker_id: int) -> None:

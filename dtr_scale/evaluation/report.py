@@ -27,7 +27,7 @@ def read_all(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
     for shard, count in enumerate(samples.shard_samples):
         for index in range(count):
             stored, label = samples.read(shard, index)
-            images.append(samples.manifest.decode(stored, mirrored=False, generator=None))
+            images.append(samples.manifest.decode(stored))
             labels.append(label)
     samples.close()
     return np.stack(images), np.array(labels)

@@ -135,7 +135,7 @@ def _read(run: TrainedRun, samples: Samples, num: int) -> tuple[Tensor, Tensor]:
     stored = [samples.read(*place) for place in located.tolist()]
     samples.close()
     decode = samples.manifest.decode
-    x_start = np.stack([decode(array, mirrored=False, generator=None) for array, _ in stored])
+    x_start = np.stack([decode(array) for array, _ in stored])
     y = torch.from_numpy(np.stack([condition for _, condition in stored]))
     if run.network.conditioning == "none":
         y = torch.zeros(len(y), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""How fast an experiment's samples come on this machine, beside other ways to read its shards."""
+"""Measure how fast an experiment's samples come on this machine, beside other ways to read them."""
 
 import itertools
 import tarfile
@@ -13,17 +13,23 @@ from torch import Tensor
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.data.batch import BatchAssembler
+from dtr_scale.data.cache import GIB
 from dtr_scale.data.loader import BatchLoader
+from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.reader import SampleReader
 from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.build import build_assembler, open_samples
+from dtr_scale.storage.folder import open_folder
 
 _WARM_UP_SECONDS = 1.0
 _LEAST_BATCHES = 4
 
 
 class _WithoutDraws(BatchAssembler):
-    """The mean of a posterior, and no noise: what is left is reading and handing over."""
+    """Takes a posterior's mean and no noise: what is left is reading and handing over."""
+
+    def __init__(self, whole: BatchAssembler) -> None:
+        self.__dict__.update(whole.__dict__)
 
     def _normals(self, stream: str, positions: np.ndarray, salt: int, out: Tensor) -> None:
         out.zero_()
@@ -51,9 +57,13 @@ class _Table:
     ) -> None:
         self._experiment = experiment
         self._cache_dir = cache_dir
-        self._num_shards = num_shards
         self._seconds = seconds
-        shards = self._reader("").cache.shards
+        open_samples(experiment)  # for its errors: the data must suit the model
+        folder = open_folder(experiment.data.shards or "", experiment.data.storage_options)
+        manifest = read_manifest(folder)
+        shards = manifest.split("train")[:num_shards]
+        self._folder = folder
+        self._manifest = manifest.model_copy(update={"shards": shards})
         self._num_samples = sum(shard.samples for shard in shards)
         self._sample_bytes = sum(shard.bytes for shard in shards) / self._num_samples
         self._micro_batch_size = experiment.micro_batch_size(world_size=1)
@@ -82,12 +92,12 @@ class _Table:
         yield self._row("cold, one worker", rate)
         yield self._first_batch("first batch in mid-epoch, warm", cache="epoch")
         num_workers = max(2, self._experiment.data.num_workers)
-        for name, workers, kind in (
-            ("warm, one worker, without draws", 1, _WithoutDraws),
-            ("warm, one worker", 1, BatchAssembler),
-            (f"warm, {num_workers} workers", num_workers, BatchAssembler),
+        for name, workers, draws in (
+            ("warm, one worker, without draws", 1, False),
+            ("warm, one worker", 1, True),
+            (f"warm, {num_workers} workers", num_workers, True),
         ):
-            with self._loader("epoch", workers, kind) as loader:
+            with self._loader("epoch", workers, draws=draws) as loader:
                 yield self._row(name, self._rate(loader, self._micro_batch_size), workers)
         paths = self._local_paths()
         batches = _webdataset(paths, self._micro_batch_size)
@@ -95,21 +105,19 @@ class _Table:
         yield self._row("webdataset.WebDataset, one worker", rate)
         yield self._row("tarfile, in this process", self._rate(_tar_samples(paths), 1))
 
-    def _reader(self, cache: str, *, on_disk: bool = False) -> SampleReader:
-        """Return a reader of the first shards with a cache of its own name."""
-        changes: dict[str, Any] = {"cache_dir": str(self._cache_dir / cache)}
-        if on_disk:
-            changes["cache_gb"] = 2.0**20
-        data = self._experiment.data.model_copy(update=changes)
-        reader = open_samples(self._experiment.model_copy(update={"data": data}))
-        assert isinstance(reader, SampleReader)
-        return reader.of_first_shards(self._num_shards)
-
-    def _loader(
-        self, cache: str, workers: int = 1, kind: type[BatchAssembler] = BatchAssembler
-    ) -> BatchLoader:
+    def _loader(self, cache: str, workers: int = 1, *, draws: bool = True) -> BatchLoader:
+        """Return a loader of the first shards with a cache of its own name."""
+        data = self._experiment.data
+        reader = SampleReader(
+            self._folder,
+            self._manifest,
+            window_shards=data.window_shards,
+            cache_dir=self._cache_dir / cache,
+            cache_max_bytes=int(data.cache_gb * GIB),
+        )
+        assembler = build_assembler(self._experiment, reader)
         return BatchLoader(
-            build_assembler(self._experiment, self._reader(cache), kind),
+            assembler if draws else _WithoutDraws(assembler),
             micro_batch_size=self._micro_batch_size,
             num_workers=workers,
         )
@@ -141,8 +149,13 @@ class _Table:
 
     def _local_paths(self) -> list[Path]:
         """Return where the shards lie on this machine, after fetching them if need be."""
-        cache = self._reader("epoch", on_disk=True).cache
-        return [cache.fetch(shard) for shard in range(len(cache.shards))]
+        shards = self._manifest.shards
+        if self._folder.is_local:
+            return [self._folder.local_path / shard.name for shard in shards]
+        paths = [self._cache_dir / "tars" / shard.name for shard in shards]
+        for path in paths:
+            self._folder.get(path.name, path)
+        return paths
 
 
 def _webdataset(paths: list[Path], batch_size: int) -> Iterator[Any]:

@@ -215,12 +215,10 @@ def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) ->
     return timesteps.start + timestep_clusters(len(timesteps), num_clusters)
 
 
-def build_assembler(
-    experiment: Experiment, samples: Samples, kind: type[BatchAssembler] = BatchAssembler
-) -> BatchAssembler:
+def build_assembler(experiment: Experiment, samples: Samples) -> BatchAssembler:
     """Return what makes the micro-batches of an experiment."""
     train, data, model = experiment.train, experiment.data, experiment.model
-    return kind(
+    return BatchAssembler(
         samples,
         GlobalOrder(samples.shard_samples, train.seed, data.window_shards, data.num_lanes),
         seed=train.seed,

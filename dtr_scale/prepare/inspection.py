@@ -198,7 +198,7 @@ def draw_samples(
             if len(content) != num_bytes:
                 raise DataError(f"{folder.url}/{shard.name} is cut; see dtr-scale data verify")
             stored = np.frombuffer(content, dtype).reshape(shape)
-            arrays.append(manifest.decode(stored, mirrored=False, generator=None))
+            arrays.append(manifest.decode(stored))
             labels.append(int(label))
         first += shard.samples
     return np.stack(arrays), labels

@@ -2,18 +2,22 @@
 
 import io
 import os
-import subprocess
 import tarfile
 import threading
 import time
+from contextlib import closing
 
+import numpy as np
 import pytest
 
-from dtr_scale.data.cache import ShardCache
+from dtr_scale.data.cache import choose_shards
 from dtr_scale.data.reader import SampleReader
+from dtr_scale.data.seals import Seal
+from dtr_scale.data.split import Split
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.storage.folder import open_folder
+from tests.support.disks import small_disk
 
 
 @pytest.fixture
@@ -22,25 +26,42 @@ def prepared(folder):
     return folder, prepare_digits(folder)
 
 
-def _cache(prepared, tmp_path, **options):
+def _cache(prepared, tmp_path, max_bytes=2**30, shards=None):
+    """The split's shards, or some of them, by the way that suits folder and cache."""
     folder, manifest = prepared
-    return ShardCache(folder, manifest.split("train"), tmp_path / "cache", **options)
+    if shards is not None:
+        manifest = manifest.model_copy(update={"shards": shards})
+    return choose_shards(Split(folder, manifest), tmp_path / "cache", max_bytes)
 
 
-def _kept(cache):
-    hashes = [shard.sha256 for shard in cache.shards]
-    return {hashes.index(path.stem) for path in cache.files.path.glob("*.tar")}
+def _kept(manifest, tmp_path):
+    """Return the numbers of the shards that the cache folder has."""
+    hashes = [shard.sha256 for shard in manifest.split("train")]
+    return {hashes.index(path.stem) for path in (tmp_path / "cache").glob("*.tar")}
+
+
+def _content(shard, num_bytes):
+    """Return the first bytes of an open shard."""
+    content = np.empty(num_bytes, np.uint8)
+    shard.read([0], [content])()
+    return content.tobytes()
 
 
 @pytest.mark.parametrize("max_bytes", [2**30, 0])
-def test_a_shard_opens_as_a_local_file(prepared, tmp_path, max_bytes):
-    folder, _ = prepared
-    cache = _cache(prepared, tmp_path, max_bytes=max_bytes)
-    assert cache.at_hand(1) == folder.is_local
-    with cache.open(1) as file:
-        assert file.read() == folder.read_bytes("train-000001.tar")
-    assert cache.index(1) == folder.read_bytes("train-000001.index.npy")
-    assert _kept(cache) == (set() if folder.is_local or not max_bytes else {1})
+def test_a_shard_opens_whole(prepared, tmp_path, max_bytes):
+    folder, manifest = prepared
+    cache = _cache(prepared, tmp_path, max_bytes)
+    content = folder.read_bytes("train-000001.tar")
+    if not folder.is_local:
+        ranged = cache.ranged(1)
+        assert _content(ranged, 1000) == content[:1000]
+    shard = cache.open(1)
+    assert (cache.ranged(1) is None) == bool(folder.is_local or max_bytes)
+    assert _content(shard, len(content)) == content
+    shard.close()
+    index = np.load(io.BytesIO(folder.read_bytes("train-000001.index.npy")))
+    np.testing.assert_array_equal(shard.rows, index)
+    assert _kept(manifest, tmp_path) == (set() if folder.is_local or not max_bytes else {1})
     assert (tmp_path / "cache").exists() == bool(max_bytes)
 
 
@@ -65,19 +86,19 @@ def _alter_one_byte(content):
     ],
 )
 def test_a_damaged_shard_is_named(prepared, tmp_path, damage, message, max_bytes):
-    folder, _ = prepared
+    folder, manifest = prepared
     if damage is None:
         folder.remove("train-000001.tar")
     else:
         folder.write_bytes("train-000001.tar", damage(folder.read_bytes("train-000001.tar")))
-    cache = _cache(prepared, tmp_path, max_bytes=max_bytes)
+    cache = _cache(prepared, tmp_path, max_bytes)
     cache.open(0).close()
     for _ in range(2):
         with pytest.raises(DataError, match=message) as caught:
             cache.open(1)
         assert "\n" not in str(caught.value)
         assert "fix: " in str(caught.value)
-    assert _kept(cache) <= {0}
+    assert _kept(manifest, tmp_path) <= {0}
 
 
 def test_an_altered_index_is_named(prepared, tmp_path):
@@ -85,7 +106,7 @@ def test_an_altered_index_is_named(prepared, tmp_path):
     content = folder.read_bytes("train-000001.index.npy")
     folder.write_bytes("train-000001.index.npy", content[:-1] + b"\x01")
     with pytest.raises(DataError, match=r"000001\.index\.npy .* manifest says sha256 [0-9a-f]{64}"):
-        _cache(prepared, tmp_path).index(1)
+        _cache(prepared, tmp_path).open(1)
 
 
 @pytest.fixture
@@ -105,7 +126,7 @@ def test_a_shard_is_fetched_once_per_node(on_s3, tmp_path, s3_proxy):
     for thread in threads:
         thread.join()
     path = f"/{folder.url.removeprefix('s3://')}/train-000000.tar"
-    assert s3_proxy.requests == {("GET", path): 1}
+    assert s3_proxy.requests["GET", path] == 1
     assert s3_proxy.transferred_bytes["GET", path] == manifest.split("train")[0].bytes
 
 
@@ -138,22 +159,22 @@ def test_whoever_does_not_wait_is_told_that_another_has_it_in_hand(on_s3, tmp_pa
 
 def test_the_cache_is_bounded_and_drops_what_is_needed_last(on_s3, tmp_path):
     _, manifest = on_s3
-    shards = manifest.split("train")
-    cache = _cache(on_s3, tmp_path, max_bytes=2 * shards[0].bytes)
+    num_bytes = manifest.split("train")[0].bytes
+    cache = _cache(on_s3, tmp_path, 2 * num_bytes)
     cache.open(0).close()
     cache.open(1).close()
-    cache.files.next_uses = lambda: [shards[i].sha256 for i in (2, 0, 1)]
+    cache.expect(lambda: (2, 0, 1))
     cache.open(2).close()
-    assert _kept(cache) == {0, 2}  # 0 was used before 1, and will be again
-    cache.files.next_uses = lambda: [shards[i].sha256 for i in (1, 2, 0)]
-    with cache.open(0) as held:
+    assert _kept(manifest, tmp_path) == {0, 2}  # 0 was used before 1, and will be again
+    cache.expect(lambda: (1, 2, 0))
+    with closing(cache.open(0)) as held:
         cache.open(1).close()
-        assert _kept(cache) == {0, 1}  # 0 is needed last, but now too
-        with cache.open(1):
+        assert _kept(manifest, tmp_path) == {0, 1}  # 0 is needed last, but now too
+        with closing(cache.open(1)):
             cache.open(2).close()
-            assert len(_kept(cache)) == 2
-        assert len(held.read()) == shards[0].bytes  # an open file outlives its eviction
-    assert len(list(cache.files.path.glob("*.index.npy"))) <= 2
+            assert len(_kept(manifest, tmp_path)) == 2
+        assert len(_content(held, num_bytes)) == num_bytes  # an open file outlives its eviction
+    assert len(list((tmp_path / "cache").glob("*.index.npy"))) <= 2
 
 
 @pytest.mark.parametrize(("times", "message"), [(2, None), (99, "evicted 10 times as soon as")])
@@ -179,83 +200,70 @@ def test_a_copy_that_others_evict_as_it_comes_is_fetched_again(
 
 
 def test_another_jobs_shards_go_first_when_idle_and_last_otherwise(on_s3, tmp_path):
-    folder, manifest = on_s3
+    _, manifest = on_s3
     shards = manifest.split("train")
-    mine = ShardCache(folder, shards[:2], tmp_path / "cache", 2 * shards[0].bytes)
-    other = ShardCache(folder, shards[2:], tmp_path / "cache", 2 * shards[0].bytes)
-    mine.files.next_uses = lambda: [shard.sha256 for shard in shards[:2]]
-    whole = _cache(on_s3, tmp_path)
+    mine, other = (
+        _cache(on_s3, tmp_path, 2 * shards[0].bytes, part) for part in (shards[:2], shards[2:])
+    )
+    mine.expect(lambda: (0, 1))
     other.open(0).close()
     mine.open(0).close()
     mine.open(1).close()
-    assert _kept(whole) == {1, 2}  # two jobs on one cache: each drops its own
-    copy = mine.files.path / f"{shards[2].sha256}.tar"
+    assert _kept(manifest, tmp_path) == {1, 2}  # two jobs on one cache: each drops its own
+    copy = tmp_path / "cache" / f"{shards[2].sha256}.tar"
     os.utime(copy, (0, copy.stat().st_mtime))
     mine.open(0).close()
-    assert _kept(whole) == {0, 1}
+    assert _kept(manifest, tmp_path) == {0, 1}
 
 
 def test_a_copy_is_hashed_once_and_again_when_it_changed(on_s3, tmp_path, fetched, monkeypatch):
-    hashed = []
-    verify = ShardCache._verify
-    monkeypatch.setattr(
-        ShardCache, "_verify", lambda *args: (hashed.append(args[1].name), verify(*args))
-    )
+    hashed, put = [], Seal.set
+    monkeypatch.setattr(Seal, "set", lambda *args: (hashed.append(args), put(*args)))
     for _ in range(2):
         _cache(on_s3, tmp_path).open(0).close()
     content = on_s3[0].read_bytes("train-000000.tar")
-    assert hashed == fetched == ["train-000000.tar"]
+    assert fetched == ["train-000000.tar"]
+    assert len(hashed) == 1
     copy = tmp_path / "cache" / f"{on_s3[1].split('train')[0].sha256}.tar"
     copy.write_bytes(_alter_one_byte(content))
-    with _cache(on_s3, tmp_path).open(0) as file:
-        assert file.read() == content
+    with closing(_cache(on_s3, tmp_path).open(0)) as shard:
+        assert _content(shard, len(content)) == content
     assert fetched == 2 * ["train-000000.tar"]
 
 
 def test_what_a_killed_process_left_is_removed(on_s3, tmp_path):
     cache = _cache(on_s3, tmp_path)
-    cache.files.path.mkdir()
-    left_over = cache.files.path / f".{cache.shards[0].sha256}.tar.123-456.part"
+    (tmp_path / "cache").mkdir()
+    left_over = tmp_path / "cache" / f".{cache.split.shards[0].sha256}.tar.123-456.part"
     left_over.write_bytes(b"half a shard")
     cache.open(0).close()
     assert not left_over.exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 2.5 MB: two shards, not three."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", path]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a disk")
-    yield path
-    subprocess.run(["umount", path], check=True)
-
-
-def test_on_a_full_disk_others_go_or_an_error_says_so(on_s3, small_disk):
-    folder, manifest = on_s3
-    cache = ShardCache(folder, manifest.split("train"), small_disk / "cache")
-    for shard in (0, 1, 2, 0):
-        cache.open(shard).close()
-    assert _kept(cache) == {0, 2}
-    with (
-        cache.open(0),
-        cache.open(2),
-        pytest.raises(
-            DataError, match=r"cannot keep shard train-000001\.tar .* No space"
-        ) as caught,
-    ):
-        cache.open(1)
-    assert "fix: set data.cache_dir" in str(caught.value)
-    cache.open(1).close()
+def test_on_a_full_disk_others_go_or_an_error_says_so(on_s3, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, 2500 * 1024):  # two shards, not three
+        cache = _cache(on_s3, disk)
+        for shard in (0, 1, 2, 0):
+            cache.open(shard).close()
+        assert _kept(on_s3[1], disk) == {0, 2}
+        with (
+            closing(cache.open(0)),
+            closing(cache.open(2)),
+            pytest.raises(
+                DataError, match=r"cannot keep shard train-000001\.tar .* No space"
+            ) as caught,
+        ):
+            cache.open(1)
+        assert "fix: set data.cache_dir" in str(caught.value)
+        cache.open(1).close()
 
 
 def test_a_cache_that_cannot_hold_a_shard_or_be_written_says_so(on_s3, tmp_path):
     with pytest.raises(DataError, match=r"may hold 1000; fix: raise data\.cache_gb"):
-        _cache(on_s3, tmp_path, max_bytes=1000)
+        _cache(on_s3, tmp_path, 1000)
     (tmp_path / "cache").write_bytes(b"a file, not a folder")
-    with pytest.raises(DataError, match=r"cannot keep shard train-000000\.tar .*data\.cache_dir"):
+    with pytest.raises(DataError, match=r"the cache .* cannot be used .*; fix: set data\.cache_d"):
         _cache(on_s3, tmp_path).open(0)
 
 

@@ -125,6 +125,16 @@ def test_epochs_and_seeds_differ(seed):
     assert first[:80] != sorted(first[:80])
 
 
+def test_each_epoch_has_the_shards_in_another_order():
+    order = GlobalOrder((3,) * 20, seed=0, window_shards=1)
+    epochs = [
+        tuple(dict.fromkeys(shard for shard, _ in _located(order, first, first + 60)))
+        for first in range(0, 300, 60)
+    ]
+    assert len(set(epochs)) == 5
+    assert {tuple(sorted(shards)) for shards in epochs} == {tuple(range(20))}
+
+
 def test_lanes_are_shuffled_apart():
     order = GlobalOrder((40,) * 4, seed=0, num_lanes=2)
     even, odd = (order.samples(np.arange(lane, 160, 2)) for lane in range(2))

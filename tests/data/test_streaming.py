@@ -163,7 +163,7 @@ def test_two_jobs_on_one_cache_fetch_each_shard_once(proxied, s3_proxy, tmp_path
         found = [(next(one), next(other)) for _ in range(STEPS)]
     for batches in zip(*found, strict=True):
         _assert_is([torch.cat(tensors) for tensors in zip(*batches, strict=True)], epoch)
-    for shard in readers[0].cache.shards:
+    for shard in readers[0].split.shards:
         path = "GET", _path(proxied, shard.name)
         assert s3_proxy.transferred_bytes[path] < 2 * shard.bytes
 
