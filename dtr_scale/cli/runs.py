@@ -27,7 +27,7 @@ def _add_sample(commands: Commands) -> None:
         "sample",
         "look at a run",
         "draw samples from a run's newest checkpoint (averaged weights) into a picture; "
-        "evaluation.* can be overridden",
+        "evaluation.* and data.storage_options.* can be overridden",
         "dtr-scale sample runs/demo_digits --num-samples 100 --evaluation.cfg_scale=2",
     )
     add_run_dir(parser)
@@ -44,7 +44,7 @@ def _add_evaluate(commands: Commands) -> None:
         "evaluate",
         "measure",
         "measure samples of a run's newest checkpoint against the held-out split; "
-        "evaluation.* can be overridden",
+        "evaluation.* and data.storage_options.* can be overridden",
         "dtr-scale evaluate runs/demo_digits --num-samples 500 --evaluation.sampler=dpm_solver",
     )
     add_run_dir(parser)

@@ -53,15 +53,14 @@ class TrainedRun(NamedTuple):
 def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     """Return what a run has trained; experts in `expert_*` below `run_dir` come as one network.
 
-    `overrides` may change the keys of evaluation. A damaged checkpoint is named and the one before
-    it taken, as in training. Raises ConfigError for other keys, where there is no run or no
-    checkpoint, and for experts that do not belong together; CheckpointError where none is whole.
+                f"--{key}: of a trained run evaluation.* alone can be overridden, for example "
+                "--evaluation.cfg_scale=2 (and data.storage_options.*, which holds keys)"
     """
     for key, _ in parse_overrides(overrides):
-        if not key.startswith("evaluation."):
+        if not f"{key}.".startswith(("evaluation.", "data.storage_options.")):
             raise ConfigError(
                 f"--{key}: of a trained run evaluation.* alone can be overridden, for example "
-                "--evaluation.cfg_scale=2"
+                "--evaluation.cfg_scale=2 (and data.storage_options.*, which holds keys)"
             )
     if (run_dir / CONFIG).exists():
         run = _load_one(run_dir, overrides)
