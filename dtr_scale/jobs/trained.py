@@ -53,8 +53,10 @@ class TrainedRun(NamedTuple):
 def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     """Return what a run has trained; experts in `expert_*` below `run_dir` come as one network.
 
-                f"--{key}: of a trained run evaluation.* alone can be overridden, for example "
-                "--evaluation.cfg_scale=2 (and data.storage_options.*, which holds keys)"
+    `overrides` may change the keys of evaluation, and data.storage_options, whose secrets no run
+    keeps. A damaged checkpoint is named and the one before it taken, as in training. Raises
+    ConfigError for other keys, where there is no run or no checkpoint, and for experts that do not
+    belong together; CheckpointError where none is whole.
     """
     for key, _ in parse_overrides(overrides):
         if not f"{key}.".startswith(("evaluation.", "data.storage_options.")):
