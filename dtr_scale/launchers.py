@@ -1,4 +1,4 @@
-"""Who this process is among those that a launcher started, as the environment tells.
+"""Read from the environment who this process is among those that a launcher started.
 
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
 `srun` has names of its own.
@@ -22,6 +22,14 @@ def launched_world_size() -> int:
 def local_world_size() -> int:
     """Return how many of them are on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def restart_count() -> int:
+    """Return how often a launcher has started this job again: SLURM's requeues, torchrun's."""
+    counts = (
+        os.environ.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    )
+    return sum(int(count or 0) for count in counts)
 
 
 def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:

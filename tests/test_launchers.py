@@ -2,7 +2,13 @@
 
 import pytest
 
-from dtr_scale.launchers import first_host, launched_rank, launched_world_size, srun_variables
+from dtr_scale.launchers import (
+    first_host,
+    launched_rank,
+    launched_world_size,
+    restart_count,
+    srun_variables,
+)
 
 BATCH_SCRIPT = {  # of `sbatch --nodes=2 --ntasks-per-node=2`: the first task's, but in no step
     "SLURM_JOB_ID": "70042",
@@ -29,6 +35,15 @@ def test_rank_and_world_size_are_the_launchers(monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert (launched_rank(), launched_world_size()) == (5, 8)
+
+
+def test_restarts_are_those_of_slurm_and_of_torchrun(monkeypatch):
+    for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert restart_count() == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert restart_count() == 2
 
 
 def test_a_task_of_srun_is_a_rank():

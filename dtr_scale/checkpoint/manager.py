@@ -1,7 +1,6 @@
 """Save, load and retire the checkpoints of a run, all ranks together."""
 
 import contextlib
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,13 +14,12 @@ from dtr_scale.checkpoint.retention import Keep, Retention
 from dtr_scale.checkpoint.snapshot import Snapshot, have_room, own_share
 from dtr_scale.engines.base import Piece
 from dtr_scale.engines.world import World
-from dtr_scale.errors import CheckpointError, ConfigError, DamagedCheckpointError, UnsavedError
+from dtr_scale.errors import CheckpointError, DamagedCheckpointError, UnsavedError
 from dtr_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 
 _PROBE = ".probe"
-_OWNER = "owner.json"
 _LAST_SAVE_SECONDS = 60.0
 
 
@@ -47,6 +45,10 @@ class CheckpointManager:
         self._failures: list[CheckpointError] = []  # in a row
         self._background = _Background()
         self._snapshot: Snapshot | None = None
+
+    @property
+    def folder(self) -> Folder:
+        return self._folder
 
     @property
     def folder_url(self) -> str:
@@ -83,23 +85,6 @@ class CheckpointManager:
         with self._world.agree(), _as_checkpoint_error(self._folder.url):
             if self._world.is_main:
                 self._folder.remove(_PROBE)
-
-    def claim(self, owner: str) -> None:
-        """Keep the folder for one run, the one in `owner`; ConfigError if it is another's.
-
-        Runs hold their own directory, not a folder that they share with others by mistake.
-        """
-        with self._world.agree(), _as_checkpoint_error(self._folder.url):
-            if not self._world.is_main:
-                return
-            if not self._folder.exists(_OWNER):
-                self._folder.write_bytes(_OWNER, json.dumps({"run_dir": owner}).encode())
-            found = self._folder.read_json(_OWNER)["run_dir"]
-            if found != owner:
-                raise ConfigError(
-                    f"checkpoint.dir = {self._folder.url!r} belongs to the run in {found!r}; "
-                    f"choose another, or remove {_OWNER} there if that run has moved to {owner!r}"
-                )
 
     def prepare(self, state: Mapping[str, Piece]) -> None:
         """Agree on who stores what and set host memory aside, so that no save has to.

@@ -13,6 +13,7 @@ from dtr_scale.config.changes import Change, changes
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.launchers import restart_count
 from dtr_scale.train.run_dir import RunDirectory
 from dtr_scale.train.state import compare_probes
 from dtr_scale.train.trainer import Trainer
@@ -32,9 +33,11 @@ def resume_or_start(
     what differs.
     """
     trainer.checkpoints.check_folder()
-    if experiment.checkpoint.dir:
-        trainer.checkpoints.claim(str(experiment.run_path.absolute()))
-    if experiment.checkpoint.resume == "never":
+    with world.agree():
+        if run_dir:
+            run_dir.hold_checkpoints(trainer.checkpoints.folder)
+    # A job that comes back after a requeue means the run that it has begun, not the one before.
+    if experiment.checkpoint.resume == "never" and not restart_count():
         with world.agree():
             _set_aside(trainer, experiment, run_dir)
     elif _resume(trainer, experiment):

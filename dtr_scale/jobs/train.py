@@ -12,7 +12,7 @@ from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
-from dtr_scale.errors import ConfigError, PeerError, UnsavedError
+from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.sampling import build_evaluation
@@ -172,12 +172,16 @@ def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirector
     run_dir: RunDirectory | None = None
     with world.agree():
         if world.is_main:
-            run_dir = RunDirectory(experiment.run_path)
+            run_dir = RunDirectory(experiment.run_path, lost=_end_without_a_trace)
+    refused = False
     try:
         yield run_dir
+    except DtrScaleError as error:
+        refused = error.exit_code == ConfigError.exit_code
+        raise
     finally:
         if run_dir:
-            run_dir.close()
+            run_dir.close(refused=refused)
 
 
 @contextmanager
@@ -196,12 +200,19 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
             end_at_exit(told.exit_code)
             raise told from None
         reason = str(error).partition("\n")[0] or type(error).__name__
-        write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
+        if launched_rank() == 0 or not getattr(error, "on_every_rank", False):
+            write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
         exit_code = getattr(error, "exit_code", EXIT_FAILED)
         peers.post(reason, exit_code)
         if launched_world_size() > 1:
             end_at_exit(exit_code)
         raise
+
+
+def _end_without_a_trace(message: str) -> None:
+    """End this process, whose folders are another job's by now: nothing more is written there."""
+    log.error(message)
+    os._exit(EXIT_FAILED)
 
 
 def _end_with_peer(run_path: Path, failure: Failure) -> None:

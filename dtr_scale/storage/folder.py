@@ -127,6 +127,10 @@ class Folder(ABC):
         """Write a file whole or not at all, and the folders above it."""
 
     @abstractmethod
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that does not exist yet; False if it does, whoever was first."""
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file or a tree; nothing happens if it does not exist."""
 

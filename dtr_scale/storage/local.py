@@ -75,6 +75,19 @@ class LocalFolder(Folder):
             # Before the rename: a power cut could keep the name and lose the content.
             _fsync(temporary)
 
+    def create(self, name: str, data: bytes) -> bool:
+        path = self.local_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{_PART}")
+        whole.write_bytes(data)
+        try:
+            os.link(whole, path)  # appears whole, or there was one already
+        except FileExistsError:
+            return False
+        finally:
+            whole.unlink()
+        return True
+
     def remove(self, name: str) -> None:
         path = self.local_path / name
         if path.is_dir() and not path.is_symlink():

@@ -98,6 +98,18 @@ class S3Folder(Folder):
         parts = bytes(data[:]) if len(data) < 2 * _PART_BYTES else _Parts(data)
         self._call("pipe_file", self._path(name), parts, chunksize=_PART_BYTES)
 
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self._call("pipe_file", self._path(name), data, mode="create")  # If-None-Match: *
+        except (ConnectionError, PermissionError):
+            raise
+        except OSError:
+            # s3fs has no error of its own for PreconditionFailed, nor for the conflict of two.
+            if not self.exists(name):
+                raise
+            return False
+        return True
+
     def get(self, name: str, local_path: Path) -> None:
         with replacing(local_path) as temporary:
             self._get_file(name, str(temporary))

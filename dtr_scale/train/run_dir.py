@@ -1,53 +1,77 @@
-"""The run directory: whose it is, what was asked for, how it ended."""
+"""Keep a run's directory: whose it is, what was asked for, how it ended."""
 
 import contextlib
 import fcntl
 import json
 import logging
 import os
-import socket
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dtr_scale.errors import ConfigError
-from dtr_scale.storage.folder import open_folder
+from dtr_scale.checkpoint.lease import Lease
+from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.journal import last_step
 
 log = logging.getLogger(__name__)
 
 CONFIG, STATUS, JOURNAL, LOCK = "config.json", "status.json", "journal.jsonl", "lock"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+OWNER = "owner.json"
+"""In the folder of the checkpoints, what LOCK is in the run directory."""
 _OF_ONE_RUN = (CONFIG, STATUS, JOURNAL, CHECKPOINTS, SAMPLES, "mlflow.json", "evaluation.json")
-_LOCK_PATIENCE_SECONDS = 20.0
 
 
 class RunDirectory:
     """A run's directory, held by one job at a time; rank 0 of the job makes one of these.
 
-    Raises ConfigError if the directory cannot be written, or another job holds it. The lock is the
-    kernel's: it goes with the process that holds it, however that ends.
+    Raises ConfigError if the directory cannot be written, or another job holds it. `lost` is called
+    from a thread with a message if another job has taken over what this one holds.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lost: Callable[[str], None] = log.error) -> None:
         self.path = path
+        self._lost = lost
+        self._made = [p for p in (path, *path.parents) if not p.exists()]
+        self._is_new = not (path / STATUS).exists()
+        self._has_begun = False
+        self._leases: list[Lease] = []
         with self._writing():
             (path / SAMPLES).mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK).open("a+", encoding="utf-8")
-        self._take_lock()
+            self._run_lease = self._take(open_folder(path), LOCK, key="run_dir")
         self.saved_step = _saved_step(path)
         """Step of the newest checkpoint that earlier jobs have told of, if any."""
         with self._writing():
             write_status(path, "running")
+
+    def hold_checkpoints(self, folder: Folder) -> None:
+        """Hold the folder of this run's checkpoints, too; ConfigError if it is another run's."""
+        run = self._run_lease
+        try:
+            held = self._take(
+                folder, OWNER, key="checkpoint.dir", run=run.run, is_new_run=run.created
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot save {folder.url}: {error}; give another checkpoint.dir"
+            ) from error
+        run.run = held.run  # a new run directory of a run that has begun on another node
+
+    def _take(self, folder: Folder, name: str, *, key: str, **run: Any) -> Lease:  # noqa: ANN401
+        lease = Lease(folder, name, key=key, run_dir=self.path, lost=self._lost)
+        lease.take(**run)
+        self._leases.append(lease)
+        return lease
 
     @property
     def journal(self) -> Path:
         return self.path / JOURNAL
 
     def write_config(self, config: dict[str, Any]) -> None:
+        self._has_begun = True
         _write_json(self.path, CONFIG, config)
 
     def set_aside(self) -> Path | None:
@@ -55,42 +79,34 @@ class RunDirectory:
 
         Returns where it is now, a run directory of its own; None if nothing had been trained.
         """
-        if not (self.path / JOURNAL).exists() and not open_folder(self.path / CHECKPOINTS).names():
+        checkpoints = set(open_folder(self.path / CHECKPOINTS).names()) - {OWNER}
+        if not (self.path / JOURNAL).exists() and not checkpoints:
             return None
         present = [name for name in _OF_ONE_RUN if (self.path / name).exists()]
         place = self.path / f"replaced_{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
         place.mkdir()
         for name in present:
             (self.path / name).rename(place / name)
+        # It names this directory; the next renewal makes another one here.
+        (place / CHECKPOINTS / OWNER).unlink(missing_ok=True)
         (self.path / SAMPLES).mkdir()
         return place
 
-    def close(self) -> None:
-        self._lock.close()
+    def close(self, *, refused: bool = False) -> None:
+        """Let go of what is held; a start that was `refused` leaves nothing that was not there."""
+        forget = refused and not self._has_begun
+        for lease in reversed(self._leases):
+            lease.release(forget=forget)
+        if forget and self._is_new:
+            self._remove_traces()
 
-    def _take_lock(self) -> None:
-        """Take the lock, waiting a little for a job that is just leaving."""
-        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    self._lock.seek(0)
-                    holder = self._lock.read().strip()
-                    self._lock.close()
-                    raise ConfigError(
-                        f"run_dir = {str(self.path)!r} is in use by {holder}; "
-                        "wait for that job, stop it, or choose another with --run_dir=PATH"
-                    ) from None
-                time.sleep(0.2)
-            except OSError as error:
-                log.warning("%s cannot be locked (%s); start no second job there", self.path, error)
-                break
-        self._lock.truncate(0)
-        self._lock.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+    def _remove_traces(self) -> None:
+        # Another rank may be telling here that it has failed, see `write_failure`.
+        with contextlib.suppress(OSError), _locked(self.path):
+            (self.path / STATUS).unlink(missing_ok=True)
+            for folder in (self.path / SAMPLES, self.path / CHECKPOINTS, *self._made):
+                with contextlib.suppress(FileNotFoundError):
+                    folder.rmdir()  # only where it is empty
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -136,15 +152,23 @@ def write_failure(run_path: Path, reason: str) -> bool:
 
     Any rank may be the one that is left to tell it, and several find out at the same time.
     """
-    with ExitStack() as stack, contextlib.suppress(OSError):  # the failure itself matters more
-        folder = os.open(run_path, os.O_RDONLY)
-        stack.callback(os.close, folder)
-        with contextlib.suppress(OSError):  # not every file system locks folders
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError), _locked(run_path):  # the failure itself matters more
         if json.loads((run_path / STATUS).read_bytes())["outcome"] == "failed":
             return False
         write_status(run_path, "failed", reason=reason)
     return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep the other ranks of this machine out, where the file system can lock folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from dtr_scale.checkpoint.inspection import find_checkpoint
-from dtr_scale.errors import ConfigError, DataError
-from tests.support.runs import ROOT, copied, journal, tiny
+from dtr_scale.errors import CheckpointError, ConfigError, DataError
+from tests.support.runs import ROOT, copied, journal, status, tiny
 
 
 def without_a_shard(place):
@@ -71,6 +71,31 @@ def test_a_model_that_does_not_fit_the_data_is_refused(digits, tmp_path, overrid
         tiny(digits, tmp_path, override)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["--data.shards=nowhere", "--model.num_classes=7", "--checkpoint.start_from=missing.pt"],
+    ids=["data", "network", "start"],
+)
+def test_a_start_that_is_refused_leaves_nothing_that_was_not_there(digits, tmp_path, override):
+    with pytest.raises((ConfigError, DataError, CheckpointError)):
+        tiny(digits, tmp_path / "runs" / "new", override)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("the user's")
+    with pytest.raises((ConfigError, DataError, CheckpointError)):
+        tiny(digits, tmp_path / "run", override)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_has_begun_keeps_what_it_has_where_a_start_is_refused(digits, tmp_path):
+    tiny(digits, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError):
+        tiny(digits, tmp_path, "--model.num_classes=7")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert status(tmp_path)["outcome"] == "failed"
+
+
 def test_a_checkpoint_dir_is_that_of_one_run(digits, tmp_path):
     dir_ = f"--checkpoint.dir={tmp_path / 'shared'}"
     assert tiny(digits, tmp_path / "one", dir_) == 0
@@ -80,7 +105,7 @@ def test_a_checkpoint_dir_is_that_of_one_run(digits, tmp_path):
 
 
 def test_a_second_job_on_a_run_directory_is_refused(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("dtr_scale.train.run_dir._LOCK_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("dtr_scale.checkpoint.lease._PATIENCE_SECONDS", 0.2)
     holder = (
         "import sys, time; from pathlib import Path;"
         "from dtr_scale.train.run_dir import RunDirectory;"

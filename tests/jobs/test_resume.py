@@ -43,6 +43,21 @@ def test_a_fresh_start_on_purpose_loses_nothing(digits, tmp_path):
     assert (replaced / "checkpoints" / "step_00000004").is_dir()
 
 
+@pytest.mark.parametrize("launcher", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_a_fresh_start_counts_for_the_first_start_of_a_job_alone(
+    digits, tmp_path, monkeypatch, launcher
+):
+    """A job that its launcher starts again goes on with the run that it has begun."""
+    tiny(digits, tmp_path)
+    never = ("--checkpoint.resume=never", "--train.seed=1")
+    monkeypatch.setenv(launcher, "0")
+    tiny(digits, tmp_path, *never, "--train.max_steps=2")
+    monkeypatch.setenv(launcher, "1")
+    tiny(digits, tmp_path, *never)
+    assert [record["step"] for record in journal(tmp_path)] == [1, 2, 3, 4]
+    assert len(list(tmp_path.glob("replaced_*"))) == 1
+
+
 def test_a_fresh_start_on_purpose_begins_where_it_is_told(digits, tmp_path, caplog):
     caplog.set_level("INFO", "dtr_scale")
     never = ("--checkpoint.resume=never", f"--checkpoint.start_from={tmp_path / 'missing.pt'}")

@@ -1,6 +1,7 @@
 """A run directory belongs to one job at a time and keeps what earlier runs left."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from dtr_scale.checkpoint import lease
 from dtr_scale.errors import ConfigError
-from dtr_scale.train import run_dir as run_dir_module
 from dtr_scale.train.run_dir import RunDirectory, write_status
 
 HOLDER = """
@@ -33,7 +34,7 @@ def holder(tmp_path):
 
 
 def test_a_second_job_is_refused_and_told_who_holds_the_directory(holder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir_module, "_LOCK_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "_PATIENCE_SECONDS", 0.3)
     with pytest.raises(ConfigError, match=rf"is in use by pid {holder.pid} on .*--run_dir=PATH"):
         RunDirectory(tmp_path)
 
@@ -44,11 +45,13 @@ def test_kill_9_frees_the_directory_for_a_job_that_waits(holder, tmp_path):
 
 
 def test_a_closed_directory_can_be_held_again(tmp_path):
+    lock, found = tmp_path / "new" / "run" / "lock", []
     for _ in range(2):
-        run_dir = RunDirectory(tmp_path / "new" / "run")
+        run_dir = RunDirectory(lock.parent)
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
         run_dir.close()
-    lock = (tmp_path / "new" / "run" / "lock").read_text()
-    assert lock.count("pid ") == 1
+        found.append(json.loads(lock.read_text()))
+    assert found[0] == found[1] and set(found[0]) == {"run", "run_dir"}
 
 
 def test_a_place_that_cannot_be_written_is_named_with_the_fix(tmp_path):
