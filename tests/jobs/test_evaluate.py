@@ -112,3 +112,11 @@ def test_an_interruption_leaves_no_half_of_a_picture(run_dir, tmp_path, monkeypa
     out.write_bytes(b"older")
     assert main(["sample", str(run_dir), "--out", str(out)]) == 130
     assert out.read_bytes() == b"older"
+
+
+def test_a_run_is_measured_from_any_folder(digits, tmp_path, monkeypatch):
+    (tmp_path / "digits").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
+    assert train("digits", Path("run"), *SMALL, "--checkpoint.dir=stored") == 0
+    monkeypatch.chdir("/")
+    assert evaluated(tmp_path / "run")["step"] == 4
