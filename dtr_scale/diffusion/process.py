@@ -1,4 +1,4 @@
-"""Gaussian diffusion (Ho et al., 2020) with learned variances (Nichol & Dhariwal, 2021)."""
+"""Noise samples and denoise them (Ho et al., 2020; learned variances: Nichol & Dhariwal, 2021)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class GaussianDiffusion:
         self.num_timesteps = len(self.timestep_map)
         if self.num_timesteps < 2:
             raise ConfigError(
-                f"diffusion: {self.num_timesteps} timestep is too few; keep at least 2"
+                f"diffusion.num_timesteps = {self.num_timesteps}: too few; keep at least 2"
             )
         self.learn_sigma = learn_sigma
         alphas_cumprod = np.cumprod(1 - beta_schedule(noise_schedule, num_timesteps))
@@ -91,6 +91,7 @@ class GaussianDiffusion:
         mse = _mean_flat((noise.float() - eps) ** 2)
         if sigma is None:
             return {"mse": mse, "vb": torch.zeros_like(mse)}
+        # Else the bound, whose scale differs between timesteps, would train the mean as well.
         frozen_mean = torch.cat([eps.detach(), sigma], dim=1)
         return {"mse": mse, "vb": self._variational_bound(frozen_mean, x_start.float(), x_t, t)}
 
