@@ -3,15 +3,14 @@
 Nothing heavy is imported before a command is known, so that `--help` answers at once.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
-from dtr_scale.cli.arguments import Commands, Parser, runs, unknown_argument
+from dtr_scale.cli.arguments import Commands, Parser, unknown_argument
 from dtr_scale.cli.checkpoints import add_checkpoints
 from dtr_scale.cli.experiments import add_experiments
-from dtr_scale.cli.prepare import PREPARE_EXAMPLES, add_prepare
+from dtr_scale.cli.prepare import add_data, add_prepare
 from dtr_scale.cli.runs import add_runs
 from dtr_scale.errors import DtrScaleError
 from dtr_scale.launchers import launched_rank, srun_variables
@@ -51,14 +50,8 @@ def _parser() -> Parser:
         description="Train diffusion transformers with Denoising Task Routing.",
     )
     commands = Commands(parser)
-    prepare = commands.add(
-        "prepare",
-        "prepare data",
-        "write a data set as webdataset shards with a manifest",
-        PREPARE_EXAMPLES,
-    )
-    runs(prepare, _no_source, on_ranks=True)
-    add_prepare(prepare)
+    add_prepare(commands)
+    add_data(commands)
     add_experiments(commands)
     add_runs(commands)
     add_checkpoints(commands)
@@ -71,7 +64,3 @@ def _parser() -> Parser:
         "  dtr-scale evaluate runs/demo_digits"
     )
     return parser
-
-
-def _no_source(arguments: argparse.Namespace) -> int:
-    raise AssertionError("argparse asks for a source first")

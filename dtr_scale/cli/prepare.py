@@ -1,4 +1,4 @@
-"""The command `dtr-scale prepare SOURCE`: write a data set, verify it, look into it.
+"""Parse the commands on data: `prepare SOURCE` writes a data set, `data` verifies and shows it.
 
 As in `main`, nothing heavy is imported before a command is known.
 """
@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dtr_scale.cli.arguments import fraction, positive_integer, positive_number, split_name
+from dtr_scale.cli.arguments import (
+    Commands,
+    actions,
+    fraction,
+    positive_integer,
+    positive_number,
+    runs,
+    split_name,
+)
 from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 
@@ -20,26 +28,40 @@ if TYPE_CHECKING:
 
 EXIT_GO_ON = 75  # as training's: start the same command again
 
-PREPARE_EXAMPLES = """dtr-scale prepare imagefolder /data/imagenet --out s3://my-bucket/imagenet256/
+_EXAMPLES = """dtr-scale prepare imagefolder /data/imagenet --out s3://my-bucket/imagenet256/
   torchrun --nproc_per_node 8 launch/prepare.py imagefolder /data/imagenet --out /data/latents
-  dtr-scale prepare verify s3://my-bucket/imagenet256/
   dtr-scale prepare digits --out s3://my-bucket/digits/"""
 
 _VAE = "stabilityai/sd-vae-ft-ema"
 _RESUME = "A run that was stopped goes on when the same command is given again."
-_CAPTIONS = "captions as CLIP tokens; {}: an open_clip name, or a folder with open_clip_config.json"
+_CAPTIONS = "captions as CLIP tokens: an open_clip name, or a folder with open_clip_config.json"
 
 
-def add_prepare(parser: argparse.ArgumentParser) -> None:
-    """Give the command its sources and actions."""
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+def add_prepare(commands: Commands) -> None:
+    """Add the command with its sources."""
+    summary = "write a data set as webdataset shards with a manifest"
+    parser = commands.add("prepare", "prepare data", summary, _EXAMPLES)
+    runs(parser, _prepare, on_ranks=True)
+    sources = actions(parser, "source")
     _add_image_folder(sources)
     _add_coco(sources)
     _add_ffhq(sources)
     _add_webdataset(sources)
     _add_digits(sources)
-    _add_verify(sources)
-    _add_inspect(sources)
+
+
+def add_data(commands: Commands) -> None:
+    """Add the command that looks into prepared data."""
+    parser = commands.add(
+        "data",
+        "prepare data",
+        "verify prepared data, or show what it holds",
+        "dtr-scale data verify s3://my-bucket/imagenet256/\n"
+        "  dtr-scale data inspect data/imagenet256 --num-samples 64 --sheet sheet.png",
+    )
+    parts = actions(parser)
+    _add_verify(parts)
+    _add_inspect(parts)
 
 
 _Sources = Any  # argparse names the type of its sub-parsers privately
@@ -51,8 +73,6 @@ def _source(sources: _Sources, name: str, summary: str, example: str) -> argpars
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"example:\n  dtr-scale prepare {name} {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
 
 
@@ -65,8 +85,10 @@ def _add_image_folder(sources: _Sources) -> None:
         "  dtr-scale prepare imagefolder /data/imagenet/val --split val --out data/imagenet256",
     )
     parser.add_argument("path", type=Path, metavar="SRC")
-    _add_writing(parser, "train, or what SRC's folders say; a further split joins its manifest")
-    parser.set_defaults(run=_prepare, listing=_list_image_folder)
+    _add_writing(
+        parser, "default: train, or what SRC's folders say; a further split joins its manifest"
+    )
+    parser.set_defaults(listing=_list_image_folder)
 
 
 def _add_coco(sources: _Sources) -> None:
@@ -80,7 +102,7 @@ def _add_coco(sources: _Sources) -> None:
     parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
     _add_writing(parser)
     _add_text_encoder(parser, "ViT-L-14")
-    parser.set_defaults(run=_prepare, listing=_list_coco)
+    parser.set_defaults(listing=_list_coco)
 
 
 def _add_ffhq(sources: _Sources) -> None:
@@ -88,7 +110,7 @@ def _add_ffhq(sources: _Sources) -> None:
     parser = _source(sources, "ffhq", summary, "/data/ffhq/images1024x1024 --out data/ffhq256")
     parser.add_argument("path", type=Path, metavar="SRC")
     _add_writing(parser)
-    parser.set_defaults(run=_prepare, listing=_list_ffhq)
+    parser.set_defaults(listing=_list_ffhq)
 
 
 def _add_webdataset(sources: _Sources) -> None:
@@ -100,7 +122,7 @@ def _add_webdataset(sources: _Sources) -> None:
     )
     _add_writing(parser)
     _add_text_encoder(parser, None)
-    parser.set_defaults(run=_prepare, listing=_list_webdataset)
+    parser.set_defaults(listing=_list_webdataset)
 
 
 def _add_digits(sources: _Sources) -> None:
@@ -110,57 +132,65 @@ def _add_digits(sources: _Sources) -> None:
     parser.set_defaults(run=_digits)
 
 
-def _add_verify(sources: _Sources) -> None:
+def _add_verify(parts: _Sources) -> None:
     summary = "read and check every byte of prepared data; exit with 1 if any is damaged"
-    parser = _source(sources, "verify", summary, "s3://my-bucket/imagenet256/")
-    parser.add_argument("url", metavar="DIR_OR_S3")
-    parser.set_defaults(run=_verify)
+    parser = parts.add_parser("verify", help=summary, description=summary)
+    parser.add_argument("url", metavar="DIR_OR_S3", help="where the manifest is")
+    runs(parser, _verify)
 
 
-def _add_inspect(sources: _Sources) -> None:
+def _add_inspect(parts: _Sources) -> None:
     summary = "tell what prepared data holds, and draw a contact sheet of it"
-    parser = _source(sources, "inspect", summary, "data/imagenet256 --num 64 --sheet sheet.png")
-    parser.add_argument("url", metavar="DIR_OR_S3")
+    parser = parts.add_parser("inspect", help=summary, description=summary)
+    parser.add_argument("url", metavar="DIR_OR_S3", help="where the manifest is")
     parser.add_argument("--split", help="of the contact sheet (default: the first)")
-    parser.add_argument("--num", type=positive_integer, default=64, help="pictures (default 64)")
-    parser.add_argument("--sheet", type=Path, default=Path("contact_sheet.png"), metavar="PNG")
+    parser.add_argument("--num-samples", type=positive_integer, default=64, help="pictures")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        default=Path("contact_sheet.png"),
+        metavar="PNG",
+        help="the contact sheet to write",
+    )
     parser.add_argument(
         "--vae", help="decodes latents (default: the one that encoded them, if it is on this disk)"
     )
-    parser.set_defaults(run=_inspect)
+    runs(parser, _inspect)
 
 
-def _add_writing(parser: argparse.ArgumentParser, split: str = "default train") -> None:
+def _add_writing(parser: argparse.ArgumentParser, split: str = "default: train") -> None:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
     add("--split", type=split_name, help=split)
-    add("--size", type=positive_integer, help="of the square pictures (256; with --pixels 64)")
-    stored = parser.add_mutually_exclusive_group()
-    stored.add_argument(
-        "--vae", default=_VAE, help=f"name or folder for diffusers (default {_VAE})"
+    add(
+        "--size",
+        type=positive_integer,
+        help="of the square pictures (default: 256, with --pixels 64)",
     )
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--vae", default=_VAE, help="name or folder for diffusers")
     stored.add_argument("--pixels", action="store_true", help="store uint8 pictures, as ADM wants")
-    add("--batch-size", type=positive_integer, default=32, help="pictures (default 32)")
+    add("--batch-size", type=positive_integer, default=32, help="pictures")
     add("--workers", type=positive_integer, help="threads that decode (default: this rank's cores)")
-    add("--shard-mb", type=positive_number, default=256.0, help="about, per shard (default 256)")
+    add("--shard-mb", type=positive_number, default=256.0, help="about, per shard")
     add(
         "--max-unreadable",
         type=fraction,
         default=0.01,
         metavar="FRACTION",
-        help="of the pictures; the manifest lists them, more are an error (default 0.01)",
+        help="of the pictures; the manifest lists them, more are an error",
     )
     parser.description = f"{parser.description} {_RESUME}"
 
 
 def _add_text_encoder(parser: argparse.ArgumentParser, default: str | None) -> None:
-    told = _CAPTIONS.format(f"default {default}" if default else "default: no captions")
+    told = _CAPTIONS if default else f"{_CAPTIONS} (default: no captions)"
     parser.add_argument("--text-encoder", default=default, metavar="NAME", help=told)
     parser.add_argument(
         "--text-pretrained",
         default="openai",
         metavar="WEIGHTS",
-        help="a tag of open_clip or a file (default openai)",
+        help="a tag of open_clip or a file",
     )
 
 
@@ -329,7 +359,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from dtr_scale.evaluation.sampling import grid_columns, save_grid
 
     split = arguments.split or manifest.shards[0].split
-    x_start, _ = draw_samples(folder, manifest, split, arguments.num)
+    x_start, _ = draw_samples(folder, manifest, split, arguments.num_samples)
     images = encoder.decode(torch.from_numpy(x_start))
     save_grid(arguments.sheet, images, columns=grid_columns(1))
     print(f"contact sheet of {split}: {arguments.sheet}")

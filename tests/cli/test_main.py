@@ -21,6 +21,7 @@ COMMANDS = [
     "cka",
     "affinity",
     "prepare",
+    "data",
     "convert",
     "checkpoint",
     "export",
@@ -28,6 +29,7 @@ COMMANDS = [
     "plan",
     "config",
 ]
+REFUSALS = ("No such file", "no run directory", "no checkpoint", "json is missing")
 OF_A_RUN = ["sample", "evaluate", "cka", "affinity"]
 
 
@@ -72,7 +74,7 @@ def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkey
         assert main(arguments) == 0
     else:
         line = refused(capsys, *arguments)
-        assert any(told in line for told in ("No such file", "no run directory", "no checkpoint"))
+        assert any(told in line for told in REFUSALS)
 
 
 def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):

@@ -16,7 +16,7 @@ from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import class_folders, small_autoencoder, tar_of
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["imagefolder", "coco", "ffhq", "webdataset", "digits", "verify", "inspect"]
+SOURCES = ["imagefolder", "coco", "ffhq", "webdataset", "digits"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,13 @@ def prepare(*arguments):
     return main(["prepare", *map(str, arguments)])
 
 
-def refused(capsys, *arguments):
+def data(*arguments):
+    return main(["data", *map(str, arguments)])
+
+
+def refused(capsys, *arguments, run=prepare):
     """Run a command that must fail with exit code 2; return its only line."""
-    assert prepare(*arguments) == 2
+    assert run(*arguments) == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert out == "" and line.startswith("error: ")
@@ -68,11 +72,11 @@ def test_the_way_from_pictures_to_a_contact_sheet(source, s3_url, vae_path, tmp_
         "train: 64 samples in 5 shards",
         f"manifest: {s3_url}/manifest.json",
     ]
-    assert prepare("verify", s3_url) == 0
+    assert data("verify", s3_url) == 0
     assert capsys.readouterr().out == f"{s3_url}: 10 files as written, 0.000 GB\n"
 
     sheet = tmp_path / "sheet.png"
-    assert prepare("inspect", s3_url, "--num", 16, "--sheet", sheet) == 0
+    assert data("inspect", s3_url, "--num-samples", 16, "--sheet", sheet) == 0
     told = capsys.readouterr().out.splitlines()
     assert "train: 64 samples, 5 shards, 0.000 GB, 2 classes of 30 to 34 samples" in told
     assert told[-1] == f"contact sheet of train: {sheet}"
@@ -84,7 +88,7 @@ def test_the_way_from_pictures_to_a_contact_sheet(source, s3_url, vae_path, tmp_
     content = bytearray(folder.read_bytes("train-000003.tar"))
     content[5000] ^= 1
     folder.write_bytes("train-000003.tar", bytes(content))
-    assert prepare("verify", s3_url) == 1
+    assert data("verify", s3_url) == 1
     assert capsys.readouterr().out.splitlines() == [
         "train-000003.tar: its bytes are not those that were written",
         f"{s3_url}: 1 of 10 files damaged, 0.000 GB",
@@ -102,7 +106,7 @@ def test_pixels_and_a_second_start(source, tmp_path, capsys):
     assert second.out == first.out
     assert "all of it is there already" in second.err
     sheet = tmp_path / "sheet.png"
-    assert prepare("inspect", tmp_path / "out", "--sheet", sheet) == 0
+    assert data("inspect", tmp_path / "out", "--sheet", sheet) == 0
     assert sheet.exists()
 
 
@@ -124,10 +128,10 @@ def test_latents_without_their_autoencoder_have_no_sheet(source, vae_path, tmp_p
     (tmp_path / "vae").unlink()
     capsys.readouterr()
     sheet = ("--sheet", tmp_path / "sheet.png")
-    assert prepare("inspect", tmp_path / "out", *sheet) == 0
+    assert data("inspect", tmp_path / "out", *sheet) == 0
     assert "no contact sheet: the autoencoder " in capsys.readouterr().out
     assert not (tmp_path / "sheet.png").exists()
-    assert prepare("inspect", tmp_path / "out", *sheet, "--vae", vae_path) == 0
+    assert data("inspect", tmp_path / "out", *sheet, "--vae", vae_path) == 0
     assert (tmp_path / "sheet.png").exists()
 
 
@@ -140,8 +144,6 @@ def test_latents_without_their_autoencoder_have_no_sheet(source, vae_path, tmp_p
         (["ffhq", "SRC", "--out", "o", "--vae", "VAE", "--size", "33"], "--size=33 is not accept"),
         (["ffhq", "SRC", "--out", "FILE/o", "--pixels"], "FILE/o cannot be written: Not a direc"),
         (["ffhq", "SRC", "--out", "o", "--fast"], "unknown argument '--fast'; see dtr-scale prep"),
-        (["verify", "o"], "manifest.json is missing in o"),
-        (["inspect", "o"], "manifest.json is missing in o"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, source, vae_path, tmp_path, capsys, monkeypatch):
@@ -149,6 +151,12 @@ def test_a_mistake_is_one_line(arguments, message, source, vae_path, tmp_path, c
     (tmp_path / "FILE").write_text("")
     places = {"SRC": str(source), "VAE": str(vae_path)}
     assert message in refused(capsys, *(places.get(value, value) for value in arguments))
+
+
+@pytest.mark.parametrize("action", ["verify", "inspect"])
+def test_data_that_is_not_there_is_named(action, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "manifest.json is missing in o" in refused(capsys, action, "o", run=data)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,10 @@ def prepare(*arguments: object) -> int:
     return main(["prepare", *map(str, arguments)])
 
 
+def data(*arguments: object) -> int:
+    return main(["data", *map(str, arguments)])
+
+
 def torchrun(ranks: int, *arguments: object) -> subprocess.Popen[str]:
     """Start `torchrun launch/prepare.py` in a process group of its own."""
     with socket.socket() as probe:
@@ -102,8 +106,8 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
     options = ("--vae", vae, "--size", 32, "--shard-mb", 0.5)
     assert prepare("imagefolder", source, "--out", out, *options) == 0
     print(f"2,000 photos in {time.monotonic() - start:.1f} s")
-    assert prepare("verify", out) == 0
-    assert prepare("inspect", out, "--sheet", tmp_path / "sheet.png") == 0
+    assert data("verify", out) == 0
+    assert data("inspect", out, "--sheet", tmp_path / "sheet.png") == 0
     told = capsys.readouterr().out
     assert "train: 2000 samples" in told and "10 classes" in told
 
@@ -151,7 +155,7 @@ def test_emoji_become_latents_with_tokens_on_s3_and_are_trained_on(s3_url, tmp_p
     sources = ("--images", root / "images", "--annotations", root / "captions.json")
     encoders = ("--vae", vae, "--size", 64, "--text-encoder", clip)
     assert prepare("coco", *sources, "--out", out, *encoders, "--shard-mb", 1) == 0
-    assert prepare("verify", out) == 0
+    assert data("verify", out) == 0
     told = capsys.readouterr().out
     assert "train: 100 samples in 7 shards" in told
 
@@ -168,7 +172,7 @@ def test_emoji_become_latents_with_tokens_on_s3_and_are_trained_on(s3_url, tmp_p
         assert np.isfinite(context.astype(np.float32)).all()
         assert len({tokens.tobytes() for tokens in context}) == 5
     sheet = tmp_path / "sheet.png"
-    assert prepare("inspect", out, "--sheet", sheet) == 0
+    assert data("inspect", out, "--sheet", sheet) == 0
     assert "100 samples, 7 shards, " in (told := capsys.readouterr().out)
     assert "500 captions" in told
     assert json.loads(folder.read_bytes("manifest.json"))["text_encoder"]["name"] == str(clip)
