@@ -1,4 +1,4 @@
-"""Who a process is, as its launcher tells it: `deepspeed` and `torchrun` by RANK, `srun` not."""
+"""Rank and world size of a process, from `deepspeed`, `torchrun` and `srun`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The package's outside, and which of its modules may import which."""
+"""Public names, and the imports that are allowed between rooms."""
 
 import ast
 import subprocess

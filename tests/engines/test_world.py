@@ -1,4 +1,4 @@
-"""What a rank takes of its node: one GPU, its share of the cores."""
+"""A rank takes one GPU of its node, and its share of the cores."""
 
 import os
 

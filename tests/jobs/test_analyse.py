@@ -1,4 +1,4 @@
-"""What the analyses of a run write and print, from the command line."""
+"""Analyse a run from the command line: the files written, the lines printed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Where pictures lie: listed from folders, JSON and tars, and read from where the list says."""
+"""List pictures in folders, JSON and tars, and read them by the list."""
 
 import json
 import os

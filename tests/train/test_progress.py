@@ -1,4 +1,4 @@
-"""What a person sees of a run, in a log file and on a terminal."""
+"""Progress of a run in a log file and on a terminal."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how a loaded one is checked before it goes on."""
+"""Save the state of a run, and check a loaded one before the run goes on."""
 
 import json
 import logging
