@@ -28,7 +28,9 @@ def explain(problems: Sequence[Any], source: str, overrides: Collection[str] = (
     for problem in problems:
         by_key.setdefault(_key(problem["loc"]), []).append(problem)
     told = ", also ".join(_explain(key, of_key) for key, of_key in by_key.items())
-    first = next(iter(by_key))
+    first, of_first = next(iter(by_key.items()))
+    if of_first[0]["type"].startswith("union_tag"):
+        first += ".type"
     given = any(first == key or first.startswith(f"{key}.") for key in overrides)
     return f"{'the command line' if given else source}: {told}"
 
@@ -40,7 +42,7 @@ def known_keys() -> list[str]:
 
 def suggestion(key: str) -> str:
     """Name the nearest known key, or the section's keys where none is near."""
-    known = known_keys()
+    known = [k for k in known_keys() if not key.startswith(f"{k}.")]
     section, _, name = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     by_name = {k.rpartition(".")[2]: k for k in known}
@@ -59,6 +61,8 @@ def _explain(key: str, problems: Sequence[Any]) -> str:
         return problem["msg"]
     if kind == "extra_forbidden":
         return f"unknown key {key}{suggestion(key)}"
+    if kind == "json_invalid":  # what was given is the whole experiment, secrets included
+        return "holds text that is not Unicode; give other text"
     if kind == "missing":
         return f"{key} is missing"
     if kind.startswith("union_tag"):

@@ -71,6 +71,8 @@ def test_overrides_reach_the_experiment():
         ("--run_dir=s3://b/run", 'run_dir = "s3://b/run": must be a local folder'),
         ("--name=a/b", 'name = "a/b": is a folder\'s name; give letters, digits, '),
         ("--train.lrr=3", "the command line: unknown key train.lrr; did you mean train.lr?"),
+        ("--model.type=unet", 'the command line: model.type = "unet" is unknown; accepted are dit'),
+        ("--model.routing.foo=1", "unknown key model.routing.foo; did you mean model.routing.type"),
         ("--train.betas=[0.9, 0.95]", "unknown key train.betas; known are train.max_steps, train."),
         ("--train.zero_stage=1", "unknown key train.zero_stage; did you mean engine.zero_stage?"),
         ("--train.max_steps=1.5", "train.max_steps = 1.5: should be a valid integer"),
@@ -272,6 +274,14 @@ def test_what_a_run_keeps_works_from_any_folder(tmp_path, monkeypatch):
 def test_a_tracking_server_is_no_path(uri):
     experiment = load_experiment(FLAGSHIP, [f"--tracking.uri={uri}"])
     assert resolved(experiment)["tracking"]["uri"] == uri
+
+
+def test_text_that_cannot_be_written_tells_no_secret():
+    with pytest.raises(ConfigError, match="holds text that is not Unicode") as caught:
+        load_experiment(
+            FLAGSHIP, ['--data.storage_options={"secret": "hush"}', r'--description="\ud800"']
+        )
+    assert "hush" not in str(caught.value)
 
 
 def test_a_mistake_in_storage_options_tells_no_secret():
