@@ -4,7 +4,6 @@ As in `main`, nothing heavy is imported before a command is known.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,9 @@ from dtr_scale.cli.arguments import (
     runs,
     split_name,
 )
-from dtr_scale.errors import ConfigError, DtrScaleError
-from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 
 if TYPE_CHECKING:
-    from dtr_scale.data.manifest import Manifest
-    from dtr_scale.prepare.encode import PictureEncoder, TextEncoder
-    from dtr_scale.prepare.listing import Listing
+    from dtr_scale.jobs.prepare import Manifest, Prepared, Writing
 
 EXIT_GO_ON = 75  # as training's: start the same command again
 
@@ -41,7 +36,7 @@ def add_prepare(commands: Commands) -> None:
     """Add the command with its sources."""
     summary = "write a data set as webdataset shards with a manifest"
     parser = commands.add("prepare", "prepare data", summary, _EXAMPLES)
-    runs(parser, _prepare, on_ranks=True)
+    runs(parser, _image_folder, on_ranks=True)  # each source has a call of its own
     sources = actions(parser, "source")
     _add_image_folder(sources)
     _add_coco(sources)
@@ -88,7 +83,7 @@ def _add_image_folder(sources: _Sources) -> None:
     _add_writing(
         parser, "default: train, or what SRC's folders say; a further split joins its manifest"
     )
-    parser.set_defaults(listing=_list_image_folder)
+    parser.set_defaults(run=_image_folder)
 
 
 def _add_coco(sources: _Sources) -> None:
@@ -102,7 +97,7 @@ def _add_coco(sources: _Sources) -> None:
     parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
     _add_writing(parser)
     _add_text_encoder(parser, "ViT-L-14")
-    parser.set_defaults(listing=_list_coco)
+    parser.set_defaults(run=_coco)
 
 
 def _add_ffhq(sources: _Sources) -> None:
@@ -110,7 +105,7 @@ def _add_ffhq(sources: _Sources) -> None:
     parser = _source(sources, "ffhq", summary, "/data/ffhq/images1024x1024 --out data/ffhq256")
     parser.add_argument("path", type=Path, metavar="SRC")
     _add_writing(parser)
-    parser.set_defaults(listing=_list_ffhq)
+    parser.set_defaults(run=_ffhq)
 
 
 def _add_webdataset(sources: _Sources) -> None:
@@ -122,7 +117,7 @@ def _add_webdataset(sources: _Sources) -> None:
     )
     _add_writing(parser)
     _add_text_encoder(parser, None)
-    parser.set_defaults(listing=_list_webdataset)
+    parser.set_defaults(run=_webdataset)
 
 
 def _add_digits(sources: _Sources) -> None:
@@ -194,119 +189,67 @@ def _add_text_encoder(parser: argparse.ArgumentParser, default: str | None) -> N
     )
 
 
-def _list_image_folder(arguments: argparse.Namespace) -> "Listing":
-    from dtr_scale.prepare.listing import image_folder
+def _image_folder(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.prepare import prepare_image_folder
 
-    return image_folder(arguments.path, arguments.split)
-
-
-def _list_ffhq(arguments: argparse.Namespace) -> "Listing":
-    from dtr_scale.prepare.listing import one_class
-
-    return one_class(arguments.path, arguments.split or "train")
-
-
-def _list_coco(arguments: argparse.Namespace) -> "Listing":
-    from dtr_scale.prepare.listing import coco
-
-    return coco(arguments.images, arguments.annotations, arguments.split or "train")
-
-
-def _list_webdataset(arguments: argparse.Namespace) -> "Listing":
-    from dtr_scale.prepare.listing import webdataset
-
-    return webdataset(
-        arguments.path,
-        arguments.split or "train",
-        num_classes=arguments.num_classes,
-        with_captions=arguments.text_encoder is not None,
+    return _tell(
+        arguments, prepare_image_folder(arguments.path, arguments.split, _writing(arguments))
     )
 
 
-def _prepare(arguments: argparse.Namespace) -> int:
-    from dtr_scale.prepare.preparation import Preparation
-    from dtr_scale.storage.folder import open_folder
-    from dtr_scale.train.signals import LeaveRequest
+def _ffhq(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.prepare import prepare_one_class
 
-    folder = open_folder(arguments.out)
-    request = LeaveRequest()
-    try:
-        with request.listening():
-            listing = arguments.listing(arguments)
-            encoder, text_encoder = _encoders(arguments, listing)
-            outcome = Preparation(
-                listing,
-                folder,
-                encoder,
-                text_encoder,
-                shard_bytes=round(arguments.shard_mb * 1e6),
-                batch_size=arguments.batch_size,
-                num_workers=arguments.workers or _own_cores(),
-                max_unreadable=arguments.max_unreadable,
-                rank=launched_rank(),
-                world_size=launched_world_size(),
-                leaving=lambda: request.reason,
-            ).run()
-    except OSError as error:
-        raise _not_written(arguments.out, error) from error
-    if outcome.manifest is not None:
-        _tell(arguments.out, outcome.manifest)
-        return 0
-    print(f"{outcome.stored} of {outcome.shards} shards are stored", end="", file=sys.stderr)
-    if request.reason is None:
-        print("; the rank that stores the last one writes the manifest", file=sys.stderr)
-        return 0
-    print(f"; told to leave ({request.reason}): start the command again to go on", file=sys.stderr)
-    return EXIT_GO_ON
+    split = arguments.split or "train"
+    return _tell(arguments, prepare_one_class(arguments.path, split, _writing(arguments)))
 
 
-def _encoders(
-    arguments: argparse.Namespace, listing: "Listing"
-) -> "tuple[PictureEncoder, TextEncoder | None]":
-    """Return what turns this listing's pictures and captions into numbers."""
-    from dtr_scale.prepare.encode import PixelEncoder, PosteriorEncoder, TextEncoder
+def _coco(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.prepare import prepare_coco
 
-    text_encoder = None
-    if listing.has_captions:
-        text_encoder = TextEncoder(arguments.text_encoder, arguments.text_pretrained, _device())
-    if arguments.pixels:
-        return PixelEncoder(arguments.size or 64), text_encoder
-    return PosteriorEncoder(arguments.vae, arguments.size or 256, _device()), text_encoder
+    places = arguments.images, arguments.annotations
+    return _tell(arguments, prepare_coco(*places, arguments.split or "train", _writing(arguments)))
 
 
-def _device() -> Any:  # noqa: ANN401
-    """Return the torch device of this rank: a GPU of its own where there is one."""
-    import torch
+def _webdataset(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.prepare import prepare_webdataset
 
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    split, classes = arguments.split or "train", arguments.num_classes
+    return _tell(arguments, prepare_webdataset(arguments.path, split, classes, _writing(arguments)))
 
 
-def _own_cores() -> int:
-    return min(16, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+def _writing(arguments: argparse.Namespace) -> "Writing":
+    from dataclasses import fields
+
+    from dtr_scale.jobs.prepare import Writing
+
+    given = vars(arguments)
+    return Writing(**{f.name: given[f.name] for f in fields(Writing) if f.name in given})
 
 
 def _digits(arguments: argparse.Namespace) -> int:
-    from dtr_scale.prepare.digits import prepare_digits
-    from dtr_scale.storage.folder import open_folder
+    from dtr_scale.jobs.prepare import prepare_digits
 
-    if launched_rank() > 0:
-        return 0
-    try:
-        manifest = prepare_digits(open_folder(arguments.out))
-    except OSError as error:
-        raise _not_written(arguments.out, error) from None
-    _tell(arguments.out, manifest)
+    if (manifest := prepare_digits(arguments.out)) is not None:
+        _tell_manifest(arguments.out, manifest)
     return 0
 
 
-def _not_written(out: str, error: OSError) -> ConfigError:
-    return ConfigError(f"--out={out} cannot be written: {error.strerror or error}; choose another")
+def _tell(arguments: argparse.Namespace, prepared: "Prepared") -> int:
+    """Print how far a preparation has come, and return the exit code."""
+    if prepared.manifest is not None:
+        _tell_manifest(arguments.out, prepared.manifest)
+        return 0
+    print(f"{prepared.stored} of {prepared.shards} shards are stored", end="", file=sys.stderr)
+    if prepared.leave_reason is None:
+        print("; the rank that stores the last one writes the manifest", file=sys.stderr)
+        return 0
+    reason = prepared.leave_reason
+    print(f"; told to leave ({reason}): start the command again to go on", file=sys.stderr)
+    return EXIT_GO_ON
 
 
-def _tell(out: str, manifest: "Manifest") -> None:
+def _tell_manifest(out: str, manifest: "Manifest") -> None:
     for split in dict.fromkeys(shard.split for shard in manifest.shards):
         shards, samples = manifest.split(split), manifest.num_samples(split)
         print(f"{split}: {samples} samples in {len(shards)} shards")
@@ -316,51 +259,26 @@ def _tell(out: str, manifest: "Manifest") -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    from dtr_scale.jobs.prepare import verify_data
 
-    from dtr_scale.data.manifest import read_manifest
-    from dtr_scale.prepare.inspection import verify
-    from dtr_scale.storage.folder import open_folder
-
-    folder = open_folder(arguments.url)
-    manifest = read_manifest(folder, split=None)
-    size = sum(shard.bytes for shard in manifest.shards)
-    files = damaged = 0
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
-        for name, num_bytes, problem in verify(folder, manifest):
-            bar.update(num_bytes)
-            files += 1
-            if problem is not None:
-                damaged += 1
-                bar.write(f"{name}: {problem}", file=sys.stdout)
-    verdict = f"{damaged} of {files} files damaged" if damaged else f"{files} files as written"
-    print(f"{folder.url}: {verdict}, {size / 1e9:.3f} GB")
-    return 1 if damaged else 0
+    found = verify_data(arguments.url, print)
+    verdict = f"{found.damaged} of {found.files} files damaged"
+    if not found.damaged:
+        verdict = f"{found.files} files as written"
+    print(f"{found.url}: {verdict}, {found.num_bytes / 1e9:.3f} GB")
+    return 1 if found.damaged else 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from dtr_scale.data.manifest import read_manifest
-    from dtr_scale.prepare.encode import decoder_of
-    from dtr_scale.prepare.inspection import describe, draw_samples
-    from dtr_scale.storage.folder import open_folder
+    from dtr_scale.jobs.prepare import inspect_data
 
-    folder = open_folder(arguments.url)
-    manifest = read_manifest(folder, arguments.split)
-    print(*describe(folder, manifest), sep="\n")
-    try:
-        encoder = decoder_of(manifest, arguments.vae, _device())
-    except DtrScaleError as error:
-        if arguments.vae is not None:
-            raise
-        print(f"no contact sheet: {error}")
-        return 0
-    import torch
-
-    from dtr_scale.evaluation.sampling import grid_columns, save_grid
-
-    split = arguments.split or manifest.shards[0].split
-    x_start, _ = draw_samples(folder, manifest, split, arguments.num_samples)
-    images = encoder.decode(torch.from_numpy(x_start))
-    save_grid(arguments.sheet, images, columns=grid_columns(1))
-    print(f"contact sheet of {split}: {arguments.sheet}")
+    lines = inspect_data(
+        arguments.url,
+        split=arguments.split,
+        num_samples=arguments.num_samples,
+        sheet=arguments.sheet,
+        vae=arguments.vae,
+    )
+    for line in lines:
+        print(line)
     return 0
