@@ -102,9 +102,13 @@ def test_two_tasks_write_the_journal_of_one_process(slurm, digits, tmp_path):
 
 
 def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, digits, tmp_path):
-    """USR1 to every process of the job, data workers too; SLURM sends it before the time limit."""
+    """USR1 to every process of the job, data workers too; SLURM sends it before the time limit.
+
+    What it was asked to do at its first start, to begin afresh, is not done again.
+    """
     run_dir = tmp_path / "run"
-    job = submit("--train.max_steps=100", "--data.num_workers=1")
+    never = "--checkpoint.resume=never"
+    job = submit("--train.max_steps=100", "--data.num_workers=1", never)
     wait_for_step(run_dir, 3)
     slurm.run("scancel", "--full", "--signal=USR1", job)
     wait_for(lambda: status(run_dir)["outcome"] == "preempted")

@@ -1,5 +1,6 @@
 """Refuse bad data and places in use, with one line and nothing lost."""
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 
 from dtr_scale.checkpoint.inspection import find_checkpoint
 from dtr_scale.errors import CheckpointError, ConfigError, DataError
-from tests.support.runs import ROOT, copied, journal, status, tiny
+from dtr_scale.storage.folder import open_folder
+from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, copied, journal, status, tiny
 
 
 def without_a_shard(place):
@@ -121,6 +123,28 @@ def test_a_second_job_on_a_run_directory_is_refused(digits, tmp_path, monkeypatc
         process.kill()
         process.communicate()
     assert tiny(digits, tmp_path) == 0  # a killed holder holds nothing
+
+
+def test_a_job_whose_directory_was_taken_over_ends_and_writes_nothing_more(digits, tmp_path):
+    endless = (*SMALL, *SINGLE, "--train.max_steps=1000000", "--evaluation.every_steps=0")
+    places = ("--config", str(DEMO), f"--data.shards={digits}", f"--run_dir={tmp_path}")
+    command = [sys.executable, "launch/train.py", *places, *endless]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stderr is not None
+            while "step 3/" not in process.stderr.readline():
+                assert process.poll() is None
+            before, lock = status(tmp_path), json.loads((tmp_path / "lock").read_text())
+            other = json.dumps(lock | {"job": "another", "pid": 7, "host": "node7"})
+            open_folder(tmp_path).write_bytes("lock", other.encode())
+            told = process.stderr.read()
+            process.wait()
+        finally:
+            process.kill()
+    assert process.returncode == 1, told
+    assert f"run_dir = {str(tmp_path)!r} was taken over by pid 7 on node7" in told
+    assert status(tmp_path) == before
+    assert (tmp_path / "lock").read_text() == other
 
 
 def test_one_process_cannot_be_many(digits, tmp_path, monkeypatch):
