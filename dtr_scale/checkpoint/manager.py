@@ -36,6 +36,10 @@ class CheckpointManager:
     ) -> None:
         self.saved_step: int | None = None
         """Step of the newest complete checkpoint, loaded or saved."""
+        self.before_commit: Callable[[], None] = lambda: None
+        """Called on rank 0, in the thread, when all is stored but the mark that makes it count."""
+        self.on_saved: Callable[[int], None] = lambda step: None
+        """Called on rank 0, in the thread, with the step of a checkpoint that is complete."""
         self._folder = folder
         self._catalog = Catalog(folder)
         self._retention = Retention(self._catalog, keep or Keep())
@@ -208,6 +212,9 @@ class CheckpointManager:
         self._failures.clear()
         self.saved_step = step
         if self._world.is_main:
+            # Before anything is retired: the run's status names a checkpoint that is there.
+            with contextlib.suppress(OSError):  # what a run tells of itself is not worth the run
+                self.on_saved(step)
             self._retention.note(step, figures)
             self._retention.retire(step)
 
@@ -224,6 +231,8 @@ class CheckpointManager:
         entries = world.all_gather_object(entry)
         with world.agree(), _as_checkpoint_error(url):
             if world.is_main:
+                with contextlib.suppress(OSError):
+                    self.before_commit()
                 self._catalog.commit(step, entries, meta)
 
 

@@ -14,6 +14,7 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.launchers import restart_count
+from dtr_scale.tracking.journal import last_step
 from dtr_scale.train.run_dir import RunDirectory
 from dtr_scale.train.state import compare_probes
 from dtr_scale.train.trainer import Trainer
@@ -40,7 +41,7 @@ def resume_or_start(
     if experiment.checkpoint.resume == "never" and not restart_count():
         with world.agree():
             _set_aside(trainer, experiment, run_dir)
-    elif _resume(trainer, experiment):
+    elif _resume(trainer, experiment, run_dir):
         return
     else:
         with world.agree():
@@ -50,7 +51,7 @@ def resume_or_start(
         log.info("starting from %s", place)
 
 
-def _resume(trainer: Trainer, experiment: Experiment) -> bool:
+def _resume(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> bool:
     """Go on from the newest checkpoint; False if there is none."""
     allowed = experiment.checkpoint.allow_changes
     plan = trainer.resume(
@@ -62,7 +63,25 @@ def _resume(trainer: Trainer, experiment: Experiment) -> bool:
     _check_probe(trainer, plan.reader, lenient=bool(allowed))
     for change in plan.changes:
         log.info("since then: %s", change)
+    if run_dir:
+        _tell_of_gap(run_dir.journal, plan.reader)
     return True
+
+
+def _tell_of_gap(journal: Path, reader: CheckpointReader) -> None:
+    """Warn where the journal ends before the checkpoint: a disk lost what it had been given."""
+    step, every = reader.meta["step"], reader.meta["config"]["train"]["log_every"]
+    expected, found = step - step % every, last_step(journal)
+    if found < expected:
+        log.warning(
+            "%s ends at step %d and the checkpoint is of step %d: the records of steps %d to %d "
+            "are lost; training goes on, and a copy of the journal put there first fills the gap",
+            journal,
+            found,
+            step,
+            found + 1,
+            expected,
+        )
 
 
 def _plan(

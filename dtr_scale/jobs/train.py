@@ -21,7 +21,7 @@ from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.progress import Progress
-from dtr_scale.train.run_dir import RunDirectory, write_failure, write_status
+from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 
@@ -89,12 +89,14 @@ class _MainRecords(_Records):
         write_status(run_dir.path, "running", step=trainer.step)
         self._journal = Journal(run_dir.journal, step=trainer.step)
         self.tracker = build_tracker(experiment, world, run_dir, step=trainer.step)
-        self._told_saved_step: int | None = None
+        # A journal never ends before its checkpoint, and status.json knows of every checkpoint: a
+        # start that misses it is refused.
+        trainer.checkpoints.before_commit = self._journal.sync
+        trainer.checkpoints.on_saved = partial(write_saved_step, run_dir.path)
         self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
 
     def write(self, record: Record) -> None:
         self._journal.write(record)
-        self._tell_of_save()
         self.tracker.log(record)
         self._progress.show(record)
 
@@ -123,14 +125,6 @@ class _MainRecords(_Records):
         self.close(outcome, checkpoint)
         told = f"leaving on request ({reason})" if reason else outcome
         log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint)
-
-    def _tell_of_save(self) -> None:
-        """Note the newest checkpoint, so that a start without it does not begin again."""
-        saved_step = self._trainer.saved_step
-        if saved_step != self._told_saved_step:
-            with contextlib.suppress(OSError):  # told again at the next record
-                write_status(self._path, "running", step=self._trainer.step, saved_step=saved_step)
-                self._told_saved_step = saved_step
 
     def close(self, outcome: str, checkpoint: str | None) -> None:
         self._progress.close()

@@ -135,9 +135,8 @@ def write_status(
         step = last_step(run_path / JOURNAL)
     if saved_step is None:
         saved_step = _saved_step(run_path)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
     content = {"outcome": outcome, "reason": reason, "step": step, "saved_step": saved_step}
-    _write_json(run_path, STATUS, content | {"time": now})
+    _write_json(run_path, STATUS, content | {"time": _now()})
 
 
 def _saved_step(run_path: Path) -> int | None:
@@ -145,6 +144,14 @@ def _saved_step(run_path: Path) -> int | None:
         return json.loads((run_path / STATUS).read_text(encoding="utf-8")).get("saved_step")
     except (OSError, ValueError):
         return None
+
+
+def write_saved_step(run_path: Path, step: int) -> None:
+    """Store the step of the newest checkpoint; how the run stands stays as it is."""
+    with _locked(run_path):  # the main thread may be telling of a failure at this moment
+        content = json.loads((run_path / STATUS).read_bytes())
+        content |= {"step": max(content["step"] or 0, step), "saved_step": step}
+        _write_json(run_path, STATUS, content | {"time": _now()})
 
 
 def write_failure(run_path: Path, reason: str) -> bool:
@@ -161,7 +168,7 @@ def write_failure(run_path: Path, reason: str) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep the other ranks of this machine out, where the file system can lock folders."""
+    """Keep other threads and ranks of this machine out, where the file system locks folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -169,6 +176,10 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write_json(folder: Path, name: str, content: dict[str, Any]) -> None:

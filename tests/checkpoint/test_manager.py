@@ -325,6 +325,52 @@ def test_training_goes_on_while_a_save_is_in_flight(tmp_path, monkeypatch):
     assert_holds(restored, 1.0)
 
 
+class Watched(dict):
+    """A state that notes which threads read it."""
+
+    def __init__(self, state):
+        super().__init__(state)
+        self.threads = set()
+
+    def __getitem__(self, key):
+        self.threads.add(threading.current_thread())
+        return super().__getitem__(key)
+
+
+def test_the_state_is_copied_before_the_loop_goes_on(tmp_path):
+    """A copy taken in the thread that writes would mix this step's state with later ones."""
+    manager = manager_of(open_folder(tmp_path))
+    state = Watched(state_of(1.0))
+    manager.save(1, state, {"step": 1})
+    for piece in state.values():
+        piece.data.fill_(9.0)
+    manager.wait()
+    assert state.threads == {threading.current_thread()}
+    restored = state_of(0.0)
+    manager.load_newest(restored)
+    assert_holds(restored, 1.0)
+
+
+def test_others_are_told_before_a_save_counts_and_when_it_does(folder):
+    manager, told = manager_of(folder), []
+    manager.before_commit = lambda: told.append(("before", manager.steps()))
+    manager.on_saved = lambda step: told.append((step, manager.steps()))
+    save(manager, 1)
+    save(manager, 2)
+    assert told == [("before", []), (1, [1]), ("before", [1]), (2, [2, 1])]
+
+
+def test_trouble_of_those_who_are_told_is_not_the_save_s(tmp_path):
+    manager = manager_of(open_folder(tmp_path))
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    manager.before_commit = manager.on_saved = fail
+    save(manager, 1)
+    assert manager.saved_step == 1
+
+
 def test_what_nobody_foresaw_reaches_the_loop(tmp_path, monkeypatch):
     monkeypatch.setattr(Snapshot, "entry", lambda self, file: {}["surprise"])
     manager = manager_of(open_folder(tmp_path))

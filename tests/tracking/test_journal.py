@@ -5,6 +5,7 @@ import signal
 import string
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -141,3 +142,18 @@ def test_new_records_are_read_from_where_the_last_reading_ended(tmp_path):
     with path.open("ab") as file:
         file.write(b'ep": 4}\n')
     assert read_new_records(path, end) == ([{"step": 4}], path.stat().st_size)
+
+
+def test_a_sync_reaches_the_file_and_its_name(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    journal = Journal(tmp_path / "journal.jsonl", step=0)
+    journal.write({"step": 1})
+    journal.sync()
+    assert synced == [tmp_path / "journal.jsonl", tmp_path]
+    journal.close()
