@@ -131,6 +131,11 @@ def read_manifest(folder: Folder, split: str | None = "train") -> Manifest:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if first["loc"] == ("format",) and isinstance(first["input"], int) and first["input"] > 2:
+            raise DataError(
+                f"{where}: format {first['input']} is newer than this dtr-scale, which reads "
+                "format 2; fix: install the dtr-scale that wrote it"
+            ) from error
         field = ".".join(map(str, first["loc"])) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
         raise DataError(f"{where}: {field}: {first['msg']}{more}; {fix}") from error
@@ -167,8 +172,10 @@ def data_errors(folder: Folder, name: str) -> Iterator[None]:
     except OSError as error:
         reason = one_line(error)
         if isinstance(error, FileNotFoundError):
-            fix = "fix: check data.shards, or prepare the data (dtr-scale prepare)"
-            message = f"{name} is missing in {folder.url} ({reason}); {fix}"
+            fix = "fix: check the folder (data.shards), or prepare the data (dtr-scale prepare)"
+            # On disk the reason is the same again: no such file.
+            why = "" if folder.is_local else f" ({reason})"
+            message = f"{name} is missing in {folder.url}{why}; {fix}"
         elif isinstance(error, PermissionError):
             keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or data.storage_options"
             fix = "the file's permissions" if folder.is_local else keys

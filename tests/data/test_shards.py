@@ -142,11 +142,16 @@ GOOD = {
 @pytest.mark.parametrize(
     ("content", "split", "message"),
     [
-        (None, "train", "manifest.json is missing in .*dtr-scale prepare"),
+        (
+            None,
+            "train",
+            r"manifest.json is missing in [^ ]+; fix: check the folder .*dtr-scale prepare",
+        ),
         (b"", "train", "manifest.json is empty.*fix: prepare the data again"),
         (b"not json", "train", "manifest.json: the file: Invalid JSON.*fix"),
         (b"[]", "train", "manifest.json: the file: Input should be an object.*fix"),
         (GOOD | {"format": 1}, "train", "manifest.json: format: Input should be 2.*fix"),
+        (GOOD | {"format": 9}, "train", "format 9 is newer than this dtr-scale.*fix: install"),
         (GOOD | {"dtype": "int3", "num_classes": 0}, "val", r"dtype: .*\(and 1 more\); fix"),
         (GOOD | {"shards": []}, "train", "manifest.json lists no shards; fix"),
         (
