@@ -29,15 +29,18 @@ def find_checkpoint(place: str, step: int | None = None) -> CheckpointReader:
 
 
 def read_newest(
-    place: str, read: Callable[[CheckpointReader], _Read], step: int | None = None
+    place: str,
+    read: Callable[[CheckpointReader], _Read],
+    step: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> _Read:
     """Return what `read` makes of a checkpoint at a local path or s3:// URL.
 
     That is the place itself, or a run's newest: a damaged one is named and the one before it taken,
-    as in training. With `step` it is the one of that step or none. Raises ConfigError where there
-    is none, CheckpointError where none is whole.
+    as in training. With `step` it is the one of that step or none. `storage_options` are those of
+    `find_checkpoints`. Raises ConfigError where there is none, CheckpointError where none is whole.
     """
-    found = find_checkpoints(place)
+    found = find_checkpoints(place, storage_options)
     if step is not None:
         found = [checkpoint for checkpoint in found if checkpoint.step in (step, None)]
     for checkpoint in found:
@@ -66,17 +69,20 @@ class StoredCheckpoint(NamedTuple):
         return CheckpointReader(self.folder)
 
 
-def find_checkpoints(place: str) -> list[StoredCheckpoint]:
+def find_checkpoints(
+    place: str, storage_options: Mapping[str, Any] | None = None
+) -> list[StoredCheckpoint]:
     """Return the checkpoint at a place itself, or all of a run or checkpoint.dir, newest first.
 
-    Saves that were cut off do not count. Raises ConfigError where there are none, CheckpointError
-    for a place that cannot be read.
+    Saves that were cut off do not count. `storage_options` stand for those of the run's config,
+    which keeps no secrets. Raises ConfigError where there are none, CheckpointError for a place
+    that cannot be read.
     """
     folder = open_folder(place)
     try:
         if folder.exists(INDEX) or folder.exists(COMPLETE):
             return [StoredCheckpoint(folder, None)]
-        catalog = Catalog(_checkpoints_of(folder))
+        catalog = Catalog(_checkpoints_of(folder, storage_options))
         found = [StoredCheckpoint(catalog.at(step), step) for step in catalog.steps()]
     except OSError as error:
         raise CheckpointError(
@@ -90,12 +96,13 @@ def find_checkpoints(place: str) -> list[StoredCheckpoint]:
     return found
 
 
-def _checkpoints_of(place: Folder) -> Folder:
+def _checkpoints_of(place: Folder, storage_options: Mapping[str, Any] | None) -> Folder:
     """Return the folder of a run's checkpoints; any other place is one itself or above it."""
     if place.exists("config.json"):
         config = place.read_json("config.json")
         if elsewhere := config["checkpoint"]["dir"]:
-            return open_folder(elsewhere, config["data"]["storage_options"])
+            stored = config["data"]["storage_options"]
+            return open_folder(elsewhere, stored if storage_options is None else storage_options)
     inside = place.child("checkpoints")
     return inside if inside.names() else place
 

@@ -132,7 +132,7 @@ def _check_overrides(arguments: argparse.Namespace, overrides: list[str]) -> Non
     from dtr_scale.config.schema import EvaluationConfig
 
     for key, _ in parse_overrides(overrides):
-        if not key.startswith("evaluation."):
+        if not key.startswith(("evaluation.", "data.storage_options")):
             accepted = [f"--evaluation.{name}" for name in EvaluationConfig.model_fields]
             raise unknown_argument(arguments.parser, f"--{key}", accepted)
 

@@ -145,7 +145,7 @@ def _load_one(run_dir: Path, overrides: Sequence[str]) -> TrainedRun:
         network.load_state_dict({name: stored[key] for name, key in places.items()})
         return TrainedRun(experiment, network.to(device).eval(), reader.meta["step"], (reader,))
 
-    return read_newest(str(run_dir), read)
+    return read_newest(str(run_dir), read, storage_options=experiment.data.storage_options)
 
 
 def draw(run: TrainedRun, num_samples: int) -> Tensor:
