@@ -1,4 +1,4 @@
-"""What is finished of data that is being prepared, kept in the folder itself.
+"""Keep account of finished shards in the folder that is being prepared.
 
 `preparing.json` says what is being prepared, `<shard>.record.json` that a shard is stored with
 its index. They let a killed run go on, and ranks work without talking: whoever stores the last

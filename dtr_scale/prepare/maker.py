@@ -132,7 +132,7 @@ class ShardMaker:
             pictures, stored, self._encoder.means(stored), self._contexts(pictures), strict=True
         )
         for picture, array, numbers, context in parts:
-            # One such sample would end the training that draws it.
+            # Not stored: training would draw it again in every epoch.
             if not np.isfinite(array).all():
                 _leave_out(shard, picture, "is encoded to numbers that are not finite")
             elif context is not None and not np.isfinite(context).all():

@@ -1,4 +1,4 @@
-"""Shards: plain webdataset tars, each with an index beside it, written here.
+"""Write shards: plain webdataset tars, each with an index beside it.
 
 A sample is `<key>.npy` (the array), `<key>.cls` (the class index) and, where it has captions,
 `<key>.captions.json` and `<key>.context.npy` (their tokens, float16 [captions, L, D]). The index
