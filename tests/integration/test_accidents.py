@@ -364,7 +364,7 @@ def damaged_starts(digits: Path, place: Path) -> dict[str, list[str]]:
         world.barrier()
         outcomes[name] = start(name)
         if world.is_main:
-            for checkpoint in checkpoints.iterdir():
+            for checkpoint in checkpoints.glob("step_*"):
                 damage(checkpoint)
         world.barrier()
         outcomes[f"{name}, all"] = start(name)
