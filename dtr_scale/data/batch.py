@@ -1,4 +1,4 @@
-"""What a training step needs of its samples: decoded, with every draw made.
+"""Put together micro-batches: samples decoded, with every draw made.
 
 All of it is a function of (seed, position, salt), position = samples seen before the global batch +
 place in it: the same at any world size, micro-batch size and number of workers.
@@ -106,6 +106,7 @@ class BatchAssembler:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
 
     def __getstate__(self) -> dict[str, Any]:
+        # Threads do not travel to a worker, which makes its own.
         return {name: value for name, value in self.__dict__.items() if name != "_beside"}
 
     @property

@@ -86,7 +86,7 @@ class CacheFolder:
 def _is_free(path: Path) -> bool:
     """Tell whether no process holds a copy open."""
     try:
-        with open_copy(path) as file:
+        with open_copy(path) as file:  # readers hold a shared lock until they close it (see `use`)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (FileNotFoundError, BlockingIOError):
         return False

@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, read ahead by worker processes.
+"""Yield the micro-batches of one rank, read ahead by worker processes.
 
 Workers write into memory that they share with the main process, which copies a micro-batch out
 before its place is used again: a fifth of what it costs to send tensors from process to process.

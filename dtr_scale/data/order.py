@@ -1,4 +1,4 @@
-"""The global order of samples: a pure function of the shards' sizes and a seed.
+"""Order all samples of all epochs by a pure function of the shards' sizes and a seed.
 
 Epoch -> permutation of the shards -> L contiguous runs of samples, one per lane -> permutation of
 the samples inside windows of a run's shards. Place p of every global batch belongs to lane
@@ -146,6 +146,7 @@ class GlobalOrder:
 
     def _window_samples(self, epoch: int, lane: int, window: int) -> np.ndarray:
         """Return the (shard, index) pairs of one window in their order, int32 [n, 2]."""
+        # One window per lane is kept: a rank reads each of its lanes in the order of positions.
         latest = self._shuffled.get(lane)
         if latest is not None and latest[:2] == (epoch, window):
             return latest[2]

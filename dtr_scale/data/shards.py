@@ -1,4 +1,4 @@
-"""Open shards: where they lie, in this process's memory, or sample by sample on their way here.
+"""Open shards where they lie or in memory, or read single samples of one on its way here.
 
 A shard is opened whole and verified, and stays readable until it is closed. `RangedShard` alone is
 not verified: it stands in for a shard that is on its way, and is verified with it.
@@ -144,6 +144,7 @@ class MemoryShards(Shards):
         split, name = self.split, self.split.shards[i].name
         rows = split.rows(i, split.read_index(i))
         with closed_on_error(FileIO(os.memfd_create(name), "r+")) as file:
+            # A new seal each time: what has come over the network is always hashed.
             with split.reading(i), ProcessSeals().hold(name, wait) as seal:
                 split.folder.get_into(name, file)
                 split.verify(i, file, seal)
