@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,11 @@ from dtr_scale.cli.main import _parser
 from dtr_scale.config.load import load_experiment
 
 ROOT = Path(__file__).parents[1]
-READMES = sorted(
-    path
-    for path in [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md")]
-    if ".venv" not in path.parts
-)
-NAMES = [str(path.relative_to(ROOT)) for path in READMES]
+NAMES = subprocess.run(
+    ["git", "ls-files", "README.md", "*/README.md"],
+    cwd=ROOT, check=True, capture_output=True, text=True,
+).stdout.split()  # fmt: skip
+READMES = [ROOT / name for name in NAMES]
 
 
 def commands(path):
