@@ -24,9 +24,9 @@ except SystemExit:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    with slurm_cluster() as slurm:
-        yield slurm
+def slurm():
+    with slurm_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
