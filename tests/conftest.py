@@ -60,6 +60,14 @@ def pytest_unconfigure(config):
         reporter.write_line(line)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """The tests' own cache; the user's stays as it is."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory):
     """Ceph's gateway; the AWS environment points at it, and holds nothing of the user's own."""

@@ -7,6 +7,7 @@ that jobs may share the folder.
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable
 from io import FileIO
@@ -16,7 +17,15 @@ import numpy as np
 
 from dtr_scale.data.eviction import CacheFolder
 from dtr_scale.data.manifest import Shard
-from dtr_scale.data.seals import FolderSeals, ProcessSeals, Seal, make_private, open_copy
+from dtr_scale.data.seals import (
+    FolderSeals,
+    ProcessSeals,
+    Seal,
+    Seals,
+    make_private,
+    open_copy,
+    own_folder,
+)
 from dtr_scale.data.shards import (
     FileShard,
     LocalShards,
@@ -28,6 +37,8 @@ from dtr_scale.data.shards import (
 from dtr_scale.data.split import Split
 from dtr_scale.errors import DataError
 from dtr_scale.storage.folder import open_folder
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 _ATTEMPTS = 10
@@ -41,10 +52,24 @@ def default_cache_dir() -> Path:
 
 def choose_shards(split: Split, cache_dir: Path | None, max_bytes: int) -> Shards:
     """Return the way to a split's shards; a cache of 0 bytes means that no local disk is used."""
-    path = cache_dir or default_cache_dir()
+    path = own_folder(cache_dir or default_cache_dir())
     if split.folder.is_local:
-        return LocalShards(split, FolderSeals(path) if max_bytes else ProcessSeals())
+        return LocalShards(split, _seals_of_local_shards(path, cache_dir is not None, max_bytes))
     return CachedShards(split, CacheFolder(path, max_bytes)) if max_bytes else MemoryShards(split)
+
+
+def _seals_of_local_shards(path: Path, asked_for: bool, max_bytes: int) -> Seals:
+    """Return seals in the cache, or in memory: there is no copy to keep, so a cache is no must."""
+    if not max_bytes:
+        return ProcessSeals()
+    try:
+        make_private(path)
+    except DataError as error:
+        if asked_for:
+            raise
+        log.info("each process hashes the shards by itself: %s", error)
+        return ProcessSeals()
+    return FolderSeals(path)
 
 
 class CachedShards(Shards):

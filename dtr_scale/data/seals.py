@@ -81,6 +81,21 @@ class FolderSeals(Seals):
             yield Seal(file)
 
 
+def own_folder(path: Path) -> Path:
+    """Return the folder to use at `path`: one of our own inside a scratch folder that users share.
+
+    Such as a node's /scratch or a container's volume: of root or ours, and open to all.
+    """
+    try:
+        found = path.lstat()
+    except OSError:
+        return path  # to be made
+    shared = stat.S_ISDIR(found.st_mode) and found.st_mode & 0o022
+    if shared and found.st_uid in (0, os.geteuid()):
+        return path / f"dtr_scale-{os.geteuid()}"
+    return path
+
+
 def make_private(path: Path) -> None:
     """Make a folder that no other user can write to; DataError if it exists and is another's.
 

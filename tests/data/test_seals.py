@@ -65,14 +65,32 @@ def test_a_lock_that_another_user_made_a_link_overwrites_nothing(split, open_to_
     precious.write_text("precious")
     lock = open_to_all / f"{split.shards[0].sha256}.lock"
     _as_another_user("ln", "-s", precious, lock)
-    with pytest.raises(DataError, match=r"has mode 1777: other users can write to it"):
-        _open(split, open_to_all)
     open_to_all.chmod(0o700)
     with pytest.raises(DataError, match=rf"{lock} is a link, .*fix: remove it"):
         _open(split, open_to_all)
     assert precious.read_text() == "precious"
     lock.unlink()
     _open(split, open_to_all)
+
+
+def test_in_a_folder_that_users_share_one_of_the_own_is_made(split, open_to_all):
+    _open(split, open_to_all)
+    (own,) = open_to_all.iterdir()
+    assert own.name == f"dtr_scale-{os.geteuid()}"
+    assert own.stat().st_mode & 0o777 == 0o700
+
+
+def test_another_user_cannot_make_it_first(split, open_to_all):
+    own = open_to_all / f"dtr_scale-{os.geteuid()}"
+    _as_another_user("mkdir", "-m", "777", own)
+    with pytest.raises(DataError, match=r"belongs to user 54321"):
+        _open(split, open_to_all)
+
+
+def test_local_shards_need_no_cache(split, monkeypatch, tmp_path):
+    (tmp_path / "home").write_bytes(b"")  # a home that cannot be written
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    _open(split, None)
 
 
 def test_a_link_to_a_folder_is_refused(split, tmp_path):
