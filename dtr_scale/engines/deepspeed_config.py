@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the experiment's settings, and the user's own section around them."""
+"""Build DeepSpeed's configuration from the experiment's settings and the user's own section."""
 
 import json
 from collections.abc import Mapping
@@ -81,6 +81,7 @@ def build_deepspeed_config(
         },
         # Offloading keeps torch's AdamW: DeepSpeed's own would be compiled for a minute.
         "zero_force_ds_cpu_optimizer": False,
+        # As under every engine. bf16 would halve the bytes and round the sum over ranks.
         "communication_data_type": "fp32",
         # Stage 1 adds micro-steps in bf16: for fp32 DeepSpeed would change to another optimizer.
         "data_types": {"grad_accum_dtype": "fp32" if bf16 and zero_stage >= 2 else None},
@@ -94,6 +95,7 @@ def build_deepspeed_config(
         "bf16": {"enabled": bf16 and not autocast},
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
+    # Over the section, too: it may say bf16.enabled at stage 0, which trains by torch_autocast.
     return _merge(_merge(defaults, section), fixed)
 
 

@@ -49,6 +49,7 @@ class Fsdp2Engine(Engine):
         self._num_shards, self._shard = shard, mesh.get_local_rank("shard")
         policy = MixedPrecisionPolicy()
         if precision == "bf16":
+            # bf16 for the gathered weights; fp32 for the sum over ranks, as under every engine.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
         # One after the other, so that no more than a block of the whole is ever on the device.
         for block in blocks:
@@ -59,8 +60,11 @@ class Fsdp2Engine(Engine):
         self._root = fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         self.network = network
         for module in self._sharded_modules():
+            # FSDP would divide by the number of ranks; losses are shares of a sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        # After sharding, which replaces every parameter by a DTensor: an optimizer made before
+        # would go on updating the whole ones.
         self._parameters = list(network.parameters())
         self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
         self._max_norm = grad_clip or float("inf")
@@ -82,6 +86,7 @@ class Fsdp2Engine(Engine):
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         assert isinstance(norm, DTensor)
+        # Sums the shards' norms over all ranks. The result stays on the device.
         norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
         self._adam.step()
@@ -103,6 +108,8 @@ class Fsdp2Engine(Engine):
             master = _local(parameter)
             if not master.numel():
                 continue  # other ranks hold all of it
+            # As torch.chunk cuts dim 0. Under HSDP all replicas report the same pieces, of which a
+            # checkpoint stores one.
             rows = -(-parameter.shape[0] // self._num_shards)
             offset = self._shard * rows * (parameter.numel() // parameter.shape[0])
             moments = [_local(state[moment]) for moment in ADAM_MOMENTS]

@@ -124,15 +124,18 @@ class PeerWatch:
         else:
             return
         if not self._closing.wait(self._grace):
+            # From this thread: the main one may wait in a collective that never returns.
             self._end(failure)
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
         for rank in range(1, self._world.world_size):
             key = f"alive/{rank}"
+            # `check` first: `get` waits for a key that is not there.
             beat = self._store.get(key) if self._store.check([key]) else b""
             last, since = self._beats.get(rank, (None, now))
             self._beats[rank] = (beat, now if beat != last else since)
+            # By rank 0's own clock, from when it saw the last change: the clocks of nodes differ.
             if now - self._beats[rank][1] > self._silence:
                 self._post(f"rank {rank}: no sign of life for {self._silence:.0f} s", 1)
 
@@ -159,6 +162,7 @@ def _end(exit_code: int) -> None:
 
 
 def _store(host: str, port: int, *, serves: bool) -> Any:  # noqa: ANN401
+    # Rank 0 must not wait for the others here: they do not know its port yet.
     return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
         host, port, is_master=serves, wait_for_workers=False, timeout=_REQUEST_TIMEOUT
     )

@@ -25,6 +25,7 @@ class SingleEngine(Engine):
         grad_clip: float | None = None,
         precision: str = "fp32",
     ) -> None:
+        # Before the optimizer and the pieces, which hold on to the tensors that they are given.
         self.network = network.to(device)
         self._parameters = list(network.parameters())
         self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
@@ -39,6 +40,7 @@ class SingleEngine(Engine):
             return self.network(x_t, t, y, step).float()
 
     def backward(self, loss: Tensor) -> None:
+        # Outside autocast: each gradient is computed in the dtype of its forward.
         loss.backward()
 
     def step(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, and what they tell each other."""
+"""Join the processes of a run, and give each its rank, its device and its collectives."""
 
 import os
 import socket
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dtr_scale.errors import DtrScaleError, EngineError
 from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 
+# `PeerWatch` finds a rank that is gone much sooner. This ends the waits that it cannot see.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -53,12 +54,15 @@ class World:
     def barrier(self) -> None:
         if self.world_size > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None
+            # NCCL's barrier runs on a GPU and guesses which, unless it is named.
             dist.barrier(group=self.group, device_ids=device_ids)
 
     def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
         """Return every rank's `value`, in rank order."""
         values = [value] * self.world_size
         if self.world_size > 1:
+            # NCCL takes the pickles through the GPU and makes the host wait: for set-up and saves,
+            # not for every step.
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -86,6 +90,7 @@ class World:
                 raise
             traceback.print_exc()  # it does not travel to the other ranks
             error = EngineError(f"rank {self.rank} failed: {type(caught).__name__}: {caught}")
+        # Every rank comes here, failed or not. In rank order: all raise the same error.
         for verdict in self.all_gather_object(error):
             if verdict is not None:
                 verdict.on_every_rank = True
@@ -107,6 +112,7 @@ def join_world(*, needs_process_group: bool) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = _own_gpu(local_rank)
+        # Before the first collective: gathers of objects use the current device.
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -130,6 +136,8 @@ def join_world(*, needs_process_group: bool) -> World:
     world = World(launched_rank(), local_rank, world_size, device)
     if world_size == 1:
         return world
+    # For the threads that save: with two threads on one group, runs crashed (3 of 3). Making a
+    # group is a collective, so every rank does it here.
     group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return replace(world, background_group=group)

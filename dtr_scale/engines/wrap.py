@@ -18,6 +18,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
     for block in blocks:
+        # In place: torch.compile(block) would put `_orig_mod` into every parameter's name.
         block.compile()
 
 
@@ -28,6 +29,7 @@ def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
         # so takes all of the call, engines' hooks and a compiled graph included; a wrapper module
         # would put its own name into every parameter's, and checkpoints go by these names.
         call = block._compiled_call_impl or block._call_impl
+        # No random state to preserve: blocks have no dropout.
         block._compiled_call_impl = partial(
             checkpoint, call, use_reentrant=False, preserve_rng_state=False
         )

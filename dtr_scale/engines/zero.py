@@ -83,15 +83,18 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
+        # Before the backward, whose hooks exchange gradients. Else DeepSpeed counts micro-steps.
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
-        # The gradient is averaged over ranks on its way; ours is a sum.
+        # Losses are shares of a sum. The factor undoes DeepSpeed's mean over ranks, the keyword its
+        # mean over micro-steps.
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
     def step(self) -> Tensor:
-        # Stage 0 offers no norm in fp32; its gradients are already exchanged and whole.
+        # Stage 0 offers no norm in fp32. Its gradients are already exchanged and whole; the step
+        # clears them.
         norm = self._total_norm() if self._stage == 0 else None
         self._engine.step()
         if norm is None:
@@ -102,9 +105,12 @@ class DeepSpeedEngine(Engine):
     def push_masters(self) -> None:
         zero = self._engine.optimizer
         if self._stage in (1, 2):
+            # Casts this rank's masters and gathers the others': a collective.
             zero.update_lp_params()
         elif self._stage == 3:
             zero.checkpoint_event_prologue()  # drops what is gathered
+            # Casts a group's masters into the partition that weights are gathered from.
+            # `ds_tensor` is a view of it.
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             zero.checkpoint_event_epilogue()  # gathers what stays gathered
@@ -125,6 +131,8 @@ class DeepSpeedEngine(Engine):
                     live = _cut(weight.ds_tensor, 0, numel)  # pyright: ignore
                 else:
                     live = _cut(weight.view(-1), piece.offset, numel)
+                # The masters, cast, are the weights to the bit. A field with another meaning or
+                # offset in another version of DeepSpeed fails here, before the first step.
                 if not torch.equal(piece.data.to(live), live):
                     raise EngineError(f"the fp32 weights of {name} are not the live ones")
         except (AttributeError, EngineError) as error:
@@ -144,6 +152,9 @@ class DeepSpeedEngine(Engine):
         flats = self._engine.optimizer.single_partition_of_fp32_groups
         states = [adam_state(self._adam, flat) for flat in flats]
         for name, parameter in self.network.named_parameters():
+            # `_hp_mapping` (deepspeed/utils/tensor_fragment.py) links a parameter with its part of
+            # the flat fp32 buffer. `lp_fragment_address` is where that part begins in the
+            # parameter, `hp_fragment_address` where it begins in this rank's buffer.
             mapping = parameter._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
             if mapping is None:
                 continue  # other ranks hold all of it
@@ -164,6 +175,8 @@ class DeepSpeedEngine(Engine):
         flats = zero.fp32_partitioned_groups_flat
         states = [adam_state(self._adam, flat) for flat in flats]
         for name, parameter in self.network.named_parameters():
+            # `grad_position` holds [sub-group, offset in its flat buffer, elements of a part with
+            # its padding] by the parameter's id.
             group, start, part_size = zero.grad_position[zero.get_param_id(parameter)]
             shape = parameter.ds_shape  # pyright: ignore[reportAttributeAccessIssue]
             offset = self._world.rank * part_size
@@ -198,4 +211,5 @@ def _prepare_process(world: World) -> None:
     else:
         # DeepSpeed takes the GPU of this number; a scheduler may show each rank its own alone.
         os.environ["LOCAL_RANK"] = str(world.device.index)
+    # Takes over the process group that `join_world` made, which has its timeout and device.
     deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo")
