@@ -66,6 +66,7 @@ class PowerFunction:
         return power_gamma(self.sigma_rel)
 
     def decay(self, step: int) -> float:
+        # Eq. 127. It is 0 at step 1: what the network began with has no part in it.
         return (1 - 1 / step) ** (self.gamma + 1)
 
     def meta(self) -> dict[str, float]:
@@ -79,6 +80,7 @@ class Ema:
         self._engine = engine
         self._profiles = tuple(profiles)
         self._pieces = engine.masters()
+        # Views, made once: engines never move their state.
         self._masters = [piece.data for piece in self._pieces.values()]
         self._values = [[master.clone() for master in self._masters] for _ in profiles]
         self._histories: dict[str, list[dict[str, Any]]] = {}
@@ -99,6 +101,7 @@ class Ema:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after training step `step`, the first of which is 1."""
+        # Private in torch. A loop of `lerp_` does the same, with a launch per tensor.
         foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
         for profile, values in zip(self._profiles, self._values, strict=True):
             foreach_lerp_(values, self._masters, 1.0 - profile.decay(step))
@@ -141,6 +144,8 @@ class Ema:
     @torch.no_grad()
     def _exchange(self, values: list[Tensor]) -> None:
         for average, master in zip(values, self._masters, strict=True):
+            # Piece by piece and in place: engines and checkpoints hold these tensors, and there
+            # may be no room for another copy of the weights.
             held = master.clone()
             master.copy_(average)
             average.copy_(held)
@@ -152,5 +157,7 @@ def power_gamma(sigma_rel: float) -> float:
 
     From Karras et al. (2024), eq. 126: sigma_rel^2 (gamma + 2)^2 (gamma + 3) = gamma + 1.
     """
+    # (gamma + 2)^2 (gamma + 3) = gamma^3 + 7 gamma^2 + 16 gamma + 12; the largest root, as in
+    # EDM2's code.
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())

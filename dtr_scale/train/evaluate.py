@@ -142,9 +142,12 @@ class PeriodicEvaluation:
             range(i, min(i + self._batch_size, share)) for i in range(0, share, self._batch_size)
         ]
         kept = self._kept(step)
+        # Rank 0 alone reads what was kept. All must skip the same batches: they meet at every
+        # sampling step.
         before = world.broadcast_object(0 if kept is None else kept.shape[1])
         drawn: list[torch.Tensor] = [torch.empty(0, *self._shape)]
         cut_off, first = False, world.rank * share
+        # On every rank, in and out: bringing sharded weights up to date is a collective.
         with self._ema.swapped_in():
             try:
                 self._draw_together(
@@ -175,6 +178,7 @@ class PeriodicEvaluation:
         except Exception as error:
             # The others meet it at their next sampling step, or here after their last.
             failure = _message(error)
+        # Without a failure, too: it answers a rank that failed in its last step.
         self._agree(failure)
 
     def _draw_batch(self, batch: range, step: int) -> torch.Tensor:
@@ -198,6 +202,7 @@ class PeriodicEvaluation:
     def _agree(self, failure: str | None = None) -> None:
         """Raise on all ranks if one has failed or asks to leave: all draw the same steps."""
         wishes = torch.tensor([failure is not None, self._leave_reason() is not None])
+        # The host waits here at every sampling step; only so can all ranks stop at the same one.
         failed, leaving = self._world.all_reduce_sum(wishes.float().to(self._world.device)).tolist()
         if failed:
             failures = self._world.all_gather_object(failure)
@@ -270,6 +275,7 @@ class PeriodicEvaluation:
         open_folder(folder).write_bytes(name, samples.getbuffer())
         picture = folder / name
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
+        # After the picture is written: MLflow's thread reads the file.
         self._report(step, {"frechet_distance": distance}, picture)
 
 

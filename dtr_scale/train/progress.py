@@ -37,6 +37,7 @@ class Stopwatch:
         self._samples += samples
 
     def read(self) -> Record:
+        # No device sync: the loop has read the last step's figures, so its samples are done.
         elapsed = time.perf_counter() - self._start
         figures: Record = {
             "samples_per_second": self._samples / elapsed,

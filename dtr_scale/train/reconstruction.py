@@ -37,6 +37,7 @@ def combine(
     weights = np.linalg.lstsq(scaled, towards / norms, rcond=1e-12)[0] / norms
     # As EDM2 does: with any other sum the weights of the network itself would be scaled.
     weights /= weights.sum()
+    # |reached - wanted|^2, multiplied out. Rounding may take it below 0.
     rest = _inner(goal, goal) - 2 * weights @ towards + weights @ gram @ weights
     return weights, float(np.sqrt(max(rest, 0.0) / _inner(goal, goal)))
 
@@ -74,6 +75,7 @@ def _inner(a: _Profile, b: _Profile) -> float:
 
     first, last = max(a.began, b.began), min(a.step, b.step)
     total = integral(last) - integral(first) if first < last else 0.0
+    # Beside the density, the share of the time before an average began lies on one step.
     total += a.first_share * b.share(a.began)
     if b.began != a.began:  # else this is the same product
         total += b.first_share * a.share(b.began)

@@ -1,4 +1,4 @@
-"""Keep a run's directory: whose it is, what was asked for, how it ended."""
+"""Keep a run's directory: the job that holds it, the run's config and its outcome."""
 
 import contextlib
 import fcntl
@@ -22,6 +22,7 @@ CONFIG, STATUS, JOURNAL, LOCK = "config.json", "status.json", "journal.jsonl", "
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 OWNER = "owner.json"
 """In the folder of the checkpoints, what LOCK is in the run directory."""
+# LOCK stays where it is: it belongs to the job, whichever run is in the directory.
 _OF_ONE_RUN = (CONFIG, STATUS, JOURNAL, CHECKPOINTS, SAMPLES, "mlflow.json", "evaluation.json")
 
 
@@ -41,6 +42,7 @@ class RunDirectory:
         self._leases: list[Lease] = []
         with self._writing():
             (path / SAMPLES).mkdir(parents=True, exist_ok=True)
+            # Before status.json is read: the job before may still write it.
             self._run_lease = self._take(open_folder(path), LOCK, key="run_dir")
         self.saved_step = _saved_step(path)
         """Step of the newest checkpoint that earlier jobs have told of, if any."""
@@ -169,6 +171,8 @@ def write_failure(run_path: Path, reason: str) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other threads and ranks of this machine out, where the file system locks folders."""
+    # The folder, not status.json: every write replaces that file, and a lock on it would go with
+    # the old one.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

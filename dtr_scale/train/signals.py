@@ -1,4 +1,4 @@
-"""Hear requests to leave: a signal, a time limit, a launcher that is gone."""
+"""Notice requests to leave: a signal, a time limit, a launcher that is gone."""
 
 import os
 import signal
@@ -38,6 +38,8 @@ class LeaveRequest:
     def reason(self) -> str | None:
         if self._signal:
             return self._signal
+        # An orphan gets another parent. This reads /proc at every step: 28 us under `deepspeed`,
+        # 0.7 us elsewhere.
         if list(islice(_ancestors(), len(self._launchers))) != self._launchers:
             return "the launcher is gone"
         if time.monotonic() > self._deadline:
@@ -61,10 +63,13 @@ class LeaveRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
+                # A clean exit would wait for collectives and threads. 130 is a shell's for SIGINT.
                 os._exit(130)
             self._interrupted = True
             if launched_rank() == 0:
+                # Not `print`: the handler may have interrupted one, and it cannot be entered twice.
                 os.write(2, b"\nleaving after this step; Ctrl-C again leaves at once\n")
+        # Noted and no more: a handler runs between any two instructions of the loop.
         self._signal = self._signal or signal.Signals(number).name
 
 

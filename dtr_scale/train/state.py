@@ -75,10 +75,12 @@ class RunState:
         Averages whose kinds are `fresh` were not written and begin at the weights. Every rank
         calls it: engines that shard the weights talk to each other here.
         """
+        # Engines compute with casts or gathered copies of what was written to.
         self._engine.push_masters()
         self._objective.load_state_dict(self._objective_state)
         for name, buffer in persistent_buffers(self._engine.network).items():
             buffer.copy_(self._buffers[name])
+        # Not `step`, which is 0 where a training starts from the weights and moments of another.
         self._engine.optimizer_step = meta["optimizer_step"]
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
         # Checkpoints written before averages had histories have none.
@@ -97,6 +99,7 @@ def persistent_buffers(network: nn.Module) -> dict[str, Tensor]:
 
     Such as the masks of an R-TR checkpoint. Flags and small numbers: fp32 holds them exactly.
     """
+    # With duplicates: `state_dict` has a tied parameter under each of its names.
     learned = dict(network.named_parameters(remove_duplicate=False))
     state = network.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if name not in learned}
@@ -127,6 +130,7 @@ def take_probe(
     found: tuple[list[list[int]], MicroBatch] | None = None
     if world.is_main:
         try:
+            # The same samples on every rank, so that the probe is of no world size.
             found = loader.peek(state.samples_seen, NUM_PROBED)
         except DataError:
             found = None
@@ -137,6 +141,7 @@ def take_probe(
     batch = batch.to(world.device)
     model_fn = partial(engine.network, y=batch.y, step=state.step)
     # Compiled blocks would be compiled again for so few samples.
+    # The host waits for this loss, once per save.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         losses = diffusion.training_losses(model_fn, batch.x_start, batch.t, batch.noise)
     return Probe(sample_ids, (losses["mse"] + losses["vb"]).double().mean().item())

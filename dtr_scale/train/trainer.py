@@ -1,4 +1,4 @@
-"""Train, whichever engine, data, tracker or machine there is."""
+"""Run the training loop, the same for every engine, data set, tracker and machine."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -49,8 +49,10 @@ class StepSums:
     """
 
     def __init__(self, counts: np.ndarray, device: torch.device) -> None:
+        # int [K], a function of the position. Kept on the host, too, so that `read` fetches less.
         self._host_counts = counts
         self.counts = torch.from_numpy(counts).to(device, non_blocking=True)
+        # fp64: the order in which ranks and micro-batches are added must not show in the journal.
         self._sums = torch.zeros(4 + len(counts), dtype=torch.float64, device=device)
 
     @property
@@ -61,6 +63,7 @@ class StepSums:
     def add(self, losses: dict[str, Tensor], share: Tensor, cluster: Tensor) -> None:
         """Add the losses [n] of a micro-batch, by cluster id, and its share of the objective."""
         mse, vb = losses["mse"].detach().double(), losses["vb"].detach().double()
+        # On the device: an `.item()` here would make the host wait for every micro-batch.
         self._sums[1] += mse.sum()
         self._sums[2] += vb.sum()
         self._sums[3] += share.detach()
@@ -155,6 +158,7 @@ class Trainer:
         The state is saved either way. `log` is given the journal's record of every logged step.
         `evaluate` returns why it was cut off by a request to leave, on all ranks, or None.
         """
+        # Setting memory aside takes 1.5 s for 2 GB, which the first save would stand still for.
         self.checkpoints.prepare(self.state.pieces())
         self.loader.seek(self.state.samples_seen)
         batches = iter(self.loader)
@@ -165,6 +169,7 @@ class Trainer:
             # Not where the run is asked to leave: its journal must not tell how often it was.
             if self._due(self.log_every):
                 log({**self._figures(result), **self._watch.read()})
+            # `leave` is a sum over ranks, so all of them come to the same save.
             if result.leave or self.step == self.max_steps:
                 self._save_for_certain(result)
             elif self._due(self.save_every) or self.evaluation_is_due:
@@ -205,6 +210,7 @@ class Trainer:
 
     def start(self, read: Callable[[], Start]) -> None:
         """Begin with the state of another training; what it does not hold stays fresh."""
+        # A file may not fit one rank's pieces. The others must not go on to `load`, a collective.
         with self.world.agree():
             start = read()
             start.copy_to(self.state.pieces())
@@ -215,10 +221,13 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
         """Update the weights once; everything is queued on the device before the host reads it."""
+        # The counts follow from the position: ANT-UW's exp(-s_k) / (2 K n_k) needs no collective.
         sums = StepSums(self.timesteps.counts(self.state.samples_seen), self.world.device)
         for micro in range(self.loader.grad_accum_steps):
+            # x_start and noise [n, C, H, W]; t, cluster and y [n], or y [n, L, D] of texts.
             batch = self._watch.next_of(batches).to(self.world.device)
             model_fn = partial(self.engine.forward, y=batch.y, step=self.step)
+            # The engine must know before the forward whether this gradient is exchanged.
             with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
                 losses = self.diffusion.training_losses(
                     model_fn, batch.x_start, batch.t, batch.noise
@@ -240,6 +249,8 @@ class Trainer:
         self.ema.update(self.step + 1)
         self._watch.count(self.global_batch_size)
         result = sums.read(grad_norm)
+        # After the update, for the sake of one wait a step. The weights in memory are spoilt, but
+        # nothing has saved them. Sums and norm are global: every rank raises.
         self._refuse_divergence(result)
         return result
 
@@ -258,6 +269,7 @@ class Trainer:
         return {
             "step": self.step,
             "samples_seen": self.state.samples_seen,
+            # Unweighted, to compare runs of different objectives.
             "loss": result.mse + result.vb,
             "objective": result.objective,
             "mse": result.mse,
