@@ -146,6 +146,21 @@ def test_the_first_batches_do_not_wait_for_whole_shards(bucket, proxied, s3_prox
     _assert_is(found, [tensor[middle * BATCH :] for tensor in epoch])
 
 
+def test_what_is_not_finite_is_replaced_before_whole_shards_come(s3_url, s3_proxy, tmp_path):
+    latents = list(itertools.islice(_latents(), PER_SHARD))
+    latents[5].array[0, 0, 0, 0, 0] = np.nan
+    classes = tuple(map(str, range(10)))
+    spoilt = Source("posterior", (4, 32, 32), "float16", 1.0, 0.0, classes, {"train": latents})
+    prepare(spoilt, open_folder(s3_url), PER_SHARD)
+    reader = _reader(open_folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url}), tmp_path)
+    s3_proxy.cut_after_bytes, s3_proxy.cuts = 2**20, 10**6  # whole shards do not come
+    located = np.array([[0, 5], [0, 6]])
+    views = reader.read_views(located, np.zeros(2, np.int64), np.zeros(2))
+    assert views.stored[:, 0, 0, 0, 1].tolist() == [4, 6]
+    assert not list(tmp_path.glob("*.tar"))
+    reader.close()
+
+
 def test_a_warm_cache_needs_no_server_but_for_the_manifest(bucket, tmp_path, epoch):
     with _loader(_reader(bucket, tmp_path), num_workers=0) as loader:
         _take(loader, STEPS)

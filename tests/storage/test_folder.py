@@ -29,6 +29,9 @@ def test_a_folder_reads_what_was_written(folder, tmp_path):
     assert folder.read_bytes("a.txt", 2, 5) == b"llo"
     assert folder.read_bytes("a.txt", 5, 5) == b""
     assert folder.read_bytes("empty") == b""
+    ranges = [("a.txt", 0, 0), ("a.txt", 2, 5), ("empty", 0, 0), ("a.txt", 5, 5)]
+    assert folder.read_ranges(ranges) == [b"", b"llo", b"", b""]
+    assert folder.read_ranges(ranges[:1]) == [b""]
     assert folder.child("deep").read_json("er/b.json") == {"x": 1}
 
     folder.write_bytes("a.txt", b"again")
