@@ -56,6 +56,7 @@ class Catalog:
     def begin(self, step: int) -> None:
         """Make room for the checkpoint of `step`, also of what kills have left."""
         for name in self.folder.names():
+            # What is staged on a disk is named `.step_*.tmp`.
             if "step_" in name and not self.folder.is_published(name, COMPLETE):
                 self.folder.remove(name)
         self.folder.stage(_name(step))

@@ -55,6 +55,7 @@ def from_official(state_dict: Mapping[str, Tensor], kind: Kind = "dit") -> dict[
     config = official_config(weights, kind, num_heads=1)  # heads do not show in shapes
     masks = _pop_masks(weights, config["depth"])
     weights.pop("pos_embed")
+    # For names and shapes alone: no memory, no initialisation.
     with torch.device("meta"):
         expected = build_network(**{**config, "routing": None}).state_dict()
     _check_weights(weights, expected)
@@ -199,10 +200,12 @@ def _described(masks: list[Tensor]) -> dict[str, Any]:
         return {"type": "random"}
     beta = _shortest(width / num_channels, lambda beta: int(beta * num_channels) == width)
     # start = round(num_idle time^alpha), so alpha >= log((start + 1/2) / num_idle) / log(time).
+    # Where every channel is on, every alpha makes the same mask: the default is as good as any.
     alpha, starts = 4.0, masks[0].int().argmax(dim=1).double()
     if num_idle and num_timesteps > 2:
         time = torch.linspace(0, 1, num_timesteps, dtype=torch.float64)
         bounds = ((starts + 0.5) / num_idle).log() / time.log()
+        # At both ends of time the logarithm is -inf or 0, and any alpha fits.
         alpha = float(bounds[1:-1].max())
 
     def makes_these(alpha: float) -> bool:

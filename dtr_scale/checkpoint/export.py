@@ -82,6 +82,7 @@ def export_diffusers(
         "num_layers": settings["depth"],
         "sample_size": settings["input_size"],
         "patch_size": settings["patch_size"],
+        # diffusers adds the row of the null label by itself.
         "num_embeds_ada_norm": len(state_dict["y_embedder.embedding_table.weight"]) - 1,
         "norm_eps": 1e-6,
     }
@@ -141,6 +142,7 @@ def _diffusers_weights(
             for ours, theirs in (("mlp.0", "linear_1"), ("mlp.2", "linear_2")):
                 value = state_dict[f"t_embedder.{ours}.{kind}"]
                 yield f"{embedders}.timestep_embedder.{theirs}.{kind}", value.clone()
+            # [3 D, D] and [3 D]: queries, keys and values one after the other.
             thirds = state_dict[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)
             for theirs, third in zip(("to_q", "to_k", "to_v"), thirds, strict=True):
                 yield f"transformer_blocks.{i}.attn1.{theirs}.{kind}", third

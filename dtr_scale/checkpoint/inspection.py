@@ -46,6 +46,7 @@ def read_newest(
     for checkpoint in found:
         try:
             reader = checkpoint.open()
+            # A checkpoint given by its own path tells its step in its meta alone.
             if step in (None, reader.meta["step"]):
                 return read(reader)
         except DamagedCheckpointError as error:
@@ -101,6 +102,7 @@ def _checkpoints_of(place: Folder, storage_options: Mapping[str, Any] | None) ->
     if place.exists("config.json"):
         config = place.read_json("config.json")
         if elsewhere := config["checkpoint"]["dir"]:
+            # The config keeps no secrets: keys come from the caller or from the environment.
             stored = config["data"]["storage_options"]
             return open_folder(elsewhere, stored if storage_options is None else storage_options)
     inside = place.child("checkpoints")
@@ -180,6 +182,7 @@ def _kind_difference(
 ) -> KindDifference:
     differing, largest, largest_in, squares, own = 0, 0.0, "", 0.0, 0.0
     for key in keys:
+        # A tensor at a time: two checkpoints may not fit into memory.
         first, second = a.read([key])[key].double(), b.read([key])[key].double()
         apart = (first - second).abs()
         furthest = float(apart.max()) if apart.numel() else 0.0

@@ -20,6 +20,8 @@ import xxhash
 FORMAT = 1
 INDEX = "index.json"
 COMPLETE = "COMPLETE"
+# A hash is of a whole block, so a block is the least that a reader reads. Part of the format: with
+# another size, what is stored would look damaged.
 BLOCK_BYTES = 16 * 2**20
 ITEM_BYTES = 4  # fp32 throughout
 
@@ -45,6 +47,7 @@ def build_header(numels: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:
         start, end = end, end + ITEM_BYTES * numel
         entries[key] = {"dtype": "F32", "shape": [numel], "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
+    # safetensors takes spaces after the object.
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {key: len(header) + entries[key]["data_offsets"][0] for key in entries}

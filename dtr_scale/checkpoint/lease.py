@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 15.0
 """A lease that stays as it is for so long has run out; measured by who waits, clocks differ."""
+# Two renewals may fail or come late before the lease has run out.
 _RENEW_SECONDS = 5.0
+# Longer than a lease: one that nobody renews is taken over, not waited for in vain.
 _PATIENCE_SECONDS = 20.0
 """For a holder that is alive: it may be about to leave."""
 
@@ -108,6 +110,7 @@ class Lease:
                 return  # created, and the answer was lost on its way
             self._refuse_other_run(found, run, is_new_run=is_new_run)
             now = time.monotonic()
+            # Any change shows life: each renewal has another time.
             if found != before:
                 before, seen = found, now
             alive = _is_alive(found) if found.get("run_dir") == self._run_dir else None
@@ -116,6 +119,7 @@ class Lease:
                 self.run = found.get("run") or run or secrets.token_hex(8)
                 self._folder.write_bytes(self._name, self._content())
                 return
+            # Where its process cannot be seen, a renewal since this wait began is the proof.
             if now - start > _PATIENCE_SECONDS and (alive or seen > start + 1):
                 raise ConfigError(
                     f"{self._key} = {self._folder.url!r} is in use by {_holder(found)}; wait for "
@@ -151,6 +155,7 @@ class Lease:
             pause = _RENEW_SECONDS
             try:
                 found = self._read()
+                # A file that is gone is nobody's: it is written again.
                 if found and found.get("job") != self._job:
                     break
                 self._folder.write_bytes(self._name, self._content())
@@ -197,6 +202,7 @@ def _this_process() -> dict[str, Any]:
 def _is_alive(found: dict[str, Any]) -> bool | None:
     """Tell whether a holder runs; None where this machine, or this container, cannot see it."""
     boot_id = _boot_id()
+    # A pid means something within one boot and one pid namespace; containers number their own.
     here = (boot_id, _pid_namespace())
     if not boot_id or (found.get("boot_id"), found.get("pid_namespace")) != here:
         return None
@@ -213,6 +219,7 @@ def _start_time(pid: int) -> int | None:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
+    # A zombie holds nothing. Field 22 of `stat`, counted from 1; the split begins at the third.
     return None if fields[0] in "ZX" else int(fields[19])
 
 

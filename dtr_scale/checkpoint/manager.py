@@ -44,8 +44,10 @@ class CheckpointManager:
         self._catalog = Catalog(folder)
         self._retention = Retention(self._catalog, keep or Keep())
         self._world = world
+        # The threads' own gloo group: while they agree, the loop's collectives run on its group.
         self._threads = world.in_background()
         self._max_failures = max_failures
+        # Written by the thread, read by the loop after it has joined the thread: no lock.
         self._failures: list[CheckpointError] = []  # in a row
         self._background = _Background()
         self._snapshot: Snapshot | None = None
@@ -81,6 +83,7 @@ class CheckpointManager:
             if self._world.is_main:
                 self._folder.write_bytes(_PROBE, b"")
         with self._world.agree(), _as_checkpoint_error(self._folder.url):
+            # A block of its own: `agree` ends with a gather, so rank 0 has written by now.
             if not self._folder.exists(_PROBE):
                 raise CheckpointError(
                     f"rank {self._world.rank} does not see what rank 0 writes in "
@@ -116,8 +119,10 @@ class CheckpointManager:
         self.prepare(state)
         assert self._snapshot is not None
         snapshot = self._snapshot
+        # After `wait`: this fills the memory of the save before anew.
         snapshot.take(state)
         self._background.start(lambda: self._try_to_store(step, snapshot, meta, figures or {}))
+        # Without a copy the thread reads the state itself, which must not change meanwhile.
         if not snapshot.is_copy:
             self._background.wait()
 
@@ -134,6 +139,7 @@ class CheckpointManager:
                 f"more; {self.standing}. The last failure: "
                 f"{self._failures[-1]}"
             )
+            # Threads agree on every save, so all ranks count the same failures.
             error.on_every_rank = True
             raise error
 
@@ -165,12 +171,15 @@ class CheckpointManager:
         with self._world.agree():
             if self._world.is_main:
                 steps = self.steps()
+        # One listing for all: ranks that list by themselves may see different newest steps.
         steps = self._world.broadcast_object(steps)
         for step in steps:
             try:
                 with self._world.agree():
                     plan = accept(self._catalog.reader(step))
                     wanted = {k: p for k, p in state.items() if kind_of(k) not in plan.fresh}
+                    # Each rank verifies its own part. Damage that one of them finds sends all to
+                    # the next checkpoint.
                     plan.reader.read_into(wanted)
             except DamagedCheckpointError as error:
                 if self._world.is_main:
@@ -216,6 +225,7 @@ class CheckpointManager:
             with contextlib.suppress(OSError):  # what a run tells of itself is not worth the run
                 self.on_saved(step)
             self._retention.note(step, figures)
+            # Old ones go only when a newer one is complete.
             self._retention.retire(step)
 
     def _store(self, step: int, snapshot: Snapshot, meta: dict[str, Any]) -> None:
@@ -226,12 +236,16 @@ class CheckpointManager:
                 self._catalog.begin(step)
         entry: dict[str, Any] = {}
         with world.agree(), _as_checkpoint_error(url):
+            # Hashed in host memory, before it is written: no second pass over the disk.
             entry = snapshot.entry(rank_file(world.rank))
             self._catalog.target(step).write_bytes(entry["file"], snapshot)
+        # Also the barrier before the commit: every file is written when rank 0 goes on.
         entries = world.all_gather_object(entry)
         with world.agree(), _as_checkpoint_error(url):
             if world.is_main:
                 with contextlib.suppress(OSError):
+                    # Syncs the journal: a checkpoint never counts before the records of its steps
+                    # are on disk.
                     self.before_commit()
                 self._catalog.commit(step, entries, meta)
 

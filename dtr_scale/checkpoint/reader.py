@@ -1,4 +1,4 @@
-"""Read a checkpoint: only the blocks that are needed, each once, each verified."""
+"""Read a checkpoint: the blocks that are needed, each once, each verified."""
 
 import json
 import threading
@@ -50,6 +50,8 @@ class CheckpointReader:
             index = folder.read_bytes(INDEX)
         with self._reading(COMPLETE):
             mark = folder.read_bytes(COMPLETE)
+        # The mark holds the hash of the index, and the index those of all blocks: all is verified
+        # from here.
         if mark != complete_mark(index):
             raise DamagedCheckpointError(
                 f"{self.url}: {INDEX} is not the one that {COMPLETE} names"
@@ -110,6 +112,7 @@ class CheckpointReader:
         """
         self._check_shapes(wanted)
         blocks = self._parts_by_block(wanted)
+        # A file that was cut is found here, before anything is overwritten.
         self.check_sizes(sorted({name for name, _ in blocks}))
         own, pinned = threading.local(), torch.cuda.is_available()
         scratches = [
@@ -118,6 +121,7 @@ class CheckpointReader:
         ]
 
         def begin() -> None:
+            # A block passes through a thread's own scratch, unless it is read into host memory.
             own.scratch = scratches.pop()
 
         def read(place: tuple[str, int]) -> None:
@@ -157,6 +161,7 @@ class CheckpointReader:
                 found += last - first
                 part = target[ITEM_BYTES * (first - piece.offset) :][: ITEM_BYTES * (last - first)]
                 start = stored["start_byte"] + ITEM_BYTES * (first - stored["offset"])
+                # A part may begin and end in the middle of blocks.
                 while len(part):
                     number, skip = divmod(start, self._block_bytes)
                     here, part = part.tensor_split([self._block_bytes - skip])
@@ -185,6 +190,8 @@ class CheckpointReader:
             end = start + len(target)
         buffers = [piece.numpy().data for piece in (*pieces, scratch[end:num_bytes]) if len(piece)]
         with self._reading(name):
+            # Into the live tensors, hashed afterwards: 0.71 of the speed of reading and hashing
+            # alone. Copies out of a buffer made it 0.44 (from the page cache, two threads).
             self._folder.read_into(name, first, buffers)
         digest = xxhash.xxh3_64()
         for buffer in buffers:
@@ -196,6 +203,7 @@ class CheckpointReader:
             )
         for start, target in parts:
             if not target.is_cpu:
+                # Not `non_blocking`: the next block overwrites the scratch.
                 target.copy_(scratch[start : start + len(target)])
 
     @contextmanager
@@ -206,6 +214,7 @@ class CheckpointReader:
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{self.url}: {name} is missing") from None
         except OSError as error:
+            # Not damage: a server that is away must not send a run back to an older checkpoint.
             raise CheckpointError(f"{self.url}: {name} cannot be read: {error}") from None
 
 

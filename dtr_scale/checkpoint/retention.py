@@ -109,6 +109,7 @@ class Metrics:
             return sorted({name for figures in self._load().values() for name in figures})
 
     def _load(self) -> dict[int, dict[str, float]]:
+        # Read once: this job holds the folder, and nobody else writes there.
         if self._by_step is None:
             self._by_step = self._read()
         return self._by_step
@@ -149,6 +150,8 @@ def superfluous(
     Incomplete ones are not counted. Nothing goes before there are `keep.last` complete ones, so at
     least one always stays.
     """
+    # Complete ones alone: damaged newer ones would push out the one just saved. Lazily, since each
+    # look reads an index.
     last = list(islice(filter(is_complete, steps), keep.last))
     if len(last) < keep.last:
         return []

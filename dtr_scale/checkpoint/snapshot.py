@@ -41,6 +41,7 @@ class Snapshot:
         self._state: Mapping[str, Piece] = {}
         self._copy = _set_aside(self._num_bytes) if copied else None
         if self._copy is not None:
+            # Once: keys and sizes stay for the whole run, and so does the header.
             self._copy.numpy()[: len(self._header)] = memoryview(self._header)
 
     @property
@@ -51,6 +52,7 @@ class Snapshot:
     def take(self, state: Mapping[str, Piece]) -> None:
         """Hold the state as it is now; what was held before is gone."""
         for key, place in self._places.items():
+            # Engines never move their pieces: header and index tell these places at every save.
             held = (place["offset"], place["numel"])
             assert (state[key].offset, state[key].data.numel()) == held, key
         if self._copy is None:
@@ -59,8 +61,11 @@ class Snapshot:
         for key, place in self._places.items():
             start = place["start_byte"]
             room = self._copy[start : start + ITEM_BYTES * place["numel"]]
+            # All copies are queued behind the step's own kernels, and waited for once below.
+            # `view` needs bytes aligned to 4: the header is padded to 8.
             room.view(torch.float32).copy_(state[key].data, non_blocking=True)
         if torch.cuda.is_available():
+            # The next step writes to the state in place, and the thread reads the copy.
             torch.cuda.current_stream().synchronize()
 
     def __len__(self) -> int:
@@ -70,6 +75,7 @@ class Snapshot:
         start, stop, _ = part.indices(self._num_bytes)
         if self._copy is not None:
             return self._copy[start:stop].numpy().data
+        # Composed slice by slice: such a save needs no more memory than a slice.
         room = torch.empty(max(0, stop - start), dtype=torch.uint8)
         header = torch.frombuffer(bytearray(self._header), dtype=torch.uint8)
         _copy_overlap(room, start, header, 0)
@@ -120,6 +126,7 @@ def have_room(pieces: Mapping[str, Piece], world: World) -> bool:
     everyone = world.all_gather_object((socket.gethostname(), wanted, available_memory()))
     short = False
     for node in {name for name, _, _ in everyone}:
+        # Ranks of a node share its memory. Their cgroups may differ; the least counts.
         of_node = [(wanted, free) for name, wanted, free in everyone if name == node]
         needed, free = sum(w for w, _ in of_node), min(f for _, f in of_node)
         if 2 * needed > free and world.is_main:
@@ -148,6 +155,7 @@ def _left_in_groups() -> Iterator[int]:
     for folder in [root / own, *(root / own).parents]:
         limit, used = folder / "memory.max", folder / "memory.current"
         if limit.is_file() and (text := limit.read_text().strip()) != "max":
+            # Page cache counts as used, but the kernel gives it back when memory is asked for.
             cached = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.M)
             yield int(text) - int(used.read_text()) + int(cached[1] if cached else 0)
 
@@ -161,6 +169,7 @@ def own_share(state: Mapping[str, Piece], world: World) -> dict[str, Piece]:
 
     Every rank calls it.
     """
+    # Ranks that hold the same place hold the same numbers, so any of them may store it.
     mine: list[Place] = [(key, piece.offset, piece.data.numel()) for key, piece in state.items()]
     owners = share_out(world.all_gather_object(mine))
     return {place[0]: state[place[0]] for place in mine if owners[place] == world.rank}

@@ -76,6 +76,7 @@ def _read_universal(folder: Path) -> Start:
         )
 
     def read(state: str) -> dict[str, Tensor]:
+        # Mapped, not read: of each file a rank touches its own pieces alone.
         return {name: _value(folder / "zero" / name / f"{state}.pt") for name in names}
 
     weights = read("fp32")

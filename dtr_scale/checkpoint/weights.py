@@ -96,8 +96,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yield a file in a folder beside `path`, which takes its place after a clean exit."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target: only within a file system is a rename whole or not at all.
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".convert-") as directory:
             temporary = Path(directory) / path.name
+            # For the mode that the umask gives to a new file.
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
@@ -124,6 +126,7 @@ def read_pickle(path: Path) -> Any:  # noqa: ANN401
 
     Tensors are mapped from the file where its format allows it. Raises CheckpointError.
     """
+    # As (object, name): the unpickler takes the object wherever a file names the class.
     stand_ins = torch.serialization.safe_globals([(_Inert, name) for name in _STAND_INS])
     try:
         mmap = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are none
