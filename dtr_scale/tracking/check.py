@@ -48,6 +48,7 @@ def _check_database(uri: str) -> None:
     import sqlalchemy
 
     is_sqlite = uri.startswith("sqlite")
+    # No waiting for a lock: a file that somebody writes to is one that can be written.
     engine = sqlalchemy.create_engine(uri, connect_args={"timeout": 0} if is_sqlite else {})
     path = engine.url.database
     if not is_sqlite or not path:

@@ -98,6 +98,7 @@ def read_new_records(path: Path, start: int) -> tuple[list[Record], int]:
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
+    # The last line may be cut off, by a kill or because it is being written at this moment.
     end = data.rfind(b"\n") + 1
     try:
         return [json.loads(line) for line in data[:end].splitlines()], start + end

@@ -84,6 +84,7 @@ class MlflowTracker(Tracker):
             self._work.wait()
             # Cleared before reading: what is logged while we send sets it again.
             self._work.clear()
+            # Read once: an end that comes while this round sends belongs to the next one.
             ending = self._ending
             try:
                 run = run or MlflowRun(self._run)
@@ -91,6 +92,7 @@ class MlflowTracker(Tracker):
             except Exception as error:  # whatever a server or a database does, training goes on
                 run = None
                 self._warn(error)
+                # Short pauses once the run is leaving: `finish` gives an absent server 10 s.
                 if self._leaving.wait(pause):
                     time.sleep(_FIRST_RETRY_SECONDS)
                 pause = min(2 * pause, _LAST_RETRY_SECONDS)

@@ -83,6 +83,7 @@ class MlflowRun:
         pictures = self._pictures() if unsent else set()
         for evaluation in unsent:
             for name, value in valid_names(evaluation.metrics).items():
+                # MLflow would keep a second point of the step beside the first.
                 steps = self._evaluated.setdefault(name, self._steps_of(name))
                 if evaluation.step not in steps:
                     self._log(metrics=[_metric(name, value, evaluation.time_ms, evaluation.step)])
@@ -97,6 +98,7 @@ class MlflowRun:
         self._client.set_terminated(self._run_id, status)
 
     def _begin(self, continues: dict[str, Any] | None) -> None:
+        # The job before may have ended it, and a kill leaves it RUNNING for ever.
         self._client.update_run(self._run_id, status="RUNNING")
         self._describe()
         history = self._client.get_metric_history(self._run_id, "loss")
@@ -165,6 +167,7 @@ class MlflowRun:
         data = self._client.get_run(self._run_id).data
         params, tags = [], [RunTag(k, str(v)) for k, v in valid_names(self._info.tags).items()]
         for name, param in valid_names(self._info.params).items():
+            # MLflow would cut it in silence, and it would look changed at every start.
             value = str(param)[:_PARAM_CHARACTERS]
             if name not in data.params:
                 params.append(Param(name, value))
@@ -205,6 +208,7 @@ class MlflowRun:
                     if len(part) == 1:
                         log.warning("MLflow takes no %s %r", kind.rstrip("s"), part[0].key)
                         continue
+                    # One by one: a call fails as a whole, and the others are valid.
                     for entry in part:
                         self._log(**{kind: [entry]})
 

@@ -17,6 +17,7 @@ def valid_names(entries: Mapping[str, Any]) -> dict[str, Any]:
     valid: dict[str, Any] = {}
     for key, value in entries.items():
         name = re.sub(r"[^A-Za-z0-9_\-. :/]", "_", key)[:_MOST_CHARACTERS]
+        # One such name would make MLflow refuse the whole call.
         if posixpath.normpath(name) != name or name.startswith((".", "/")):
             name = name.replace("/", "_").replace(".", "_") or "_"
         unique, number = name, 2

@@ -18,6 +18,7 @@ def read_run_file(run_dir: Path, uri: str) -> dict[str, Any] | None:
     path = run_dir / RUN_FILE
     try:
         kept = json.loads(path.read_bytes())
+        # With the password left out, as it is stored: a new one does not make another server.
         is_this_server = kept["tracking_uri"] in (_stored_uri(run_dir, uri), shown_uri(uri))
         return kept | {"run_id": str(kept["run_id"])} if is_this_server else None
     except FileNotFoundError:

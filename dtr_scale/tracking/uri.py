@@ -29,6 +29,7 @@ def without_secrets(text: str, uri: str) -> str:
     """Return a text, such as an error of MLflow's, without what `shown_uri` leaves out of `uri`."""
     shown = shown_uri(uri)
     text = text.replace(uri, shown)
+    # The longest first: a short one may be a part of it.
     for secret in sorted(_secrets(uri), key=len, reverse=True):
         if secret not in shown:
             text = text.replace(secret, "***")
