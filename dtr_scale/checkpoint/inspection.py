@@ -149,7 +149,7 @@ def verify(reader: CheckpointReader) -> Iterator[tuple[str, str | None]]:
 
 @dataclass(frozen=True)
 class KindDifference:
-    """How far the tensors of one kind are apart."""
+    """The distance between two checkpoints' tensors of one kind."""
 
     kind: str
     differing: int

@@ -62,7 +62,7 @@ class CheckpointManager:
 
     @property
     def standing(self) -> str:
-        """What a run has to go on from, in words."""
+        """The newest checkpoint to go on from, in words for messages."""
         if self.saved_step is None:
             return "nothing was saved yet"
         return f"the newest checkpoint is of step {self.saved_step}"

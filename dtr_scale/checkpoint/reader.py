@@ -220,10 +220,10 @@ class CheckpointReader:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a run takes of a checkpoint that it goes on from."""
+    """The parts of a checkpoint that a resuming run takes."""
 
     reader: CheckpointReader
     fresh: Collection[str] = ()
     """Kinds of pieces that are not taken: they stay as they are."""
     changes: Sequence[str] = ()
-    """What is different since the checkpoint was written, for people."""
+    """Differences from the run that wrote the checkpoint, for people."""

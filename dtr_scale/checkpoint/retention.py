@@ -19,7 +19,7 @@ METRICS = "metrics.json"
 
 @dataclass(frozen=True)
 class Keep:
-    """How many stay: the `last` ones, those of `every` n-th step, and the `best` by `metric`.
+    """Keep the `last` checkpoints, those of `every` n-th step, and the `best` by `metric`.
 
     A lower metric is better; 0 means none.
     """

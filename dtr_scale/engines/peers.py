@@ -27,7 +27,7 @@ _REQUEST_TIMEOUT = timedelta(seconds=30)
 
 
 class Failure(NamedTuple):
-    """Which rank failed and why, and the exit code that all ranks end with."""
+    """A rank's failure: its reason, and the exit code that all ranks end with."""
 
     reason: str
     exit_code: int = 1

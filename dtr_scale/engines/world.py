@@ -28,7 +28,7 @@ class World:
     world_size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """Who talks to whom, and over what; None: all ranks, over the device's own backend."""
+    """The group that collectives run on; None: all ranks, over the device's own backend."""
     background_group: dist.ProcessGroup | None = None
 
     def in_background(self) -> "World":

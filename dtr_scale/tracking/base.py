@@ -1,4 +1,4 @@
-"""Show a run's journal and its evaluations somewhere else too."""
+"""Define the interface of a tracker, which mirrors a run's journal and its evaluations."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path

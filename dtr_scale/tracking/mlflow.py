@@ -29,7 +29,7 @@ _PICTURES = "samples"
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What MLflow is told of a job's run, and where."""
+    """A job's run as MLflow is told of it, and the server's address."""
 
     run_dir: Path
     journal: Path
@@ -44,7 +44,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured and sampled at a step, and when."""
+    """Metrics and a picture of one step, with their time."""
 
     time_ms: int
     step: int

@@ -13,7 +13,7 @@ from dtr_scale.engines.base import Engine, Piece
 
 
 class EmaProfile(Protocol):
-    """How much of the past an average holds."""
+    """An average's profile: the weight of the past in each update."""
 
     @property
     def key(self) -> str:

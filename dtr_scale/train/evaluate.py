@@ -45,7 +45,7 @@ class _Drawn(NamedTuple):
     num_batches: int
     """Batches drawn on each rank by this job; others may have been kept by an earlier one."""
     cut_off: str | None
-    """Why it was cut off."""
+    """The reason, if the drawing was cut off."""
 
 
 class PeriodicEvaluation:
@@ -251,7 +251,7 @@ class PeriodicEvaluation:
 
     @property
     def _plan(self) -> str:
-        """What kept samples depend on, and who has drawn which."""
+        """The settings and the ranks' shares under which samples were kept; others do not fit."""
         places = [self._world.world_size, self._num_samples, self._batch_size]
         return json.dumps([*places, self._settings.manifest()])
 

@@ -43,7 +43,7 @@ def combine(
 
 
 class _Profile:
-    """How much of the weights after each training step is in an average.
+    """The share that the weights after each training step have in an average.
 
     From `began` on it is the density (gamma + 1) tau^gamma / t^(gamma + 1) (eq. 3); the share of
     all steps before lies on the weights after step `began` alone.

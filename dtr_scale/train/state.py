@@ -1,4 +1,4 @@
-"""Hold the state of a run and its position, and probe whether a loaded one is where it was."""
+"""Hold a run's state and position, and check both after a load by the loss of a few samples."""
 
 import math
 from collections.abc import Collection, Mapping
