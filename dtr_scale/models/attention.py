@@ -27,6 +27,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         from xformers.ops import memory_efficient_attention
 
         return memory_efficient_attention(q, k, v)
+    # PyTorch wants [N, heads, L, head_dim]; xformers takes what the layers have.
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # PyTorch's fused kernel takes 2 to 10 times as long there, backward above all.
@@ -65,6 +66,8 @@ def _xformers_obstacle(device: torch.device) -> str | None:
         from xformers.ops import memory_efficient_attention
     except (ImportError, OSError) as error:
         return f"it cannot be imported ({error})"
+    # xformers chooses the kernel of the backward by itself, so a forward alone would prove
+    # nothing. 64 is the head_dim of DiT-S, B and L; others are not tried.
     with torch.enable_grad():
         x = torch.ones(1, 8, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
         try:

@@ -44,6 +44,7 @@ def build_network(
             attention_backend=_attention_backend(attention),
         )
 
+    # An expert alone is a plain network: its parameters have no `experts.<k>.` before their names.
     if num_experts == 1 or expert is not None:
         return build()
     return MultiExperts([build() for _ in range(num_experts)], num_timesteps)
@@ -53,4 +54,5 @@ def _attention_backend(name: str) -> str:
     device = torch.get_default_device()
     if device.type == "meta":  # nothing is computed there, whatever this machine has
         return "sdpa"
+    # Weights are made on the CPU; the engine moves them to the GPU, where attention will run.
     return resolve_backend(name, torch.device("cuda" if torch.cuda.is_available() else device))

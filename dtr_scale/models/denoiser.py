@@ -35,6 +35,7 @@ class Denoiser(nn.Module):
         self.learn_sigma = learn_sigma
         self.conditioning = conditioning
         self.num_classes = num_classes
+        # The row after the last class, as in the official label tables.
         self.null_label = num_classes
         self.class_dropout_prob = class_dropout_prob
 

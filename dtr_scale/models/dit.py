@@ -21,7 +21,7 @@ from dtr_scale.models.routing import RoutingSpec, build_routing
 
 
 class DiTSize(NamedTuple):
-    """What tells one DiT from another; `hidden_size` is the width of a token, `depth` in blocks."""
+    """The sizes of a DiT; `hidden_size` is the width of a token, `depth` in blocks."""
 
     hidden_size: int
     depth: int
@@ -29,6 +29,7 @@ class DiTSize(NamedTuple):
     patch_size: int
 
 
+# hidden_size, depth and num_heads (Peebles & Xie, 2023, table 1).
 _WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 VARIANTS = {
     f"DiT-{name}/{patch_size}": DiTSize(*widths, patch_size)
@@ -48,6 +49,7 @@ class Attention(AttentionModule):
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
+        # The rows of qkv are ordered (qkv, head, channel), as in official weights.
         qkv = self.qkv(x).view(n, length, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.unbind(2)
         out = attention(q, k, v, self.attention_backend)
@@ -110,6 +112,7 @@ class DiTBlock(nn.Module):
             self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim, attention_backend)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
+        # Shift, scale and gate of each layer that is modulated.
         self.num_modulations = 6 if context_dim is None else 9
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(hidden_size, self.num_modulations * hidden_size)
@@ -125,11 +128,13 @@ class DiTBlock(nn.Module):
         """
         if mask is None:
             return self._block(z, c, context)
+        # [N, 1, D]: one mask for all tokens of a sample.
         mask = mask[:, None]
         # The channels it does not see bypass the block whole.
         return ~mask * z + self._block(mask * z, c, context)  # eq. 8
 
     def _block(self, z: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
+        # Each [N, 1, D]. Official weights have them in the order shift, scale, gate.
         modulation = self.adaLN_modulation(c)[:, None].chunk(self.num_modulations, dim=-1)
         shift, scale, gate = modulation[:3]
         z = z + gate * self.attn(_modulate(self.norm1(z), shift, scale))
@@ -138,6 +143,7 @@ class DiTBlock(nn.Module):
             shift, scale, gate = modulation[3:6]
             normed = _modulate(self.norm_cross(z), shift, scale)
             z = z + gate * self.cross_attn(normed, context)
+        # The last three, with and without text: its own three stand in the middle.
         shift, scale, gate = modulation[-3:]
         return z + gate * self.mlp(_modulate(self.norm2(z), shift, scale))
 
@@ -213,10 +219,12 @@ class DiT(Denoiser):
         self.initialize_weights()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        # Noised samples are fp32, weights may be bf16.
         x, t = x.to(self.x_embedder.proj.weight.dtype), t.long()
         z = self.x_embedder(x)
         z = z + self.pos_embed.to(z.dtype)
         c, context = self.t_embedder(t), None
+        # Text enters by cross-attention; adaLN is regressed from the timestep alone (appendix C).
         if self.conditioning == "text":
             context = self.y_embedder(y.to(z.dtype))
         else:
@@ -230,6 +238,7 @@ class DiT(Denoiser):
 
     def initialize_weights(self) -> None:
         """Initialise as DiT does: every block starts as the identity, the output as zero."""
+        # All linear layers first: the loops below overwrite some of them.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -248,6 +257,7 @@ class DiT(Denoiser):
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         p, grid = self.patch_size, self.input_size // self.patch_size
+        # The channel is the fastest index of a patch, as in official weights.
         patches = patches.view(-1, grid, grid, p, p, self.out_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.out_channels, self.input_size, self.input_size
@@ -255,8 +265,11 @@ class DiT(Denoiser):
 
 
 def _layer_norm(hidden_size: int) -> nn.LayerNorm:
+    # adaLN is its scale and shift. DiT's eps, not PyTorch's 1e-5: official weights were trained
+    # with it.
     return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    # 1 +: zero-initialised layers leave the norm as it is (adaLN-Zero).
     return x * (1 + scale) + shift

@@ -45,8 +45,11 @@ class MultiExperts(Denoiser):
         outputs: list[Tensor] = []
         places: list[Tensor] = []
         for expert, timesteps in zip(self.experts, self.timesteps, strict=True):
+            # On a GPU `nonzero` waits for the device, once per expert: it must know how many.
             mine = ((t >= timesteps.start) & (t < timesteps.stop)).nonzero().flatten()
             if not len(mine) and len(t) and not torch.is_grad_enabled():
+                # Without gradients all ranks have the same timesteps (a sampling step's, the
+                # probe's), so all skip the same experts, and none waits for another's weights.
                 continue
             # In training every expert is called, on nothing if need be: ranks that shard its
             # weights gather them together, and each parameter has a gradient.
@@ -58,6 +61,7 @@ class MultiExperts(Denoiser):
                 f"{len(t) - len(order)} of {len(t)} timesteps belong to no expert; give 0 to "
                 f"{self.timesteps[-1].stop - 1}"
             )
+        # Outputs are ordered by expert; `order` says which sample each is.
         return torch.cat(outputs)[order.argsort()]
 
     def routed_blocks(self) -> list[nn.Module]:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from dtr_scale.errors import ConfigError
 from dtr_scale.randomness import keyed_generator
 
-_NEVER = np.iinfo(np.int16).max  # the update at which a channel leaves that stays
+_NEVER = np.iinfo(np.int16).max  # `leave` of a channel that stays: after every update
 
 
 @dataclass(frozen=True)
 class RoutingSpec:
-    """How the timesteps of a network share its channels; ConfigError for what makes no masks."""
+    """Settings of a network's masks; ConfigError for those that make none."""
 
     type: str = "none"
     alpha: float = 4.0
@@ -83,6 +83,8 @@ class Routing(nn.Module):
     def _make_tables(self, num_timesteps: int) -> None: ...
 
     def _keep(self, name: str, table: Tensor, *, in_checkpoints: bool = False) -> None:
+        # Integers and bools, which a cast of the network to bf16 leaves alone. Not in the state
+        # dict, as in official files: masks follow from the settings.
         self.register_buffer(name, table, persistent=in_checkpoints)
 
     def _at(self, table: str, index: int, t: Tensor) -> Tensor:
@@ -150,6 +152,7 @@ class Roaming(Routing):
                 "model.routing.type = 'max_roaming': has other masks at every training step; "
                 "call the network with step=..."
             )
+        # Below _NEVER, or channels that stay would leave after so many updates.
         update = min(step // self.spec.update_every_steps, _NEVER - 1)
         return [
             (self._at("enter", block, t) <= update) & (update < self._at("leave", block, t))
@@ -213,6 +216,8 @@ def _released_windows(
 def _equation_4_windows(
     spec: RoutingSpec, num_timesteps: int, num_idle: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    # T + 1 edges, t - 1 and t in the paper's counting from 1. Where the edge moves between the two
+    # a window is wider than C_beta.
     time = np.arange(num_timesteps + 1) / num_timesteps
     edge = np.floor(num_idle * time**spec.alpha)  # eq. 4
     return edge[:-1], edge[1:]
@@ -221,6 +226,7 @@ def _equation_4_windows(
 def _clustered_windows(
     spec: RoutingSpec, num_timesteps: int, num_idle: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    # The clusters stand in for the timesteps of dtr.
     start, _ = _released_windows(spec, spec.num_clusters, num_idle)
     start = start[_clusters(spec, num_timesteps)]
     return start, start
@@ -240,6 +246,7 @@ def _shared_and_own_mask(
 ) -> np.ndarray:
     """Return ERCDDT's masks, bool [T, C]: the first half is shared, the rest cut in segments."""
     shared = num_channels // 2
+    # The cluster of each channel of the second half, in segments equal up to one channel.
     owner = np.arange(num_channels - shared) * spec.num_clusters // (num_channels - shared)
     own = owner == _clusters(spec, num_timesteps)[:, None]
     return np.concatenate([np.ones((num_timesteps, shared), dtype=bool), own], axis=1)
@@ -256,11 +263,15 @@ def _roaming_updates(
     order = _channel_order(spec, num_timesteps, num_channels, block)
     width = _num_active(num_channels, spec.beta)
     generator = keyed_generator(spec.seed, "routing.leaving", block)
+    # Which of its active channels a timestep gives up at each update, [C - C_beta, T].
     places = generator.integers(width, size=(num_channels - width, num_timesteps))
+    # int16: the two tables take 4 MB for each block of DiT-L.
     enter = np.zeros((num_timesteps, num_channels), dtype=np.int16)
     leave = np.full_like(enter, _NEVER)
     t = np.arange(num_timesteps)
     active = order[:, :width].copy()
+    # The order after its first C_beta channels is that in which the others are visited: a
+    # permutation, so none comes twice.
     for update, (place, newcomer) in enumerate(zip(places, order[:, width:].T, strict=True), 1):
         leave[t, active[t, place]] = update
         enter[t, newcomer] = update
@@ -283,6 +294,8 @@ def _channel_order(
     spec: RoutingSpec, num_timesteps: int, num_channels: int, block: int
 ) -> np.ndarray:
     """Return a random order of the channels for each timestep of a block, int64 [T, C]."""
+    # Sorting uniform numbers permutes each row by itself. The paper's pseudo code permutes the
+    # columns, which would give all timesteps one mask.
     generator = keyed_generator(spec.seed, "routing.channels", block)
     return generator.random((num_timesteps, num_channels)).argsort(axis=1)
 

@@ -27,6 +27,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(_NUM_GROUPS, channels)
 
     def forward(self, input: Tensor) -> Tensor:
+        # guided-diffusion's GroupNorm32: official weights were trained with fp32 statistics.
         weight, bias = self.weight.float(), self.bias.float()
         return F.group_norm(input.float(), _NUM_GROUPS, weight, bias, self.eps).to(input.dtype)
 
@@ -89,6 +90,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, mask: Tensor | None) -> Tensor:
         """Return [N, C', H', W'] from x [N, C, H, W], emb [N, E] and mask bool [N, C]."""
+        # A Sequential for its parameters' names alone: mask and resampling go between its layers.
         norm, act, conv = self.in_layers
         h = act(norm(x))
         if mask is not None:
@@ -97,6 +99,7 @@ class ResBlock(nn.Module):
         modulation = self.emb_layers(emb)[:, :, None, None]
         norm, act, _, conv = self.out_layers
         if self.use_scale_shift_norm:
+            # Scale first, unlike DiT: guided-diffusion's order.
             scale, shift = modulation.chunk(2, dim=1)
             h = norm(h) * (1 + scale) + shift
         else:
@@ -125,6 +128,7 @@ class AttentionBlock(AttentionModule):
         self.num_heads = _num_heads(channels, num_heads, num_head_channels)
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels)
+        # Conv1d, not Linear, for the shape of official weights: [3 C, C, 1].
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -228,6 +232,8 @@ class ADM(Denoiser):
     @property
     def blocks(self) -> list[ResBlock | AttentionBlock]:
         """The residual and attention blocks in forward order."""
+        # modules() follows the order in which __init__ registers: way down, middle, way up, as
+        # forward goes. Masks are dealt out by it, so a part that is registered earlier shifts all.
         return [m for m in self.modules() if isinstance(m, ResBlock | AttentionBlock)]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
@@ -262,7 +268,7 @@ class ADM(Denoiser):
 
 
 class _Parts(NamedTuple):
-    """What the parts of one network share: it makes them, numbered as in guided-diffusion."""
+    """Make the parts of one network, numbered as in guided-diffusion."""
 
     num_res_blocks: int
     attention_resolutions: Sequence[int]
@@ -292,6 +298,8 @@ class _Parts(NamedTuple):
         """Return the way up, whose steps take what the way down left, the last first."""
         steps, channels, skips = [], skip_widths[-1], reversed(skip_widths)
         for level, width in reversed(list(enumerate(widths))):
+            # One more than on the way down, whose first convolution and Downsamples left a skip
+            # too.
             for i in range(self.num_res_blocks + 1):
                 layers = self._stage(channels + next(skips), width, level)
                 if level > 0 and i == self.num_res_blocks:
