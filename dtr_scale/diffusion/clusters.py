@@ -41,12 +41,15 @@ def interval_clusters(distance: np.ndarray, num_clusters: int) -> np.ndarray:
             "give float [T, T]"
         )
     cost = _interval_costs(distance)
-    # least[e]: of all cuts of the first e timesteps into as many intervals as the loop has seen.
+    # least[e]: the least cost of cutting the first e timesteps into as many intervals as the loop
+    # has seen.
     least, starts = cost[:, 0], []
+    # total[e, s]: the last interval is [s, e), those before it cut the first s at least cost.
     for _ in range(num_clusters - 1):
         total = least + cost
         starts.append(total.argmin(axis=1))
         least = total.min(axis=1)
+    # Back from the last interval, whose end is known: each start is the end of the one before.
     boundaries = [num_timesteps]
     for start in reversed(starts):
         boundaries.append(start[boundaries[-1]])
@@ -59,9 +62,11 @@ def _interval_costs(distance: np.ndarray) -> np.ndarray:
     Intervals without timesteps cost infinity.
     """
     num_timesteps = len(distance)
+    # Sums from 0 on give the cost of every interval in O(T^2); adding up each would take O(T^3).
     before = np.zeros((num_timesteps, num_timesteps + 1))  # [c, t]: sum of distance[c, :t]
     np.cumsum(distance, axis=1, out=before[:, 1:])
     end, start = np.ogrid[: num_timesteps + 1, : num_timesteps + 1]
+    # Clipped for intervals without timesteps alone, whose cost is infinity whatever it is.
     centre = np.clip((start + end - 1) // 2, 0, num_timesteps - 1)
     return np.where(start < end, before[centre, end] - before[centre, start], np.inf)
 

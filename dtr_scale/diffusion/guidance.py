@@ -41,6 +41,7 @@ def cfg_model(
     that training put in the place of dropped ones, where that is not `model.null_like`. Raises
     ConfigError for a model without a null condition and for channels or an interval that cannot be.
     """
+    # The formula is eps(y) then: half the work, and no null condition is needed.
     if cfg_scale == 1.0:
         return model
     if not model.class_dropout_prob > 0:
@@ -70,6 +71,7 @@ def cfg_model(
         eps, rest = conditional[:, :channels], conditional[:, channels:]
         eps_null = null[:, :channels]
         guided = eps_null + cfg_scale * (eps - eps_null)
+        # By sample and on the device: a branch on t would make the host wait for it.
         inside = ((t >= first) & (t < stop)).view(-1, 1, 1, 1)
         return torch.cat([torch.where(inside, guided, eps), rest], dim=1)
 

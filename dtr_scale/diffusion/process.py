@@ -46,12 +46,15 @@ class GaussianDiffusion:
         self.learn_sigma = learn_sigma
         alphas_cumprod = np.cumprod(1 - beta_schedule(noise_schedule, num_timesteps))
         self.alphas_cumprod = alphas_cumprod[self.timestep_map]
+        # Anew, so that abar at a kept timestep is what it was (improved-diffusion's
+        # SpacedDiffusion).
         self.betas = 1 - self.alphas_cumprod / np.append(1.0, self.alphas_cumprod[:-1])
         self._tables = _tables(self.betas, self.alphas_cumprod)
         self._tables_on: dict[torch.device, dict[str, Tensor]] = {}
 
     def at(self, table: str, t: Tensor) -> Tensor:
         """Return the entries of a table for timesteps t [N], fp32 [N, 1, 1, 1]."""
+        # Copied once per device: a copy in every micro-step would make the host wait each time.
         if t.device not in self._tables_on:
             self._tables_on[t.device] = {
                 name: torch.tensor(values, dtype=torch.float32, device=t.device)
@@ -102,6 +105,7 @@ class GaussianDiffusion:
         x_t = x_t.float()
         eps, sigma = self._split(model_output)
         log_variance = self._log_variance(sigma, t).expand_as(eps)
+        # `q_sample` solved for x_start.
         pred_xstart = self.at("sqrt_recip_alphas_cumprod", t) * x_t
         pred_xstart = pred_xstart - self.at("sqrt_recipm1_alphas_cumprod", t) * eps
         if clip_denoised:
@@ -124,6 +128,7 @@ class GaussianDiffusion:
         if sigma is None:
             return self.at("fixed_log_variance", t)
         # Nichol & Dhariwal, eq. 15: between the posterior's variance and beta_t.
+        # Nothing holds sigma in [-1, 1], as upstream.
         fraction = (sigma + 1) / 2
         low, high = self.at("posterior_log_variance", t), self.at("log_betas", t)
         return fraction * high + (1 - fraction) * low
@@ -132,6 +137,7 @@ class GaussianDiffusion:
         self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
         """Return KL(q(x_{t-1} | x_t, x_start) || p), or -log p(x_start | x_1) at t = 0, [N]."""
+        # Without clipping, as upstream trains.
         p = self.p_mean_variance(model_output, x_t, t)
         kl = _normal_kl(
             self._posterior_mean(x_start, x_t.float(), t),
@@ -140,11 +146,14 @@ class GaussianDiffusion:
             p.log_variance,
         )
         nll = -_discretized_log_likelihood(x_start, p.mean, 0.5 * p.log_variance)
+        # Both are computed for all samples and chosen on the device: to know which have t = 0 the
+        # host would have to wait. Bits, not nats.
         return torch.where(t == 0, _mean_flat(nll), _mean_flat(kl)) / math.log(2)
 
 
 def _tables(betas: np.ndarray, alphas_cumprod: np.ndarray) -> dict[str, np.ndarray]:
     alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+    # Ho et al., eq. 7, as the two coefficients of the posterior's mean below.
     posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
     # The posterior's variance is 0 at t = 0: its logarithm takes the next value.
     posterior_variance[0] = posterior_variance[1]
@@ -160,6 +169,7 @@ def _tables(betas: np.ndarray, alphas_cumprod: np.ndarray) -> dict[str, np.ndarr
         "posterior_coef_start": betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod),
         "posterior_coef_t": (1 - alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - alphas_cumprod),
         "log_betas": np.log(betas),
+        # improved-diffusion's FIXED_LARGE: beta_t, but at t = 0 the posterior's next.
         "fixed_log_variance": np.log(np.append(posterior_variance[1], betas[1:])),
     }
 
@@ -175,8 +185,10 @@ def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> T
     centered, inverse_scale = x - mean, torch.exp(-log_scale)
     cdf_high = _normal_cdf((centered + 1 / 255) * inverse_scale)
     cdf_low = _normal_cdf((centered - 1 / 255) * inverse_scale)
+    # The outermost bins reach to infinity.
     mass = torch.where(x > 0.999, 1 - cdf_low, cdf_high - cdf_low)
     mass = torch.where(x < -0.999, cdf_high, mass)
+    # Upstream's floor: far from the mean the mass rounds to 0.
     return mass.clamp(min=1e-12).log()
 
 

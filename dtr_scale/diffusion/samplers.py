@@ -73,11 +73,13 @@ def ddim_sample(
     for i in _steps(diffusion, progress):
         t = _timestep(x, last - i)
         x_start = _estimate(model_fn, diffusion, x, last - i, clip_denoised).pred_xstart
+        # Back from x_start, which may have been clipped, not the network's own eps (as upstream).
         eps = diffusion.at("sqrt_recip_alphas_cumprod", t) * x - x_start
         eps = eps / diffusion.at("sqrt_recipm1_alphas_cumprod", t)
         alpha_bar, alpha_bar_prev = (
             diffusion.at(name, t) for name in ("alphas_cumprod", "alphas_cumprod_prev")
         )
+        # Eq. 16, then eq. 12.
         sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)).sqrt()
         sigma = eta * sigma
         x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - sigma**2).sqrt() * eps
@@ -101,6 +103,7 @@ def dpm_solver_sample(
     """
     keep, pull, extrapolate = _solver_coefficients(diffusion.alphas_cumprod)
     x, last = x_T.float(), diffusion.num_timesteps - 1
+    # extrapolate[0] is 0: there is no estimate before the first.
     previous = torch.zeros_like(x)
     for i in _steps(diffusion, progress):
         x_start = _estimate(model_fn, diffusion, x, last - i, clip_denoised).pred_xstart
@@ -119,20 +122,24 @@ def _solver_coefficients(alphas_cumprod: np.ndarray) -> tuple[list[float], ...]:
     """
     alpha = np.append(np.sqrt(alphas_cumprod[::-1]), 1.0)
     sigma = np.append(np.sqrt(1 - alphas_cumprod[::-1]), 0.0)
+    # Without the last, x_0, whose SNR is infinite.
     log_snr = 2 * np.log(alpha[:-1] / sigma[:-1])
     h = np.diff(log_snr) / 2
     keep = sigma[1:] / sigma[:-1]
+    # alpha_t (1 - exp(-h)) written so that the infinite h of the last step does not occur.
     pull = alpha[1:] - keep * alpha[:-1]
     extrapolate = np.zeros(len(keep))
     # First order at the start, where there is one estimate, and at the end: the step to timestep 0
     # is several times as long as those before it, the last one infinitely long.
     extrapolate[1:-2] = np.where(log_snr[:-3] > _DIMMEST_LOG_SNR, h[1:-1] / (2 * h[:-2]), 0.0)
+    # Python's floats go into a kernel as arguments; a tensor would have to be copied first.
     return keep.tolist(), pull.tolist(), extrapolate.tolist()
 
 
 def _estimate(
     model_fn: ModelFn, diffusion: GaussianDiffusion, x: Tensor, index: int, clip_denoised: bool
 ) -> PosteriorEstimate:
+    # The network, and so its masks, is asked by the original timestep; tables go by the kept one.
     output = model_fn(x, _timestep(x, int(diffusion.timestep_map[index])))
     return diffusion.p_mean_variance(output, x, _timestep(x, index), clip_denoised)
 

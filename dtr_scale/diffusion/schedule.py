@@ -53,6 +53,7 @@ def space_timesteps(
         if respacing.startswith("ddim"):
             return _constant_stride(num_timesteps, _count(respacing.removeprefix("ddim")))
         counts = [_count(count) for count in respacing.split(",")]
+        # array_split gives the first sections what does not divide, as improved-diffusion.
         sections = np.array_split(np.arange(num_timesteps), len(counts))
         return np.concatenate(
             [_spread(section, count) for section, count in zip(sections, counts, strict=True)]

@@ -44,6 +44,8 @@ class TimestepSampler:
 
     def counts(self, samples_seen: int) -> np.ndarray:
         """Return the number of samples of each cluster in the global batch, int64 [K]."""
+        # Of the whole batch, on every rank from the position alone: no collective is needed for
+        # n_k.
         return np.bincount(self.clusters(samples_seen), minlength=self.num_clusters)
 
     def at(self, cluster: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -62,5 +64,6 @@ class TimestepSampler:
         """
         places = np.asarray(places, np.int64)
         cluster = self.clusters(samples_seen)[places]
+        # By the sample's own position: neither ranks nor micro-batches enter.
         u = KeyedStream(self.seed, "timestep").uniform(samples_seen + places, salt)
         return self.at(cluster, u), cluster
