@@ -42,6 +42,7 @@ def gradient_affinity(
                 f"the gradient at timestep {t} has norm {norm}, so it has no direction; "
                 "give batches, and a checkpoint that is trained and has not diverged"
             )
+    # In place: S x P x 4 bytes a second time would double the memory.
     directions = gradients.div_(norms[:, None])
     cosine = (directions @ directions.T).double().numpy()
     return _interpolated(cosine, measured, diffusion.num_timesteps)
@@ -67,6 +68,8 @@ def _gradients(
             noise = _noise(samples, time, x_start, seed)
             losses = diffusion.training_losses(partial(network, y=y, step=step), x_start, t, noise)
             loss = (losses["mse"] + losses["vb"]).sum()
+            # Zeros for parameters that a batch does not reach, so that every row has the same P
+            # columns.
             parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             row.add_(torch.cat([part.flatten() for part in parts]).cpu())
     return gradients
@@ -87,6 +90,9 @@ def _interpolated(cosine: np.ndarray, measured: np.ndarray, num_timesteps: int) 
     """Return the cosines [T, T] of directions that are linear in t between the measured ones."""
     t = np.arange(num_timesteps)
     weights = np.stack([np.interp(t, measured, row) for row in np.eye(len(measured))])  # [S, T]
+    # Inner products of the interpolated directions, from those of the measured: T x P numbers are
+    # never held.
     products = weights.T @ cosine @ weights
+    # Between two unit vectors an interpolated one is shorter than 1.
     norms = np.sqrt(np.diag(products))
     return products / np.outer(norms, norms)

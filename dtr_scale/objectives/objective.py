@@ -60,6 +60,7 @@ class WeightedObjective(Objective):
     def loss(
         self, mse: Tensor, vb: Tensor, *, snr: Tensor, cluster: Tensor, counts: Tensor
     ) -> Tensor:
+        # By the global batch size, not this part's: the shares of any split sum to the same mean.
         return (self._weight(snr) * mse + vb).sum() / self.global_batch_size
 
     def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
@@ -79,9 +80,14 @@ class AntUwObjective(Objective):
     """sum_k 1/2 [exp(-s_k) l_k / K + s_k], with log-variances s_k learned by AdamW."""
 
     def __init__(self, num_clusters: int, lr: float, device: torch.device) -> None:
+        # Out of the engine's reach: bf16 would round them, and clipping would count their gradient
+        # in the network's norm.
         self.log_var = torch.zeros(num_clusters, dtype=torch.float32, device=device)
+        # AdamW's default decay of 0.01 would pull every s_k to 0.
         self.optimizer = torch.optim.AdamW([self.log_var], lr=lr, weight_decay=0.0)
         # Made now, not by the first step: a checkpoint of step 0 has them, and copies into them.
+        # AdamW makes these keys at its first step and keeps a state that it finds. If torch renames
+        # one, the first step fails with a KeyError.
         self.optimizer.state[self.log_var] = {
             "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
             "exp_avg": torch.zeros_like(self.log_var),
@@ -97,10 +103,12 @@ class AntUwObjective(Objective):
         # By hand, from l_k over all ranks: backward would see this rank's share alone, and the
         # network's clipping would count it.
         gradient = (1 - torch.exp(-self.log_var) * cluster_loss / len(self.log_var)) / 2
+        # l_k of a cluster without samples is nan, 0 / 0. Its s_k moves by Adam's momentum alone.
         self.log_var.grad = torch.where(counts > 0, gradient, 0.0).float()
         self.optimizer.step()
 
     def metrics(self) -> dict[str, float]:
+        # `tolist` waits for the device, so this is asked for logged and saved steps alone.
         return {f"uw_log_var_{k}": s for k, s in enumerate(self.log_var.tolist())}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -110,6 +118,7 @@ class AntUwObjective(Objective):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         own = {"log_var": self.log_var, **self.optimizer.state[self.log_var]}
+        # In place: the optimizer knows log_var by its identity.
         for name, value in own.items():
             value.copy_(state[name])
 

@@ -16,7 +16,10 @@ def uncertainty_loss(
     """
     num_clusters, cluster = len(log_var), cluster.long()
     if cluster_counts is None:
+        # On a GPU it waits for the device: training gives the counts, which the host knows.
         cluster_counts = torch.bincount(cluster, minlength=num_clusters)
+    # Each of the n_k samples brings s_k / (2 n_k), on whichever rank it is: 1/2 s_k once per
+    # global batch, and nothing of a cluster without samples.
     s = log_var[cluster]
     terms = torch.exp(-s) * per_sample_loss / num_clusters + s
     return (terms / (2 * cluster_counts[cluster])).sum()

@@ -40,12 +40,15 @@ def loss_weight(
     if gamma == 0:  # P2 switched off, as in the released code
         return torch.ones_like(snr)
     gamma = _require_positive("objective.gamma", 1.0 if gamma is None else gamma)
+    # [N], like the losses: the port in DTR's released code gives weights [N, C, H, W].
     return (_require_positive("objective.k", k) + snr) ** -gamma
 
 
 def _min_snr(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     if prediction == "epsilon":
         return gamma / snr.clamp(min=gamma)  # min(SNR, gamma) / SNR, without its 0 / 0
+    # The error of epsilon is SNR times that of x0, the error of v SNR + 1 times (SNR = a^2 / s^2
+    # with a^2 + s^2 = 1).
     weight = snr.clamp(max=gamma)
     weight = weight if prediction == "x0" else weight / (snr + 1)
     return torch.where(snr == 0, 1.0, weight)
