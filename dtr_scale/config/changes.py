@@ -1,4 +1,4 @@
-"""Compare two experiments: what makes a run another run, and what may change from job to job."""
+"""Compare two experiments, and tell what makes another run from what may change between jobs."""
 
 from pathlib import PurePath
 from typing import Any, NamedTuple
@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from dtr_scale.config.load import PATHS, filled_in, validate
 from dtr_scale.errors import ConfigError
 
+# Batch size, seed, lanes and windows decide which sample comes when. data.shards is not here: the
+# same data may move, so its manifest's hash is compared instead (jobs/resume.py).
 _IDENTITY = (
     "model.",
     "diffusion.",
@@ -49,9 +51,9 @@ def changes(stored: dict[str, Any], wanted: dict[str, Any], source: str) -> list
 
 
 def _filled_in(stored: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return a stored experiment with what keys that are newer than it meant then: their default.
+    """Return a stored experiment with the defaults of keys that are newer than it.
 
-    An experiment that would be refused by now was trained all the same: it is compared as it is.
+    One that the schema refuses was trained all the same: it is compared as it is.
     """
     try:
         return filled_in(validate(stored, source))
@@ -77,6 +79,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one with dotted keys: {"train": {"lr": 1}} -> {"train.lr": 1}."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
+        # An empty dict stays a value, or the key would be in neither comparison.
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:

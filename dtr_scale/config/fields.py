@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+# Power functions have widths below 12^-0.5 = 0.289 (Karras et al., 2024, eq. 126, gamma = 0).
 RelativeWidth = Annotated[float, Field(gt=0.0, lt=0.28)]
 
 
@@ -19,7 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(whole)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(whole)]
 Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(whole)]
-"""What torch.manual_seed takes."""
+"""torch.manual_seed takes no others."""
 
 SectionOrFile = Annotated[
     dict[str, Any] | None, WithJsonSchema({"type": ["object", "string", "null"]})
@@ -28,6 +29,8 @@ SectionOrFile = Annotated[
 
 
 class Section(BaseModel):
+    # The strings below fields are descriptions in configs/experiment.schema.json, which a test
+    # compares: changing one means writing that file anew.
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
@@ -35,6 +38,7 @@ class Section(BaseModel):
 
 def refuse(message: str) -> PydanticCustomError:
     """A cross-field error whose message already names its keys."""
+    # The message goes in as a value: braces in it would be taken for a template's.
     return PydanticCustomError("combination", "{text}", {"text": message})
 
 

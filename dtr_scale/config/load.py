@@ -27,6 +27,7 @@ PATHS = (
 """Keys whose value may be a path on this machine."""
 
 _SQLITE_FILE = re.compile(r"sqlite[+\w]*:///(?!:memory:|$)")
+# An empty tracking.uri means none, not the current folder.
 _NO_PATH = re.compile(r"$|file:|[\w+.-]+://|(databricks(-uc)?|uc)$")  # the last are MLflow's names
 _MODEL: TypeAdapter[ModelConfig] = TypeAdapter(ModelConfig)
 _TWICE = object()
@@ -42,6 +43,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     given = list(parse_overrides(overrides))
     for key, value in given:
         _set(raw, key, value)
+    # After the overrides, one of which may name the file.
     engine = raw.get("engine")
     if isinstance(engine, dict) and isinstance(engine.get("deepspeed_config"), str):
         # Here, so that the config which a run keeps is complete.
@@ -62,6 +64,7 @@ def validate(raw: dict[str, Any], source: str, overrides: Collection[str] = ()) 
         experiment = Experiment.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error.errors(include_url=False), source, overrides)) from None
+    # No validator of the schema: the list of known keys is made from it (messages.py).
     for key in experiment.checkpoint.allow_changes:
         if key not in known_keys():
             raise ConfigError(
@@ -73,10 +76,12 @@ def validate(raw: dict[str, Any], source: str, overrides: Collection[str] = ()) 
 def validate_model(raw: dict[str, Any], source: str) -> ModelConfig:
     """Return the `model` section of an experiment alone, as `validate` does."""
     try:
+        # repr: a Python caller may give any object; as a string it is refused by its key.
         return _MODEL.validate_json(json.dumps(raw, default=repr), strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         for problem in problems:
+            # So that messages name keys as the experiment file does.
             problem["loc"] = ("model", *problem["loc"])
         raise ConfigError(explain(problems, source)) from None
 
@@ -119,6 +124,7 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
 def filled_in(experiment: Experiment) -> dict[str, Any]:
     """Return the experiment as `resolved` does, with paths as they were given."""
     data = experiment.model_dump(mode="json", by_alias=True)
+    # Made from the name where it is not given, and with the folder of an expert.
     data["run_dir"] = str(experiment.run_path)
     options = data["data"]["storage_options"]
     kept = {k: v for k, v in options.items() if k not in SECRETS}

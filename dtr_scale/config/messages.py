@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from dtr_scale.config.schema import Experiment
 
-# What pydantic puts into a location for the branch of a union that it tried.
+# Parts that pydantic adds to a location: the branch of a union that it tried.
 _BRANCH = re.compile(r"(int|float|str|(constrained|function|literal|nullable)[-\[].*)")
 
 _PATTERNS = {
@@ -24,6 +24,7 @@ def explain(problems: Sequence[Any], source: str, overrides: Collection[str] = (
 
     `overrides` are the keys that the command line gave: what is wrong with them is its mistake.
     """
+    # A value that fits no branch of a union is one problem per branch.
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
         by_key.setdefault(_key(problem["loc"]), []).append(problem)
@@ -42,10 +43,12 @@ def known_keys() -> list[str]:
 
 def suggestion(key: str) -> str:
     """Name the nearest known key, or the section's keys where none is near."""
+    # Without what the key lies below: `name` would be no advice for name.x.
     known = [k for k in known_keys() if not key.startswith(f"{k}.")]
     section, _, name = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section]
     by_name = {k.rpartition(".")[2]: k for k in known}
+    # First the whole key with a typing error, then its name in a wrong section.
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     if not near and (name in by_name or not siblings or not section):
         near = [by_name[n] for n in difflib.get_close_matches(name, list(by_name), 1, 0.75)]

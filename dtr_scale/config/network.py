@@ -16,6 +16,8 @@ from dtr_scale.config.fields import (
     refuse,
 )
 
+# Repeated from models/dit.py, as the routing types below are from models/routing.py: those files
+# load torch, and commands that only read an experiment answer without it.
 VARIANT_SIZES = ("S", "B", "L", "XL")
 VARIANT_PATCHES = (2, 4, 8)
 
@@ -42,6 +44,7 @@ class RoutingConfig(Section):
     update_every_steps: PositiveInt = 500
     """Training steps between two changes of max_roaming's masks."""
 
+    # Before, since afterwards the default of `type` cannot be told from one that was given.
     @model_validator(mode="before")
     @classmethod
     def _has_type(cls, section: Any) -> Any:  # noqa: ANN401

@@ -138,6 +138,7 @@ class EngineConfig(Section):
 
     def mesh(self, world_size: int) -> tuple[int, int]:
         """Return (replicate, shard) for `world_size` ranks; ConfigError if they do not fit."""
+        # shard is 0 where there are more replicas than ranks, which is refused below.
         shard = self.shard or world_size // (self.replicate or 1)
         replicate = self.replicate or world_size // max(shard, 1)
         if replicate * shard == world_size:
@@ -240,6 +241,7 @@ class Experiment(Section):
         """Where the run writes; an expert in a folder of its own, beside its fellows."""
         path = Path(self.run_dir or f"runs/{self.name}")
         expert = f"expert_{self.model.expert}"
+        # A config.json that an expert's run has kept names its folder already.
         if self.model.expert is None or path.name == expert:
             return path
         return path / expert
@@ -247,6 +249,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         for problem in (
+            # How many ranks there will be is not known here: `micro_batch_size` asks again.
             self._batch_problem(world_size=1),
             self._lanes_problem(),
             self._clusters_problem(),
@@ -278,9 +281,10 @@ class Experiment(Section):
         )
 
     def _sampling_problem(self) -> str | None:
-        """Say why this network cannot be sampled as asked: by what will do it, when it is due."""
+        """Say why sampling would fail when it is due, None if it would not."""
         steps, key = self.evaluation.num_sampling_steps, "evaluation.num_sampling_steps"
         try:
+            # By the function that sampling uses: no second set of rules to keep in step.
             space_timesteps(self.diffusion.num_timesteps, steps, key)
         except ConfigError as error:
             return str(error)
