@@ -65,6 +65,7 @@ def timestep_cka(
     for timestep in timesteps:
         t = torch.full((len(x_start),), timestep, device=x_start.device)
         x_t = diffusion.q_sample(x_start, t, noise)
+        # q_sample goes by the kept timestep, the network and its masks by the original one.
         original = torch.full_like(t, int(diffusion.timestep_map[timestep]))
         grams.append(_block_grams(network, x_t, original, y, step))
     by_block = torch.stack(grams, dim=1)
@@ -78,6 +79,7 @@ def _block_grams(network: Denoiser, x: Tensor, t: Tensor, y: Tensor, step: int |
     def keep_gram(_block: nn.Module, _inputs: Any, output: Tensor) -> None:  # noqa: ANN401
         grams.append(_gram(output.flatten(1)))
 
+    # Each output becomes its Gram matrix at once: those of 64 samples of DiT-XL/2 would take 4 GB.
     hooks = [block.register_forward_hook(keep_gram) for block in network.routed_blocks()]
     try:
         network(x, t, y, step)

@@ -61,11 +61,13 @@ def forward_cost(network: Denoiser, x: Tensor, t: Tensor, y: Tensor) -> ForwardC
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network.get_submodule(root)(x, t, y, 0)
     # The counter's names begin with the class of what was called.
+    # sum // 2: FLOPs to MACs.
     called = {
         f"{root}.{name.partition('.')[2]}".strip("."): sum(flops.values()) // 2
         for name, flops in counter.get_flop_counts().items()
     }
     layers: dict[str, LayerCost] = {}
+    # Backwards, so that the parts of a layer come before it.
     for name, module in reversed(list(network.named_modules())):
         inside = [f"{name}.{part}".strip(".") for part, _ in module.named_children()]
         # A list of modules is never called itself: it costs what is in it.

@@ -39,6 +39,7 @@ def save_heatmaps(
     rows = max(1, round(math.sqrt(len(matrices) / _PANELS_WIDE)))
     columns = -(-len(matrices) // rows)
     inches = max(_PANEL_INCHES, _PICTURE_INCHES / columns)
+    # Without pyplot, which would look for a display and keep every figure in memory.
     figure = Figure(figsize=(inches * columns + 1, inches * rows + 0.6), layout="compressed")
     FigureCanvasAgg(figure)
     scale = Normalize(*limits)

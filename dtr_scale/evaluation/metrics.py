@@ -25,6 +25,8 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     # tr (S_1 S_2)^(1/2) from the symmetric S_1^(1/2) S_2 S_1^(1/2), which has the same eigenvalues.
     root_1 = _symmetric_root(cov_1)
     eigenvalues = np.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
+    # Rounding makes some of the zero eigenvalues negative: with fewer samples than features there
+    # are many.
     trace_root = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
     shift = ((mean_1 - mean_2) ** 2).sum()
     return float(shift + np.trace(cov_1) + np.trace(cov_2) - 2.0 * trace_root)
@@ -51,6 +53,7 @@ def legibility(
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    # fp64: the distance is a small difference of traces. np.cov gives a scalar for one feature.
     features = features.astype(np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 

@@ -35,6 +35,7 @@ def read_all(samples: Samples) -> tuple[np.ndarray, np.ndarray]:
 
 def pixel_frechet_distance(images: Tensor | np.ndarray, reference: np.ndarray) -> float:
     """Return the Fréchet distance over raw pixels of [n, C, H, W] in [-1, 1] and a reference."""
+    # The sampler clips only where it is asked to; a picture always shows its samples clipped.
     clipped = _clipped(images)
     return frechet_distance(
         clipped.reshape(len(clipped), -1), reference.reshape(len(reference), -1)

@@ -27,7 +27,7 @@ _GRID_PIXELS = 48  # small pictures are enlarged to about this
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How samples are drawn: part of every published number.
+    """Settings of a sampler, part of the manifest of every published number.
 
     `sampler` is "ddpm", "ddim" (the one that `eta` is for) or "dpm_solver"; `cfg_channels` and
     `cfg_interval` are those of `cfg_model`.
@@ -67,6 +67,7 @@ class KeyedNoise:
         return self._draw("sampling.step", step)
 
     def _draw(self, stream: str, salt: int) -> Tensor:
+        # By numpy on the CPU, one generator per sample: the same on every device and in any batch.
         draws = [
             keyed_generator(self._seed, stream, index, salt).standard_normal(
                 self._shape, dtype=np.float32
@@ -115,6 +116,7 @@ def draw_samples(
     )
     shape = (network.in_channels, network.input_size, network.input_size)
     device = next(network.parameters()).device
+    # A start for `cat`: a trial of the settings asks for no samples at all.
     batches: list[Tensor] = [torch.empty(0, *shape)]
     for first in range(0, len(indices), batch_size):
         batch = indices[first : first + batch_size]
@@ -126,6 +128,7 @@ def draw_samples(
         def model_fn(x: Tensor, t: Tensor, y: Tensor = asked) -> Tensor:
             return guided(x, t, y, step)
 
+        # To the CPU batch by batch: the device holds one batch, whatever the number of samples.
         batches.append(_sample(model_fn, diffusion, settings, noise, progress).cpu())
     return torch.cat(batches)
 
