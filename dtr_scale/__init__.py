@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+# For type checkers and editors; at run time `__getattr__` imports these.
 if TYPE_CHECKING:
     from dtr_scale.diffusion.process import GaussianDiffusion
     from dtr_scale.jobs.network import build_model

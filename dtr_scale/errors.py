@@ -1,4 +1,4 @@
-"""What can go wrong, as one tree.
+"""Define the errors of this package, as one tree.
 
 DtrScaleError
 ├── ConfigError       an experiment file, an override or a combination of settings
@@ -48,7 +48,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class UnsavedError(CheckpointError):
-    """What a run must keep cannot be stored: too many saves in a row, or how it ended."""
+    """Too many saves failed in a row, or the outcome of a run cannot be written."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Read from the environment who this process is among those that a launcher started.
+"""Read this process's rank and world from the variables that its launcher set.
 
 RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from `deepspeed` or `torchrun`;
 `srun` has names of its own.
@@ -21,11 +21,13 @@ def launched_world_size() -> int:
 
 def local_world_size() -> int:
     """Return how many of them are on this machine."""
+    # torchrun sets the first, deepspeed the second, neither both.
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def restart_count() -> int:
     """Return how often a launcher has started this job again: SLURM's requeues, torchrun's."""
+    # Both count from 0: SLURM requeues the job, torchrun restarts its ranks inside of it.
     counts = (
         os.environ.get(name) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
     )
@@ -42,8 +44,10 @@ def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if num_tasks == "1" or "RANK" in environment:
         return {}
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    # Below the ports that systems give to outgoing connections; a job may run several steps.
+    # All tasks reckon the same port, before they can talk: below those that systems give to
+    # outgoing connections, and another for each step, since a job may run several.
     port = 10000 + (job + 101 * step) % 20000
+    # The global ids of this node's tasks, separated by commas.
     tasks_of_node = environment["SLURM_GTIDS"].split(",")
     return {
         "RANK": environment["SLURM_PROCID"],

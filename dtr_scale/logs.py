@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 # A password may hold any character but "@", as SQLAlchemy reads it; a port is no password.
 _USER = re.compile(r"(?<=://)([^/?#]*@|[^:/@]*:(?!\d*/)[^@]*@([^/?#]*@)?)")
+# PostgreSQL's passfile is a path and stays.
 _SECRET = re.compile(
     r"(?<=[?&;#])[^=&;#]*(pass(?!file)|pwd|token|secret|credential|signature|api_?key|access_?key)"
     r"[^=&;#]*=[^&;#]*[&;]?",
@@ -39,8 +40,10 @@ def setup_logging(rank: int) -> None:
     handler = _BesideProgressBar()
     handler.setFormatter(_Formatter(prefix))
     logger = logging.getLogger("dtr_scale")
+    # Replaced, not added: a second call must not make every line come twice.
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # A library may put a handler on the root logger, which would print each line again.
     logger.propagate = False
 
 
