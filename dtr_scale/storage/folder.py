@@ -40,6 +40,7 @@ def open_folder(url: str | Path, storage_options: Mapping[str, Any] | None = Non
         raise ConfigError(
             f"unknown kind of folder {scheme}:// in {url}; accepted: a local path, s3://"
         )
+    # A URL that went through pathlib has lost a slash, and would name a folder s3: on this disk.
     if str(url).startswith("s3:/"):
         raise ConfigError(f"{url} is no folder; write s3://bucket/prefix")
     from dtr_scale.storage.local import LocalFolder
@@ -57,6 +58,7 @@ class Folder(ABC):
     is_local: ClassVar[bool]
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        # Without the "or", the root of the disk would become the working directory.
         self.url = url.rstrip("/") or "/"
         self._options = dict(storage_options or {})
         if unknown := sorted(set(self._options) - set(_OPTIONS)):
@@ -64,6 +66,7 @@ class Folder(ABC):
                 f"unknown storage option {unknown[0]}; accepted: {', '.join(_OPTIONS)}"
             )
 
+    # A copy in another process connects by itself: s3fs refuses a connection made before a fork.
     def __reduce__(self) -> tuple[type[Self], tuple[str, dict[str, Any]]]:
         return type(self), (self.url, self._options)
 

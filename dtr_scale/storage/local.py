@@ -52,6 +52,7 @@ class LocalFolder(Folder):
         return [self.read_bytes(*each) for each in ranges]
 
     def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> None:
+        # One system call fills many buffers where they are; `file.read` would copy every byte.
         with (self.local_path / name).open("rb", buffering=0) as file:
             for first in range(0, len(buffers), _MAX_BUFFERS):
                 some = buffers[first : first + _MAX_BUFFERS]
@@ -70,6 +71,7 @@ class LocalFolder(Folder):
     def write_bytes(self, name: str, data: Bytes) -> None:
         with replacing(self.local_path / name) as temporary:
             with temporary.open("wb") as file:
+                # Slice by slice: `data` may make its bytes on demand (see `Bytes`).
                 for start in range(0, len(data), _WRITE_BYTES):
                     file.write(data[start : start + _WRITE_BYTES])
             # Before the rename: a power cut could keep the name and lose the content.
@@ -78,6 +80,7 @@ class LocalFolder(Folder):
     def create(self, name: str, data: bytes) -> bool:
         path = self.local_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A link and not a rename, which would replace the file of whoever was first.
         whole = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{_PART}")
         whole.write_bytes(data)
         try:
@@ -90,6 +93,7 @@ class LocalFolder(Folder):
 
     def remove(self, name: str) -> None:
         path = self.local_path / name
+        # What a link leads to belongs to somebody else: the link alone goes.
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -111,6 +115,7 @@ class LocalFolder(Folder):
         # The names of the files must be on disk before the rename, and the rename before whoever
         # is told of it throws older folders away.
         _fsync(staged.local_path)
+        # A folder that holds files cannot be replaced by a rename.
         self.discard(name)
         self.rename(f".{name}.tmp", name)
         _fsync(self.local_path)
@@ -123,7 +128,9 @@ class LocalFolder(Folder):
 
     def discard(self, name: str) -> None:
         if self.exists(name):
+            # What a kill between these lines left behind would stop the next rename.
             self.remove(f".{name}.old")
+            # In one step: half a folder must not be found under the published name.
             self.rename(name, f".{name}.old")
             self.remove(f".{name}.old")
 

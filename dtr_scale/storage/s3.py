@@ -76,7 +76,8 @@ class S3Folder(Folder):
     def read_bytes(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         if end is not None and end <= start:
             return b""  # S3 has no empty range
-        # More than one concurrent request gives up on a body cut in mid-stream.
+        # More than one concurrent request gives up on a body cut in mid-stream. A start of 0 is
+        # left out, since an empty object refuses every range.
         return self._call(
             "cat_file", self._path(name), start=start or None, end=end, max_concurrency=1
         )
@@ -97,6 +98,8 @@ class S3Folder(Folder):
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 
     def write_bytes(self, name: str, data: Bytes) -> None:
+        # s3fs sends less than two parts in one request, whose body must be bytes. More than that it
+        # slices part by part, so memory never holds a copy of the whole.
         parts = bytes(data[:]) if len(data) < 2 * _PART_BYTES else _Parts(data)
         self._call("pipe_file", self._path(name), parts, chunksize=_PART_BYTES)
 
@@ -132,6 +135,7 @@ class S3Folder(Folder):
         return self.child(name)
 
     def stage(self, name: str) -> None:
+        # UNFINISHED comes before any other object, since a folder without it counts as published.
         self.remove(name)
         self.write_bytes(f"{name}/{_UNFINISHED}", b"")
 
@@ -172,8 +176,10 @@ class S3Folder(Folder):
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
             },
+            # Other ranks and jobs write to the same folders, which a kept listing would not show.
             use_listings_cache=False,
         )
+        # Set on every call: these are no options, and s3fs returns one instance for equal options.
         connection.max_attempts = max_attempts
         connection.retries = max_attempts + 2  # bodies cut in mid-stream are retried by s3fs
         return connection
@@ -210,6 +216,8 @@ class _FileSystem(s3fs.S3FileSystem):
     max_attempts = _MAX_ATTEMPTS
     _told_at = 0.0
 
+    # s3fs sends every request through this method, which is private to it. If it is renamed there,
+    # requests fall back to s3fs's own retries.
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         # In place of s3fs's own, whose retries multiply those of botocore, both in silence.
         what = "/".join(filter(None, (kwargs.get("Bucket"), kwargs.get("Key"))))
@@ -226,6 +234,7 @@ class _FileSystem(s3fs.S3FileSystem):
                     # Half of it random: ranks that failed together do not come back together.
                     wait = min(0.1 * 2 ** (attempt - 1), _LONGEST_WAIT_SECONDS)
                     await asyncio.sleep(wait * random.uniform(0.5, 1))
+                # The last attempt: its error is raised, transient or not.
                 return await self._try(what, method, *args, **kwargs)
         except TimeoutError as error:
             limit = f"no success within {_REQUEST_SECONDS:g} s"
@@ -251,7 +260,7 @@ class _FileSystem(s3fs.S3FileSystem):
 
 @contextlib.asynccontextmanager
 async def _telling_of_silence(what: str) -> AsyncIterator[None]:
-    """Say now and then that a request has no answer yet."""
+    """Log every few seconds that a request has no answer yet."""
 
     async def tell() -> None:
         started = time.monotonic()
