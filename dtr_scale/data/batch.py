@@ -18,7 +18,7 @@ from dtr_scale.randomness import KeyedStream
 
 
 class MicroBatch(NamedTuple):
-    """What one micro-step of training needs, n samples."""
+    """The n samples of one micro-step of training, with their draws."""
 
     x_start: Tensor  # float32 [n, C, H, W]
     noise: Tensor  # float32 [n, C, H, W]
@@ -81,18 +81,21 @@ class BatchAssembler:
         """Return what `places` int [n] of a global batch hold, in `out` if given."""
         out = out or self.empty(len(places))
         positions = samples_seen + places
-        # Most of the time goes into two fields of normals, which are drawn outside Python's lock.
+        # Most of the time goes into two fields of normals, which numpy draws outside Python's lock:
+        # the noise here, the posterior's in `_decode` at the same time.
         noise = self._beside.submit(self._normals, "noise", positions, salt, out.noise)
         mirrored = self._chosen("flip", self._flip_prob, positions, salt)
         caption = np.zeros(len(places))
         if self._is_text:
             caption = self._streams["caption"].uniform(positions, salt)
+        # The mirror comes before the reading: of two stored views the drawn one alone is read.
         located = self.order.samples(positions)
         stored, y = self.samples.read_views(located, mirrored, caption)
         if self._conditioning == "none":
             y = np.zeros(len(places), np.int64)
         else:
             y[self._chosen("label_drop", self._drop_prob, positions, salt)] = self._null_condition()
+        # In place, here and below: `out` may be memory that is shared with the main process.
         out.y.copy_(torch.from_numpy(y))
         self._decode(stored, mirrored, positions, salt, out.x_start)
         t, cluster = self._draw_timesteps.draw(samples_seen, places, salt)
@@ -131,11 +134,13 @@ class BatchAssembler:
         manifest = self.samples.manifest
         numbers = torch.from_numpy(stored)
         if manifest.encoding == "posterior":
+            # Both [n, C, H, W]. eps is drawn into x_start itself, so no further field is needed.
             mean, std = numbers.unbind(1)
             self._normals("posterior", positions, salt, x_start)
             x_start.mul_(std.float()).add_(mean.float())
         else:
             x_start.copy_(numbers)
+            # Pixels alone are mirrored here: the latent of a mirror image is no mirrored latent.
             flipped = torch.from_numpy(mirrored)
             x_start[flipped] = x_start[flipped].flip(-1)
         x_start.mul_(manifest.scale_factor).add_(manifest.shift)
@@ -143,11 +148,13 @@ class BatchAssembler:
     def _normals(self, stream: str, positions: np.ndarray, salt: int, out: Tensor) -> None:
         """Fill out float32 [n, ...] with each position's own numbers."""
         keyed = self._streams[stream]
+        # A generator per position: a sample's numbers do not depend on who else is in the batch.
         for numbers, position in zip(out.numpy(), positions.tolist(), strict=True):
             keyed.at(position, salt).standard_normal(out=numbers, dtype=np.float32)
 
     def _chosen(self, stream: str, prob: float, positions: np.ndarray, salt: int) -> np.ndarray:
-        """Return bool [n], each True with probability `prob`."""
+        """Return whether each position is chosen with probability `prob`, bool [n]."""
+        # Nothing is drawn. Other streams do not move by that: each is keyed by its own name.
         if not prob:
             return np.zeros(len(positions), bool)
         return self._streams[stream].uniform(positions, salt) < prob

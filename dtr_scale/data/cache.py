@@ -91,6 +91,7 @@ class CachedShards(Shards):
     def open(self, i: int, wait: bool = True) -> FileShard:
         """Return a shard's file, fetched and hashed if need be; it outlives its eviction."""
         rows, shard = self._rows(i), self.split.shards[i]
+        # The seal's lock covers fetching as well as hashing: one process of a node does either.
         with self._seals.hold(shard.sha256, wait) as seal:
             try:
                 file = self._open_or_fetch(i, seal)
@@ -101,6 +102,7 @@ class CachedShards(Shards):
 
     def ranged(self, i: int) -> RangedShard | None:
         """Return what reads single samples, unless the cache has the shard."""
+        # A look without the lock: where the copy goes meanwhile, `open` fetches it again.
         if self._path(self.split.shards[i]).exists():
             return None
         return RangedShard(self.split, i, self._rows(i))
@@ -118,6 +120,7 @@ class CachedShards(Shards):
         copy = self._path(shard).with_suffix(".index.npy")
         make_private(self.files.path)
         with contextlib.suppress(OSError):
+            # Hashed at each opening, without a seal: a sample has 32 bytes in it.
             content = copy.read_bytes()
             if hashlib.sha256(content).hexdigest() == shard.index_sha256:
                 return self.split.rows(i, content)
@@ -130,6 +133,7 @@ class CachedShards(Shards):
         return self.files.path / f"{shard.sha256}.tar"
 
     def _open_or_fetch(self, i: int, seal: Seal) -> FileIO:
+        # A copy that was altered on this disk is fetched once more.
         with contextlib.suppress(FileNotFoundError, DataError):
             return self._open_copy(i, seal)
         for _ in range(_ATTEMPTS):
@@ -139,6 +143,7 @@ class CachedShards(Shards):
             except FileNotFoundError:
                 continue  # another process has evicted it at once
             except DataError:
+                # What has just come differs from the manifest: the storage itself is wrong.
                 self._path(self.split.shards[i]).unlink(missing_ok=True)
                 raise
             self.files.make_room(0)  # for what came at the same time
@@ -155,6 +160,7 @@ class CachedShards(Shards):
         """Fetch a shard; where the disk is full, after others were evicted."""
         shard = self.split.shards[i]
         path = self._path(shard)
+        # Nobody else writes these: this process holds the shard's seal.
         for left_over in path.parent.glob(f".{path.name}.*"):  # of a killed process
             left_over.unlink(missing_ok=True)
         self.files.make_room(shard.bytes)
@@ -163,6 +169,7 @@ class CachedShards(Shards):
                 try:
                     return self.split.folder.get(shard.name, path)
                 except OSError as error:
+                    # Others fill this disk, too: it may be full before the cache has its own bytes.
                     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
                     full = error

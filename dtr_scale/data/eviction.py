@@ -37,7 +37,8 @@ class CacheFolder:
     def use(self, file: FileIO) -> None:
         """Note that a copy is used now, and keep it until it is closed."""
         fcntl.flock(file, fcntl.LOCK_SH)
-        # The time of reading: that of writing tells whether it is the copy that was verified.
+        # The time of reading, which mounts with relatime or noatime do not keep. That of writing
+        # stays: it tells whether it is the copy that was verified.
         os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
 
     def make_room(self, num_bytes: int) -> None:
@@ -48,6 +49,7 @@ class CacheFolder:
                     path.unlink()
         excess = num_bytes - self.max_bytes + sum(copy.num_bytes for copy in self._copies())
         if excess > 0 and (freed := self.evict(excess)) < excess:
+            # Readers keep what they have open; the disk gets its room back when they close it.
             self.evict(excess - freed, in_use=True)
 
     def evict(self, num_bytes: int, *, in_use: bool = False) -> int:
@@ -77,6 +79,7 @@ class CacheFolder:
 
         def need(copy: _Copy) -> tuple[int, float]:
             if copy.path.stem in uses:
+                # Belady's rule: of what this job will need, the farthest use goes first.
                 return 1, -uses[copy.path.stem]
             return (0 if now - copy.used_at > _IDLE_SECONDS else 2), copy.used_at
 

@@ -34,7 +34,7 @@ class _Key(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What a process that reads hands over."""
+    """A micro-batch or its error, as a worker hands it to the main process."""
 
     batch: "MicroBatch | int | DtrScaleError"  # the number of its slot, if it has one
     replaced: Sequence[Replaced]
@@ -77,6 +77,7 @@ class _MicroBatches(Dataset[_Read]):
 
     def _prefetch(self, position: int) -> None:
         order = self._assembler.order
+        # This rank's lanes are opened. The cache is the node's, and evicts by all of its lanes.
         lanes, node_lanes = (
             np.unique((position + places) % order.num_lanes).tolist()
             for places in (self._places, self._node_lanes)
@@ -84,6 +85,7 @@ class _MicroBatches(Dataset[_Read]):
         wanted = order.shards_of_two_windows(position, lanes)
         if wanted != self._wanted:
             self._wanted = wanted
+            # A call for when something is evicted: it goes through two epochs of windows.
             ahead = functools.partial(order.shards_ahead, position, node_lanes)
             self._assembler.samples.prefetch(wanted, ahead)
 
@@ -115,6 +117,7 @@ class _Keys(Sampler[_Key]):
         for number in itertools.count(self._first):
             steps, micro = divmod(number, self._grad_accum_steps)
             samples_seen = self._samples_seen + steps * self._global_batch_size
+            # A slot comes again after all others, when its micro-batch has long been copied out.
             yield _Key(samples_seen, micro, self._salt, number % self._num_slots)
 
 
@@ -146,6 +149,7 @@ class BatchLoader:
         self.samples = assembler.samples
         self.grad_accum_steps = rank_batch_size // micro_batch_size
         self.global_batch_size = global_batch_size
+        # int64 [world_size, places of a rank], lane after lane: a rank reads few lanes.
         by_rank = lane_major(global_batch_size, num_lanes).reshape(world_size, -1)
         self.places = by_rank[rank].reshape(self.grad_accum_steps, micro_batch_size)
         node_ranks = node_ranks or range(rank, rank + 1)
@@ -183,6 +187,7 @@ class BatchLoader:
         """Return the next micro-batch; DataError if the data or a worker failed."""
         if self._batches is None:
             self._batches = self._start()
+            # Workers import torch for over a second. All is at hand here for the first one.
             if self._num_workers:
                 return self._read_here(self._samples_seen, self.places[0], self._salt)
         try:
@@ -205,6 +210,7 @@ class BatchLoader:
             return self._assembler.assemble(samples_seen, places, salt)
         finally:
             self._tell(taken(self.samples))
+            # Workers read from here on, with shards and threads of their own.
             if self._num_workers:
                 self.samples.close()
 
@@ -222,13 +228,15 @@ class BatchLoader:
 
     def _copied_out(self, slot: int) -> MicroBatch:
         assert self._slots is not None
+        # Pinning copies, too, and lets the copy to the GPU run beside the computation.
         if torch.cuda.is_available():
             return MicroBatch(*(tensor[slot].pin_memory() for tensor in self._slots))
         return MicroBatch(*(tensor[slot].clone() for tensor in self._slots))
 
     def close(self) -> None:
         """End the workers; the loader can be used again after a `seek`."""
-        # Dropping the iterator is not enough: a caught exception may still hold it.
+        # Dropping the iterator is not enough: a caught exception may still hold it. The method is
+        # private to torch's iterator, and absent without workers.
         getattr(self._batches, "_shutdown_workers", lambda: None)()
         self._batches = None
         self.samples.close()
@@ -261,6 +269,7 @@ class BatchLoader:
                 salt=self._salt,
                 num_slots=self._num_slots,
             ),
+            # An item is a micro-batch already: torch must not collate several.
             batch_size=None,
             num_workers=self._num_workers,
             **workers,

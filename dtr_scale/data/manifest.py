@@ -24,7 +24,7 @@ class _Record(BaseModel):
 
 
 class Shard(_Record):
-    """One tar of a split: what must be found in it and in its index."""
+    """One tar of a split, with the sizes and hashes that it and its index must have."""
 
     name: str
     split: str
@@ -60,7 +60,7 @@ class Origin(_Record):
 
 
 class Manifest(_Record):
-    """What a folder of shards holds, and x_start = stored * scale_factor + shift.
+    """The contents of a folder of shards, where x_start = stored * scale_factor + shift.
 
     "pixels" stores arrays [C, H, W]; "posterior" stores [2, 2, C, H, W]: for the image and its
     mirror image the mean and standard deviation of the encoder's posterior.
@@ -102,6 +102,7 @@ class Manifest(_Record):
         told = {"origins", "unreadable", "channel_mean", "channel_std"}
         data = self.model_copy(update={"shards": self.split(split)})
         content = data.model_dump(mode="json", exclude=told)
+        # The same data must give the same name, so keys are sorted and nothing is indented.
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -44,9 +44,8 @@ class Window(NamedTuple):
 
 class _Epoch(NamedTuple):
     shards: np.ndarray  # int64 [S], shuffled
-    ends: (
-        np.ndarray
-    )  # int64 [S + 1], where each begins among the epoch's samples, and the last ends
+    # int64 [S + 1], where each begins among the epoch's samples, and the last ends
+    ends: np.ndarray
     lanes: np.ndarray  # int64 [L + 1], where each lane's run begins, and the last ends
 
 
@@ -59,6 +58,7 @@ class _Run(NamedTuple):
     cuts: np.ndarray  # int64 [n + 1], the same and the last's end, cut to the run
 
 
+# Hashed by identity (eq=False): `_epoch` keeps its results by order, and `_shuffled` changes.
 @dataclass(frozen=True, eq=False)
 class GlobalOrder:
     """Position (samples seen so far, over all ranks) -> shard and index in the shard.
@@ -84,6 +84,7 @@ class GlobalOrder:
         positions = np.asarray(positions, np.int64)
         found = np.empty((len(positions), 2), np.int64)
         epochs, lanes = positions // self.num_samples, positions % self.num_lanes
+        # A batch may span two epochs, and what a rank reads several lanes.
         for epoch, lane in sorted(set(zip(epochs.tolist(), lanes.tolist(), strict=True))):
             here = np.flatnonzero((epochs == epoch) & (lanes == lane))
             run = self._run(epoch, lane)
@@ -98,6 +99,7 @@ class GlobalOrder:
 
     def windows(self, lane: int, position: int) -> Iterator[Window]:
         """Yield the windows of a lane in the order of their use, from that of `position` on."""
+        # The first position from here on that belongs to the lane.
         position += (lane - position) % self.num_lanes
         for epoch in count(position // self.num_samples):
             run = self._run(epoch, lane)
@@ -113,6 +115,7 @@ class GlobalOrder:
 
         More than that no reader of these lanes has to hold.
         """
+        # The lanes take turns: the first window of each is opened before the next of any.
         pairs = [islice(self.windows(lane, position), 2) for lane in lanes]
         windows = chain.from_iterable(zip(*pairs, strict=True))
         return list(dict.fromkeys(chain.from_iterable(window.shards for window in windows)))
@@ -127,6 +130,7 @@ class GlobalOrder:
     def _run(self, epoch: int, lane: int) -> _Run:
         shards, ends, lanes = _epoch(self, epoch)
         low, high = lanes[lane : lane + 2].tolist()
+        # From the shard that holds sample `low` to the one that holds the last before `high`.
         start = int(np.searchsorted(ends, low, side="right")) - 1
         stop = int(np.searchsorted(ends, high, side="left")) if high > low else start
         begin = epoch * self.num_samples
@@ -164,6 +168,7 @@ class GlobalOrder:
                 for shard, begin, low, end in pieces
             ]
         )
+        # No run has more windows than this, so each (epoch, window) has a number of its own.
         most_windows = -(-len(self.shard_samples) // self.window_shards)
         stream_position = epoch * most_windows + window
         generator = keyed_generator(self.seed, "order.window", stream_position, salt=lane)
@@ -172,6 +177,7 @@ class GlobalOrder:
         return shuffled
 
 
+# Reading needs two epochs at a boundary, and `shards_ahead` looks into the one after.
 @functools.lru_cache(maxsize=4)
 def _epoch(order: GlobalOrder, epoch: int) -> _Epoch:
     """Return the shuffled shards of an epoch, and how its lanes share their samples."""

@@ -42,11 +42,13 @@ class Prefetcher:
         """Open these shards in the background, in this order, and close all others."""
         with self._changed:
             self._planned = list(shards)
+            # What failed may be mended by now: it is tried again.
             self._failed.clear()
             for shard in self._open.keys() - set(shards):
                 self._open.pop(shard).close()
             self._threads = [thread for thread in self._threads if thread.is_alive()]
             while len(self._threads) < self._num_threads and self._next() is not None:
+                # A daemon: a download that is under way must not hold up the end of the process.
                 thread = threading.Thread(target=self._work, name="shard-prefetch", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -67,6 +69,7 @@ class Prefetcher:
         with self._changed:
             self._changed.wait_for(lambda: shard not in self._opening)
             if shard in self._open:
+                # Without a plan the shards that were used last stay open.
                 self._open.move_to_end(shard)
                 return self._open[shard]
             self._opening.add(shard)
@@ -127,6 +130,7 @@ class Prefetcher:
         finally:
             with self._changed:
                 self._opening.discard(shard)
+                # After an error, too: `get_whole` may wait for this shard.
                 self._changed.notify_all()
                 if opened is not None and (wait or shard in self._planned):
                     self._open[shard] = opened

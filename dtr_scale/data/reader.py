@@ -26,7 +26,7 @@ _TOKEN = np.dtype(np.float16)
 
 
 class Views(NamedTuple):
-    """What a batch of n samples is made of."""
+    """The stored numbers and the conditions of n samples."""
 
     stored: np.ndarray  # [n, C, H, W]; of a posterior [n, 2, C, H, W], mean and standard deviation
     conditions: np.ndarray  # int64 [n], or float32 [n, L, D]
@@ -61,7 +61,7 @@ class Samples(Protocol):
         ...
 
     def null_condition(self) -> np.ndarray:
-        """Return what stands for no text, float32 [L, D]."""
+        """Return the condition that stands for no text, float32 [L, D]."""
         ...
 
     def prefetch(self, wanted: Sequence[int], next_uses: Callable[[], Sequence[int]]) -> None:
@@ -103,6 +103,7 @@ class SampleReader:
         self.shards = choose_shards(self.split, cache_dir, cache_max_bytes)
         self.shard_samples = tuple(shard.samples for shard in self.split.shards)
         self.replaced: list[Replaced] = []
+        # The window that a lane is in and the next one.
         self._max_open = 2 * window_shards
         self._dtype = np.dtype(manifest.dtype)
         self._num_views = 2 if manifest.encoding == "posterior" else 1
@@ -132,6 +133,7 @@ class SampleReader:
         stored, condition = [], 0
         for view in range(self._num_views):
             views = self.read_views(located, np.array([view]), zero)
+            # The next call fills the same buffer.
             stored.append(views.stored.copy())
             condition = views.conditions[0]
         return np.concatenate(stored).reshape(self.manifest.stored_shape), condition
@@ -174,6 +176,7 @@ class SampleReader:
         for i, here in places.items():
             rows[here] = opened[i].rows[located[here, 1]]
         reading = [(opened[i], here) for i, here in places.items()]
+        # rows: [n, 4], see `dtr_scale.prepare.writer`. Of a posterior's two views one is read.
         offsets = rows[:, 0] + mirrored * self._view_bytes * (self._num_views > 1)
         stored = self._fill("stored", reading, offsets, self._view_bytes)
         stored = stored.view(self._dtype).reshape(-1, *self._view_shape)
@@ -186,6 +189,7 @@ class SampleReader:
             bad = np.union1d(bad, rows_not_finite(tokens))
             conditions = tokens.reshape(-1, *shape).astype(np.float32)
         if len(bad):
+            # Once at most: what takes the place is finite in all its views and captions.
             return self._read_views(self._replace(located, bad), mirrored, caption)
         return Views(stored, conditions)
 
@@ -197,6 +201,7 @@ class SampleReader:
         num_bytes: int,
     ) -> np.ndarray:
         """Return the bytes at offsets [n], each in the shard of its place, uint8 [n, num_bytes]."""
+        # Kept from call to call, which is why what is returned is valid until the next one.
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape[1] != num_bytes or len(buffer) < len(offsets):
             buffer = self._buffers[name] = np.empty((len(offsets), num_bytes), np.uint8)
@@ -206,6 +211,7 @@ class SampleReader:
             shard.read(offsets[here].tolist(), [parts[place] for place in here.tolist()])
             for shard, here in reading
         ]
+        # All requests are under way by now; in one loop each shard would wait for the one before.
         for end in ends:
             end()
         return buffer

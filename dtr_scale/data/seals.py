@@ -74,6 +74,7 @@ class FolderSeals(Seals):
             try:
                 file = held.enter_context(open_lock(self.path / f"{name}.lock"))
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # An OSError, too, but no fault: the prefetcher goes on with other shards.
             except BlockingIOError:
                 raise
             except OSError as error:
@@ -149,5 +150,6 @@ def _unusable(path: Path, error: OSError) -> DataError:
 
 
 def _state(file: FileIO) -> bytes:
+    # Not the time of change: `CacheFolder.use` sets the time of reading, and so moves it.
     found = os.fstat(file.fileno())
     return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}".encode()

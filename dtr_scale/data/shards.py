@@ -71,6 +71,7 @@ class FileShard:
         """Fill the buffer now."""
         descriptor = self._file.fileno()
         for offset, part in zip(offsets, buffer, strict=True):
+            # Straight into the batch's buffer, without bytes in between.
             found = os.preadv(descriptor, [part], offset)  # pyright: ignore[reportArgumentType]
             if found != len(part):
                 raise self._split.error(self._i, f"{len(part)} bytes at {offset}", found)
@@ -143,6 +144,7 @@ class MemoryShards(Shards):
         """Fetch a shard into a file without a name, and hash it."""
         split, name = self.split, self.split.shards[i].name
         rows = split.rows(i, split.read_index(i))
+        # The kernel frees a file without a name with its last descriptor, even after a kill.
         with closed_on_error(FileIO(os.memfd_create(name), "r+")) as file:
             # A new seal each time: what has come over the network is always hashed.
             with split.reading(i), ProcessSeals().hold(name, wait) as seal:

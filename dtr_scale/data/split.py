@@ -1,4 +1,4 @@
-"""Hold the files of a split against its manifest, and name the one that differs."""
+"""Check the files of a split against its manifest, and name the one that differs."""
 
 import hashlib
 import io
@@ -87,6 +87,7 @@ class Split:
         if not len(rows):
             return
         offset = int(rows[0, 0])
+        # The header of a .npy member ends where its numbers begin.
         before = os.pread(file.fileno(), min(offset, 512), max(0, offset - 512))
         header = io.BytesIO(before[before.rfind(b"\x93NUMPY") :])
         np.lib.format.read_magic(header)

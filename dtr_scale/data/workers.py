@@ -64,6 +64,8 @@ def obey_parent_only(parent_pid: int, _worker_id: int) -> None:
 
     def watch() -> None:
         while os.getppid() == parent_pid:
+            # SIGTERM is blocked since the start (see `starting_workers`), so it can be waited for,
+            # and only this call tells who sent it. The 5 s are for a parent that was killed.
             received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
             if received is not None and received.si_pid == parent_pid:
                 break

@@ -17,7 +17,7 @@ _OPTIONS = ("endpoint_url", "key", "secret", "token", "region", "max_attempts")
 
 
 class Bytes(Protocol):
-    """What can be stored: bytes, a memoryview, or what gives its bytes slice by slice."""
+    """Content to store: bytes, a memoryview, or an object that makes its bytes by slices."""
 
     def __len__(self) -> int: ...
 
