@@ -1,6 +1,7 @@
 """Keep a folder on a local disk: files are replaced by renaming, and synced before they count."""
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
@@ -13,6 +14,8 @@ from dtr_scale.storage.folder import Bytes, Folder
 _PART = ".part"  # ending of temporary names, never listed
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")  # of one system call
 _WRITE_BYTES = 16 * 2**20
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+"""From file systems without hard links: exFAT, object storage mounted as a folder."""
 
 
 class LocalFolder(Folder):
@@ -87,6 +90,10 @@ class LocalFolder(Folder):
             os.link(whole, path)  # appears whole, or there was one already
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_in_place(path, data)
         finally:
             whole.unlink()
         return True
@@ -146,6 +153,15 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create_in_place(path: Path, data: bytes) -> bool:
+    try:
+        with path.open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _fsync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Folders on disk and on S3 behave alike, and say clearly what went wrong."""
 
+import errno
 import os
 import pickle
 import threading
@@ -72,6 +73,21 @@ def test_memory_larger_than_one_request_is_uploaded_in_parts(s3_url, monkeypatch
     content = bytes(range(256)) * 50_000
     open_folder(s3_url).write_bytes("big", memoryview(content))
     assert open_folder(s3_url).read_bytes("big") == content
+
+
+@pytest.mark.parametrize("code", [None, errno.EPERM, errno.EOPNOTSUPP])
+def test_of_two_who_create_a_file_one_does(folder, monkeypatch, code):
+    """Also on file systems without hard links."""
+    if code:
+
+        def refuse(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("os.link", refuse)
+    assert folder.create("deep/a", b"first") is True
+    assert folder.create("deep/a", b"second") is False
+    assert folder.read_bytes("deep/a") == b"first"
+    assert folder.child("deep").names() == ["a"]
 
 
 def test_a_folder_crosses_processes(folder):
