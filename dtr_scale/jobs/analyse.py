@@ -75,6 +75,7 @@ def affinity_run(
     timesteps = _spread(num_timesteps, run.experiment.diffusion.num_timesteps)
     samples = open_samples(run.experiment)
     x_start, y = _read(run, samples, num_samples)
+    # In batches that training's backward had room for.
     size = run.experiment.train.micro_batch_size
     batches = list(zip(x_start.split(size), y.split(size), strict=True))
     affinity = gradient_affinity(
@@ -157,6 +158,7 @@ def _manifest(run: TrainedRun, samples: Samples, split: str, num_samples: int) -
 def _save(picture: Path, manifest: dict[str, Any], **arrays: Any) -> Path:  # noqa: ANN401
     """Write arrays beside a picture; return where."""
     path = picture.with_suffix(".npz")
+    # As an array of text, which `np.load` reads without pickle.
     described = np.array(json.dumps(manifest))
     write_whole(path, lambda file: np.savez(file, **arrays, manifest=described))
     return path

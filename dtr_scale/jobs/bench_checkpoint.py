@@ -32,6 +32,7 @@ def bench_checkpoint(model: str, *, rounds: int, place: str | None = None) -> st
     on_gpu = world.device.type == "cuda"
     batch_size = 32 if on_gpu else 4
     folder = open_folder(place or tempfile.gettempdir())
+    # All ranks save to one folder, so rank 0 alone draws its name.
     name = world.broadcast_object(f"dtr-scale-bench-{uuid.uuid4().hex[:8]}")
     settings = {
         "name": "bench",
@@ -68,9 +69,11 @@ def measure(experiment: Experiment, world: World, rounds: int) -> str:
     state = trainer.state.pieces()
     num_bytes = sum(ITEM_BYTES * piece.data.numel() for piece in state.values())
     batch_size, precision = experiment.train.global_batch_size, experiment.engine.precision
+    # Without the first step, in which torch compiles and allocates.
     steps = [batch_size / record["samples_per_second"] for record in records[1:]]
     stalls, saves, loads, readings = [], [], [], []
     for number in range(step + 1, step + rounds + 1):
+        # Before each timing: a rank that comes late would be measured as slow saving by the others.
         world.barrier()
         stall = _seconds(lambda n=number: checkpoints.save(n, state, trainer.meta))
         stalls.append(stall)
@@ -104,7 +107,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def _read_and_hash(folder: Folder, file: str) -> None:
-    """The least that a load has to do, in the simplest way."""
+    """Read and hash a rank's file, the least that a load has to do."""
     buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8).numpy().data
     num_bytes = folder.size(file)
     for start in range(0, num_bytes, BLOCK_BYTES):

@@ -29,6 +29,7 @@ class _WithoutDraws(BatchAssembler):
     """Takes a posterior's mean and no noise: what is left is reading and handing over."""
 
     def __init__(self, whole: BatchAssembler) -> None:
+        # The same reader, order and streams: the rows differ by the draws alone.
         self.__dict__.update(whole.__dict__)
 
     def _normals(self, stream: str, positions: np.ndarray, salt: int, out: Tensor) -> None:
@@ -81,6 +82,7 @@ class _Table:
             f"{self._sample_bytes:.0f} bytes; micro-batches of {self._micro_batch_size}"
         )
         yield self._first_batch("first batch in mid-epoch, cold", cache="cold")
+        # Fills the cache "epoch", from which the rows below read.
         with self._loader("epoch") as loader:
             for _ in range(2):  # the first comes from this process, the second from the worker
                 next(loader)
@@ -126,6 +128,7 @@ class _Table:
         batch_size = self._experiment.train.global_batch_size
         with self._loader(cache) as loader:
             began = time.perf_counter()
+            # As a resume does, at a multiple of the batch size.
             loader.seek(self._num_samples // 2 // batch_size * batch_size)
             next(loader)
             return f"{name:42}{time.perf_counter() - began:10.2f} s"
@@ -159,7 +162,7 @@ class _Table:
 
 
 def _webdataset(paths: list[Path], batch_size: int) -> Iterator[Any]:
-    """The pipeline of webdataset's documentation, with its own loader in one worker."""
+    """Yield batches of webdataset's documented pipeline, by its own loader in one worker."""
     from webdataset.compat import WebDataset, WebLoader
 
     dataset: Any = WebDataset([str(path) for path in paths], shardshuffle=len(paths))
@@ -171,7 +174,7 @@ def _webdataset(paths: list[Path], batch_size: int) -> Iterator[Any]:
 
 
 def _tar_samples(paths: list[Path]) -> Iterator[np.ndarray]:
-    """One array after the other, as `tarfile` reads them."""
+    """Yield one array after the other, read by `tarfile`."""
     for path in itertools.cycle(paths):
         with tarfile.open(path) as tar:
             for member in tar:

@@ -52,9 +52,11 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
     """Return the trainer of an experiment, at step 0."""
     train, objective = experiment.train, experiment.objective
     with world.agree():
+        # Storage can fail on one rank alone, which the next collective would wait for.
         micro_batch_size = experiment.micro_batch_size(world.world_size)
         samples = open_samples(experiment)
         if world.is_main and isinstance(samples, SampleReader):
+            # On rank 0, so that a thousand ranks do not list the same folder.
             samples.check_sizes()
     diffusion = build_diffusion(experiment)
     loader = BatchLoader(
@@ -83,6 +85,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         loader=loader,
         ema=Ema(engine, _ema_profiles(train)),
         checkpoints=open_checkpoints(experiment, world),
+        # Saved with every checkpoint; a resume compares it (`jobs/resume.py`).
         meta={
             "config": resolved(experiment),
             "version": dtr_scale.__version__,
@@ -101,6 +104,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
 
 def _ema_profiles(train: TrainConfig) -> list[EmaProfile]:
     return [
+        # The first is the average that samples are drawn with.
         ConstantDecay(train.ema_decay, is_first=True),
         *(ConstantDecay(decay) for decay in train.ema_decays),
         *(PowerFunction(sigma_rel) for sigma_rel in train.ema_sigma_rel),
@@ -177,6 +181,7 @@ def open_checkpoints(experiment: Experiment, world: World) -> CheckpointManager:
     checkpoint = experiment.checkpoint
     place = checkpoint.dir or experiment.run_path / CHECKPOINTS
     return CheckpointManager(
+        # run_dir is a local folder, which takes no keys: checkpoint.dir alone may be on S3.
         open_folder(place, experiment.data.storage_options if checkpoint.dir else None),
         world=world,
         keep=Keep(
@@ -202,6 +207,7 @@ def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) ->
     """Return what `TimestepSampler` draws in: ant_uw's clusters, equal strata for the others."""
     model, objective = experiment.model, experiment.objective
     num_timesteps, num_clusters = diffusion.num_timesteps, objective.num_clusters
+    # An expert trains its own interval, so its clusters share that and begin at its start.
     timesteps = range(num_timesteps)
     if model.expert is not None:
         timesteps = expert_timesteps(model.expert, model.num_experts, num_timesteps)
@@ -211,6 +217,7 @@ def _cluster_boundaries(experiment: Experiment, diffusion: GaussianDiffusion) ->
         snr = diffusion.snr(torch.tensor(timesteps)).numpy()
         return timesteps.start + log_snr_clusters(snr, num_clusters)
     if objective.clusters == "gradient":
+        # Measured over all timesteps by `dtr-scale affinity`, and used as they are.
         return np.array(objective.boundaries)
     return timesteps.start + timestep_clusters(len(timesteps), num_clusters)
 
@@ -243,6 +250,8 @@ def _build_engine(
                 "blocks; set engine.compile=false, or engine.type=fsdp2 to shard and compile"
             )
     elif config.compile:
+        # Before an engine wraps the blocks: each is one graph then, under FSDP2 and ZeRO 0-2. Under
+        # ZeRO-3 they fall into 16 graphs with 35 breaks, which gains little.
         compile_blocks(network.routed_blocks())
     if config.activation_checkpointing:
         checkpoint_activations(network.routed_blocks())

@@ -32,6 +32,7 @@ def evaluate_run(
     images = draw(run, num_samples)
     asked = class_labels(range(num_samples), run.network.num_classes)
     metrics = pixel_report(images, asked, train=train, held_out=held_out)
+    # All that two results must share to be put side by side.
     manifest = {
         **sampling_settings(experiment).manifest(),
         "num_samples": num_samples,

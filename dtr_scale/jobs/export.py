@@ -128,6 +128,7 @@ def _reconstructed(place: str, *, sigma_rel: float, step: int | None) -> _Averag
             "train with --train.ema_sigma_rel=[0.05,0.1]"
         )
     weights, distance = combine([average for _, _, average in stored], target, sigma_rel)
+    # One stored average is in memory at a time. The sum is float64 and rounded once, at its end.
     total: dict[str, Tensor] = {}
     for (reader, key, _), weight in zip(stored, weights.tolist(), strict=True):
         for name, value in _tensors(reader, key).items():
@@ -161,6 +162,7 @@ def _power_functions(reader: CheckpointReader) -> Iterator[tuple[str, StoredAver
     """
     for key in _kinds(reader):
         if key.startswith(_POWER):
+            # Where a checkpoint tells nothing of an average, it was made from the first step on.
             history = averages_of(reader).get(key, [{"from_step": 0}])
             sigma_rel = float(history[0].get("sigma_rel", key.removeprefix(_POWER)))
             yield key, StoredAverage(reader.meta["step"], sigma_rel, history[0]["from_step"])
@@ -169,6 +171,7 @@ def _power_functions(reader: CheckpointReader) -> Iterator[tuple[str, StoredAver
 def _kind(reader: CheckpointReader, ema: str | None) -> str:
     kinds = _kinds(reader)
     first = f"{reader.meta['config']['train']['ema_decay']:g}"
+    # Checkpoints keep the average of train.ema_decay as "ema", others as "ema_" and their name.
     kind = {None: "ema", "none": "master", first: "ema"}.get(ema, f"ema_{ema}")
     if kind not in kinds:
         others = sorted(name.removeprefix("ema_") for name in kinds if name.startswith("ema_"))
@@ -199,12 +202,14 @@ def _tensors(reader: CheckpointReader, kind: str) -> dict[str, Tensor]:
 
 def _buffers(reader: CheckpointReader) -> dict[str, Tensor]:
     """Return the masks of a network with masks of its own, bool."""
+    # Checkpoints hold fp32 alone, masks too.
     return {name: value.bool() for name, value in _tensors(reader, "buffer").items()}
 
 
 def _assembled(place: str, experts: list[_Averaged]) -> _Averaged:
     """Return experts as the one network that they are trained to be."""
     check_alike(place, [found.reader for found in experts])
+    # The names of `MultiExperts`.
     weights = {
         f"experts.{number}.{name}": value
         for number, found in enumerate(experts)

@@ -23,6 +23,7 @@ class ComputePlan:
 
     @property
     def training_flops_per_image(self) -> int:
+        # A MAC is two operations, a product and a sum.
         return 2 * TRAINING_FORWARDS * self.forward.total.macs
 
     @property

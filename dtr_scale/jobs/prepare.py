@@ -108,6 +108,7 @@ def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> 
             batch_size=writing.batch_size,
             num_workers=writing.workers or _own_cores(),
             max_unreadable=writing.max_unreadable,
+            # From the launcher's variables, without a process group: ranks exchange nothing.
             rank=launched_rank(),
             world_size=launched_world_size(),
             leaving=lambda: request.reason,
@@ -131,6 +132,7 @@ def _device() -> torch.device:
     """Return the device of this rank: a GPU of its own where there is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    # More ranks than GPUs share them.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 

@@ -35,6 +35,7 @@ def resume_or_start(
     """
     trainer.checkpoints.check_folder()
     with world.agree():
+        # The run directory's lease says nothing of a checkpoint.dir that another machine uses.
         if run_dir:
             run_dir.hold_checkpoints(trainer.checkpoints.folder)
     # A job that comes back after a requeue means the run that it has begun, not the one before.
@@ -54,6 +55,7 @@ def resume_or_start(
 def _resume(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> bool:
     """Go on from the newest checkpoint; False if there is none."""
     allowed = experiment.checkpoint.allow_changes
+    # The plan is made before a tensor is read: a refused checkpoint changes nothing.
     plan = trainer.resume(
         partial(_plan, meta=trainer.meta, averages=trainer.ema.keys, allowed=allowed)
     )
@@ -70,6 +72,7 @@ def _resume(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | No
 
 def _tell_of_gap(journal: Path, reader: CheckpointReader) -> None:
     """Warn where the journal ends before the checkpoint: a disk lost what it had been given."""
+    # The journal has a record at each multiple of log_every, the config's of then.
     step, every = reader.meta["step"], reader.meta["config"]["train"]["log_every"]
     expected, found = step - step % every, last_step(journal)
     if found < expected:
@@ -100,6 +103,7 @@ def _plan(
     told = [f"{c}, by checkpoint.allow_changes" if c.identity else str(c) for c in changes]
     stored = {kind_of(key) for key in reader.shapes}
     fresh = [key for key in averages if key not in stored]
+    # An average that was added later has no history to load.
     told += [f"the average {key} is new and begins at the weights" for key in sorted(fresh)]
     # The log-variances of other clusters, or of none, say nothing about these.
     if any(c.identity and c.key.startswith("objective.") for c in changes):
@@ -141,6 +145,7 @@ def _set_aside(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory |
     """Move what the run directory holds out of the way of a fresh start."""
     if run_dir is None:
         return
+    # What lies outside of the run directory is not moved: S3 has no renaming.
     if experiment.checkpoint.dir and trainer.checkpoints.steps():
         raise CheckpointError(
             f"checkpoint.resume = 'never', but {experiment.checkpoint.dir} holds checkpoints; "

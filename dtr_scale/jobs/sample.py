@@ -53,6 +53,7 @@ def _decoder(run: TrainedRun, vae: str | None, *, needed: bool) -> _Decode | Non
     device = next(run.network.parameters()).device
     if vae is not None:
         return autoencoder(vae, channels, device).decode
+    # Grey and RGB pixels need no decoder.
     shown_as_they_are = (lambda images: images) if channels in (1, 3) else None
     if data.type == "synthetic":
         return shown_as_they_are

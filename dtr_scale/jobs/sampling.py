@@ -49,6 +49,7 @@ def sampling_conditions(
     places = [(shard, i) for shard, size in enumerate(samples.shard_samples) for i in range(size)]
 
     def texts(indices: range) -> Tensor:
+        # By the sample's own index: any rank and batch gives it the same text.
         tokens = [samples.read(*places[index % len(places)])[1] for index in indices]
         return torch.from_numpy(np.stack(tokens))
 
@@ -84,12 +85,14 @@ def build_evaluation(
         batch_size=evaluation.batch_size,
         conditions=conditions,
         null_condition=null_condition,
+        # Rank 0 alone measures; all ranks draw.
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
         report=report,
         leave_reason=leave_reason,
     )
     if evaluation.every_steps:
+        # What would fail at the first evaluation, hours from here, fails at the start.
         periodic.check()
     return periodic
 

@@ -39,12 +39,15 @@ def train_experiment(experiment: Experiment) -> int:
     """
     leave = LeaveRequest(experiment.train.max_minutes)
     with ExitStack() as stack:
+        # First of all: a request that comes while everything is built is heard, too.
         stack.enter_context(leave.listening())
         world = _join(experiment)
         with world.agree():
             if world.is_main:
                 check_tracking(experiment)
+        # Left in reverse: what writes to the run directory is closed before its lease is given up.
         run_dir = stack.enter_context(_run_directory(experiment, world))
+        # Before the parts are built: a rank may fail there while the others wait in a collective.
         peers = PeerWatch(world, end=partial(_end_with_peer, experiment.run_path))
         stack.enter_context(_failures_told(experiment.run_path, peers))
         trainer = build_trainer(experiment, world)
@@ -62,6 +65,8 @@ def train_experiment(experiment: Experiment) -> int:
             reason = evaluate.make_up(trainer.step)
         reason = reason or trainer.run(leave, log=records.write, evaluate=evaluate)
         records.end("preempted" if reason else "finished", reason or "")
+        # The ranks wait here until rank 0 has written the end, still watched: if that fails, they
+        # end with its exit code instead of 0.
         world.barrier()
         peers.close()
     # Not after an error: the other ranks may be waiting in a collective, or gone.
@@ -96,6 +101,7 @@ class _MainRecords(_Records):
         self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
 
     def write(self, record: Record) -> None:
+        # The journal is the record of a run; MLflow is its mirror and may be away.
         self._journal.write(record)
         self.tracker.log(record)
         self._progress.show(record)
@@ -166,11 +172,13 @@ def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirector
     run_dir: RunDirectory | None = None
     with world.agree():
         if world.is_main:
+            # One rank holds the lease; `agree` carries a refusal to the others.
             run_dir = RunDirectory(experiment.run_path, lost=_end_without_a_trace)
     refused = False
     try:
         yield run_dir
     except DtrScaleError as error:
+        # A start that is refused leaves no trace: the directory removes what it has made.
         refused = error.exit_code == ConfigError.exit_code
         raise
     finally:
@@ -187,6 +195,8 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        # A collective that lost a peer raises a RuntimeError. It may come before the peer's own
+        # reason has reached the store, hence the wait.
         if isinstance(error, RuntimeError) and (failure := peers.wait_for_failure(_PEER_SECONDS)):
             told = PeerError(f"another rank failed: {failure.reason}")
             told.exit_code = failure.exit_code
@@ -194,10 +204,12 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
             end_at_exit(told.exit_code)
             raise told from None
         reason = str(error).partition("\n")[0] or type(error).__name__
+        # What `agree` has raised on every rank is told by rank 0 alone.
         if launched_rank() == 0 or not getattr(error, "on_every_rank", False):
             write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
         exit_code = getattr(error, "exit_code", EXIT_FAILED)
         peers.post(reason, exit_code)
+        # Threads of the watch may be in C++ while Python shuts down, which aborts with -6.
         if launched_world_size() > 1:
             end_at_exit(exit_code)
         raise
@@ -205,6 +217,7 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
 
 def _end_without_a_trace(message: str) -> None:
     """End this process, whose folders are another job's by now: nothing more is written there."""
+    # `os._exit`, since handlers that run at a usual exit would still write there.
     log.error(message)
     os._exit(EXIT_FAILED)
 
@@ -213,4 +226,5 @@ def _end_with_peer(run_path: Path, failure: Failure) -> None:
     """End this process, which still waits for a rank that has failed."""
     if write_failure(run_path, failure.reason) or launched_rank() == 0:
         log.error("another rank failed: %s", failure.reason)
+    # Nothing else ends a main thread that is inside a collective.
     os._exit(failure.exit_code)

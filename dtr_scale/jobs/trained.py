@@ -84,6 +84,7 @@ def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
 def expert_dirs(run_dir: Path) -> list[Path]:
     """Return the runs of experts in a directory, in their order; [] where it holds none."""
     found = [path.parent for path in run_dir.glob(f"expert_*/{CONFIG}")]
+    # By length first, so that expert_10 comes after expert_9.
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
@@ -103,6 +104,7 @@ def check_alike(run_dir: Path | str, readers: Sequence[CheckpointReader]) -> Non
         )
     for reader in others:
         found = changes(first.meta["config"], reader.meta["config"], source=first.url)
+        # Performance settings may differ; the expert's number is what tells them apart.
         found = [c for c in found if c.identity and c.key != "model.expert"]
         hashes = [each.meta["manifest_hash"][:12] for each in (first, reader)]
         if hashes[0] != hashes[1]:
@@ -141,6 +143,8 @@ def _load_one(run_dir: Path, overrides: Sequence[str]) -> TrainedRun:
     places |= {name: f"buffer/{name}" for name in persistent_buffers(network)}
 
     def read(reader: CheckpointReader) -> TrainedRun:
+        # Everything is read, and by that verified, before the network takes any of it: after a
+        # damaged checkpoint `read_newest` tries the one before.
         stored = reader.read(places.values())
         network.load_state_dict({name: stored[key] for name, key in places.items()})
         return TrainedRun(experiment, network.to(device).eval(), reader.meta["step"], (reader,))
