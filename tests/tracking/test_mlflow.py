@@ -371,6 +371,22 @@ def test_no_password_is_shown_or_stored(server, tmp_path, is_away):
         assert not any(secret in text for secret in _SECRETS), text
 
 
+def test_a_warning_leaves_the_password_out_of_what_an_error_says(
+    tmp_path, monkeypatch, warnings_of
+):
+    uri = "http://user:hunter2@127.0.0.1:9?password=hunter3"
+
+    def fail(info):
+        raise ValueError(f"no answer from {info.uri}")
+
+    monkeypatch.setattr(mirror, "MlflowRun", fail)
+    monkeypatch.setattr(mirror, "_FINISH_SECONDS_IF_AWAY", 0.0)
+    Job(tmp_path, uri).finish()
+    told = warnings_of("dtr_scale.tracking.mirror")
+    assert "no answer from http://127.0.0.1:9" in told[0]
+    assert not any(secret in line for secret in _SECRETS for line in told)
+
+
 def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeypatch, warnings_of):
     monkeypatch.setattr(mirror, "_FIRST_RETRY_SECONDS", 0.01)
     monkeypatch.setattr(mirror, "_SECONDS_BETWEEN_WARNINGS", 0.0)
