@@ -31,6 +31,8 @@ class Parser(argparse.ArgumentParser):
     """Tells what cannot be understood once for all ranks."""
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401
+        # No abbreviations: what the parser does not know are overrides, which must not be taken for
+        # the beginning of an option.
         super().__init__(**{"formatter_class": _Help, "allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
@@ -40,6 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def options(self) -> list[str]:
         """Return the options, as `--out`, that a user can give."""
+        # Private to argparse, which has no public list of its options.
         shown = [a for a in self._actions if a.help is not argparse.SUPPRESS]
         return [option for action in shown for option in action.option_strings if option != "-h"]
 
@@ -154,4 +157,5 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
+        # No comparison with it holds, so each caller refuses it in its own words.
         return float("nan")

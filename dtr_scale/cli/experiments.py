@@ -122,6 +122,7 @@ def _bench_checkpoint(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.bench_checkpoint import bench_checkpoint
 
     table = bench_checkpoint(arguments.model, rounds=arguments.rounds, place=arguments.dir)
+    # Every rank measures, the first prints.
     if launched_rank() == 0:
         print(table)
     return 0

@@ -21,6 +21,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; what a user can act on has no traceback."""
+    # Before anything asks for the rank: `srun` has names of its own for it.
     os.environ.update(srun_variables(os.environ))
     arguments, rest = _parser().parse_known_args(argv)
     rank = launched_rank() if arguments.on_ranks else 0
@@ -32,10 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise unknown_argument(arguments.parser, rest[0], [])
         return arguments.run(arguments)
     except DtrScaleError as error:
+        # What every rank raises is told once, by rank 0; another rank's own error by itself.
         if not error.reported and (rank == 0 or not error.on_every_rank):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        # Python flushes stdout at its exit, and would raise the same error again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:

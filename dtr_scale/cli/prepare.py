@@ -223,6 +223,7 @@ def _writing(arguments: argparse.Namespace) -> "Writing":
 
     from dtr_scale.jobs.prepare import Writing
 
+    # Options are named as the fields; the source's own, such as --images, are left out.
     given = vars(arguments)
     return Writing(**{f.name: given[f.name] for f in fields(Writing) if f.name in given})
 

@@ -99,6 +99,7 @@ def _add_num_timesteps(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    # Before torch is imported, here and in `_evaluate`: a mistake is told at once.
     _check_overrides(arguments, overrides)
     from dtr_scale.jobs.sample import sample_run
 
@@ -160,6 +161,7 @@ def _affinity(arguments: argparse.Namespace) -> int:
         num_timesteps=arguments.num_timesteps,
         num_clusters=arguments.num_clusters,
     )
+    # stdout holds nothing but the JSON, so that it can be piped into a file.
     print(json.dumps({"objective": objective}))
     print(*paths, sep="\n", file=sys.stderr)
     return 0
