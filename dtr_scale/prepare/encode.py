@@ -86,6 +86,7 @@ class PosteriorEncoder(PictureEncoder):
         with _loading("the autoencoder", name, "a name of the hub, or a folder of save_pretrained"):
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
+            # Safetensors alone: a pickle from a hub may run code.
             self._vae: Any = AutoencoderKL.from_pretrained(
                 name, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=local_only
             )
@@ -99,6 +100,8 @@ class PosteriorEncoder(PictureEncoder):
         self.size = side
         self.shape = (config["latent_channels"], side // factor, side // factor)
         self.scale_factor = float(config["scaling_factor"])
+        # x_start = (stored - shift_factor) * scaling_factor. From 0.0: without a shift, a mere sign
+        # would put -0.0 into the manifest.
         self.shift = 0.0 - self.scale_factor * float(config["shift_factor"] or 0.0)
         self._device = device
         self.record = Encoder(
@@ -110,18 +113,21 @@ class PosteriorEncoder(PictureEncoder):
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(pictures).to(self._device).float() / 127.5 - 1
         with _autocast(self._device):
+            # The mirror image is encoded: the latent of it is no mirrored latent.
             posterior = self._vae.encode(torch.cat([x, x.flip(-1)])).latent_dist
         moments = torch.stack([posterior.mean, posterior.std], dim=1)  # [2N, 2, C, H, W]
         views = moments.unflatten(0, (2, len(pictures))).transpose(0, 1)  # [N, 2, 2, C, H, W]
         return views.half().cpu().numpy()
 
     def means(self, stored: np.ndarray) -> np.ndarray:
+        # [N, 2, 2, C, H, W]: of the picture itself, the mean.
         return stored[:, 0, 0]
 
     @torch.inference_mode()
     def decode(self, x_start: Tensor) -> Tensor:
         latents = (x_start.to(self._device) - self.shift) / self.scale_factor
         with _autocast(self._device):
+            # Eight pictures at a time bound the memory of the decoder.
             parts = [self._vae.decode(part).sample.float() for part in latents.split(8)]
         return torch.cat(parts).cpu()
 
@@ -190,10 +196,12 @@ class TextEncoder:
         if not isinstance(model, open_clip.CLIP):
             raise ConfigError(f"--text-encoder={name} is no plain CLIP; accepted: such as ViT-L-14")
         self._model: Any = model.requires_grad_(False).eval()
+        # The tower of pictures would only take memory.
         del self._model.visual
         self._model.to(device)
         self._device = device
         self.context_shape: tuple[int, int] = tuple(self._model.positional_embedding.shape)
+        # The record names what made the numbers, so it hashes no weights that were not used.
         used = ("token_embedding", "positional_embedding", "transformer", "ln_final")
         weights = {n: t for n, t in self._model.state_dict().items() if n.startswith(used)}
         self.record = Encoder(
@@ -215,6 +223,7 @@ class TextEncoder:
         Filled up with the end token, as Stable Diffusion's tokenizer does (open_clip's uses 0).
         """
         ids = self._tokenizer(list(captions))
+        # The end token is the last of CLIP's vocabulary. What follows the first one is filling.
         end = self._model.vocab_size - 1
         ended = (ids == end).cumsum(dim=1) > 0
         return torch.where(ended, end, ids)

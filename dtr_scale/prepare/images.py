@@ -58,14 +58,16 @@ def read_picture(path: str | Path, size: int, offset: int = 0, length: int = -1)
     except (MemoryError, UnreadablePictureError):
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        # Pillow ends with the buffer's address, which would differ at each start.
         reason = str(error).partition(" <_io.")[0]
         raise UnreadablePictureError(f"{type(error).__name__}: {reason}") from error
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture in 8 bits a channel: Pillow alone cuts more than that off at white."""
+    """Return a picture in RGB of 8 bits a channel."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # The upper 8 bits. Pillow's `convert` cuts 16 bits off at 255, which makes pictures white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise UnreadablePictureError(
@@ -89,6 +91,7 @@ def _read_bytes(path: Path, offset: int, length: int) -> bytes:
                     f"{path} cannot be read: {error.strerror or error}; "
                     "fix: check the storage and the file's permissions, and start again"
                 ) from error
+            # Storage may get over it, and a picture that is called unreadable is lost for good.
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
@@ -114,4 +117,5 @@ def read_ahead(
         while waiting:
             yield [answer.result() for answer in waiting.popleft()]
     finally:
+        # Also where the caller stops early: what is queued is not read any more.
         pool.shutdown(cancel_futures=True)

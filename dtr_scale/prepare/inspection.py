@@ -1,4 +1,4 @@
-"""Verify and describe prepared data: is every byte as written, and what is in it."""
+"""Verify every byte of prepared data, and describe what it holds."""
 
 import contextlib
 import hashlib
@@ -36,6 +36,7 @@ def verify(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, int, str |
     try:
         yield from pool.map(lambda check: check(), checks)
     finally:
+        # Also where the caller stops early, as by Ctrl-C: what is queued is not read any more.
         pool.shutdown(cancel_futures=True)
 
 
@@ -74,6 +75,7 @@ class _FloatArrays:
         first = int(np.searchsorted(self._starts, first_byte))
         for start, num_bytes, sample in self._places[first:]:
             offset = start - first_byte
+            # The rest lies in later pieces, since a piece cuts no array.
             if offset + num_bytes > len(content):
                 break
             if not np.isfinite(np.frombuffer(content, np.float16, num_bytes // 2, offset)).all():
@@ -125,6 +127,7 @@ def _problem(
             size = folder.size(name)
         except FileNotFoundError:
             return "missing"
+        # Told before anything is read, which may be gigabytes.
         if num_bytes is not None and size != num_bytes:
             return f"{size} bytes, the manifest says {num_bytes}"
         digest, start = hashlib.sha256(), 0

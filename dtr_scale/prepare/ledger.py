@@ -98,6 +98,7 @@ class Ledger:
             except FileNotFoundError:  # another rank has just written the manifest
                 continue
             record = ShardRecord.model_validate_json(content)
+            # A record of other settings is of another shard, which is written over.
             stored = record.fingerprint == self._fingerprint and record.shard.index_name in names
             if stored and self._folder.size(shard_name) == record.shard.bytes:
                 records[shard_name] = record
@@ -127,6 +128,7 @@ class Ledger:
     def finish(self, records: Sequence[ShardRecord]) -> Manifest:
         """Write the manifest of all shards, beside those of splits that were there before."""
         written = {record.shard.split for record in records}
+        # A split that was prepared earlier stays in the manifest.
         before = self._plan
         if self._folder.exists(MANIFEST_NAME):
             before = read_manifest(self._folder, split=None)
@@ -139,6 +141,7 @@ class Ledger:
             "channel_mean": before.channel_mean,
             "channel_std": before.channel_std,
         }
+        # The manifest's statistics are those of training, whatever split joins later.
         if "train" in written:
             content["channel_mean"], content["channel_std"] = self._statistics(
                 [record for record in records if record.shard.split == "train"]
@@ -147,6 +150,7 @@ class Ledger:
             tokens = self._folder.read_bytes(NULL_CONTEXT_NAME)
             content["null_context_sha256"] = hashlib.sha256(tokens).hexdigest()
         manifest = self._plan.model_copy(update=content)
+        # Before the records go: a kill in between leaves both, and the next `begin` clears up.
         write_manifest(self._folder, manifest)
         self._clear(self._folder.names())
         return manifest
@@ -160,9 +164,11 @@ class Ledger:
         scale, shift = self._plan.scale_factor, self._plan.shift
         mean, std = [], []
         for channel in range(channels):
+            # fsum rounds once: every rank gets the same figure, in whatever order shards were made.
             stored = math.fsum(record.sums[channel] for record in records) / count
             square = math.fsum(record.squares[channel] for record in records) / count
             mean.append(stored * scale + shift)
+            # Rounding may bring the variance of a constant channel below 0.
             std.append(math.sqrt(max(0.0, square - stored**2)) * scale)
         return tuple(mean), tuple(std)
 

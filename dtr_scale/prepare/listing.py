@@ -73,6 +73,7 @@ class Listing:
         """Return the hash of every picture's name, class and captions."""
         digest = hashlib.sha256()
         for picture in self.splits[split]:
+            # Name, class and captions, not the place: the source may have moved at the next start.
             digest.update(json.dumps(picture[:1] + picture[2:4]).encode())
         return digest.hexdigest()
 
@@ -92,6 +93,7 @@ def image_folder(root: Path, split: str | None = None) -> Listing:
         )
     if split is not None and split not in folders:
         raise DataError(f"{root} has no split {split!r}; accepted: {', '.join(folders)}")
+    # All splits get the classes of the first, so that a label means the same in each.
     names = [split] if split else [name for name in ("train", "val", "test") if name in folders]
     folders = _folders(root / names[0])
     splits = {name: _labelled(root / name, folders) for name in names}
@@ -113,6 +115,7 @@ def coco(images: Path, annotations: Path, split: str = "train") -> Listing:
     captions: dict[int, list[str]] = defaultdict(list)
     with _reading(annotations, "a COCO JSON with images and annotations"):
         content = json.loads(annotations.read_bytes())
+        # By id, so that the first five captions are the same in any copy of the JSON.
         for one in sorted(content["annotations"], key=lambda one: one["id"]):
             if "caption" in one:
                 captions[one["image_id"]].append(_without_surrogates(one["caption"]))
@@ -172,6 +175,7 @@ _Members = dict[str, tuple[int, int, bytes]]  # by ending: offset, length, conte
 def _samples(path: Path) -> Iterator[tuple[str, _Members]]:
     """Yield the samples of a tar: neighbours whose names differ after the first dot alone."""
     last, members = None, {}
+    # Uncompressed alone: places in a compressed tar cannot be read at an offset.
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             folder, slash, name = member.name.rpartition("/")
@@ -183,6 +187,7 @@ def _samples(path: Path) -> Iterator[tuple[str, _Members]]:
                 if last is not None:
                     yield last, members
                 last, members = key, {}
+            # Classes and captions are read at once; of pictures only the place is kept.
             file = tar.extractfile(member) if ending in ("cls", "txt") else None
             text = file.read() if file else b""
             if ending in members:
@@ -223,6 +228,7 @@ def _tar_of_tars(path: Path, split: str) -> Listing:
     with _reading(path, accepted), tarfile.open(path, "r:") as outer:
         classes = sorted(member.name for member in outer if _is_tar(member.name))
         for label, name in enumerate(classes):
+            # An inner tar lies whole in the outer one: a picture's place is the sum of offsets.
             start, wnid = outer.getmember(name).offset_data, Path(name).stem
             with tarfile.open(fileobj=outer.extractfile(name), mode="r:") as inner:
                 pictures += [
@@ -268,6 +274,7 @@ def _picture_names(root: Path) -> list[str]:
     with _reading(root, "folders that can be read"):
         for folder, folders, names in os.walk(root, onerror=_raise, followlinks=True):
             below = folder[len(str(root)) :].lstrip("/")
+            # In place: `os.walk` goes on with what is left in this list.
             folders[:] = [name for name in folders if not _is_hidden(name)]
             for name in names:
                 if _is_hidden(name):
@@ -276,6 +283,7 @@ def _picture_names(root: Path) -> list[str]:
                 kind.append(f"{below}/{name}" if below else name)
     if others:
         log.warning("%s: %d files have no picture's ending: %s", root, len(others), min(others))
+    # Sorted, since disks list in any order and every rank must cut the same shards.
     return sorted(pictures)
 
 
