@@ -82,6 +82,7 @@ class CachedShards(Shards):
         self._next_uses: Callable[[], Iterable[int]] = tuple
         files.next_uses = self._hashes_by_next_use
         largest = max(split.shards, key=lambda shard: shard.bytes)
+        # A shard that can never fit would be evicted as often as it is fetched.
         if files.max_bytes < largest.bytes:
             raise DataError(
                 f"shard {largest.name} of {split.folder.url} has {largest.bytes} bytes, the cache "
@@ -118,6 +119,7 @@ class CachedShards(Shards):
         """Return a shard's rows by the copy of its index, which is made if there is none."""
         shard = self.split.shards[i]
         copy = self._path(shard).with_suffix(".index.npy")
+        # Before anything there is read: another user could have put it there.
         make_private(self.files.path)
         with contextlib.suppress(OSError):
             # Hashed at each opening, without a seal: a sample has 32 bytes in it.

@@ -45,6 +45,7 @@ class CacheFolder:
         """Evict until `num_bytes` more fit."""
         for path in self.path.glob(".*.part"):  # of a download that was killed
             with contextlib.suppress(FileNotFoundError):
+                # One that is under way has been written to a moment ago.
                 if time.time() - path.stat().st_mtime > _IDLE_SECONDS:
                     path.unlink()
         excess = num_bytes - self.max_bytes + sum(copy.num_bytes for copy in self._copies())

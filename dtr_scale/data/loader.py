@@ -168,6 +168,7 @@ class BatchLoader:
 
     def seek(self, samples_seen: int, salt: int = 0) -> None:
         """Continue at a position, of any batch size; another `salt` re-draws all but the order."""
+        # Workers have read ahead from the old position.
         self.close()
         self._samples_seen, self._salt = samples_seen, salt
 
@@ -255,6 +256,7 @@ class BatchLoader:
                 "prefetch_factor": self._prefetch,
                 "worker_init_fn": functools.partial(obey_parent_only, os.getpid()),
             }
+            # Kept from seek to seek, so that /dev/shm is taken once.
             if self._slots is None:
                 slots = self._assembler.empty(self._num_slots, self.places.shape[1])
                 fix = f"lower data.num_workers (now {self._num_workers}) or train.micro_batch_size"

@@ -44,6 +44,7 @@ class Prefetcher:
             self._planned = list(shards)
             # What failed may be mended by now: it is tried again.
             self._failed.clear()
+            # Closed before others are opened: without a disk each of them is held in memory.
             for shard in self._open.keys() - set(shards):
                 self._open.pop(shard).close()
             self._threads = [thread for thread in self._threads if thread.is_alive()]
@@ -72,6 +73,7 @@ class Prefetcher:
                 # Without a plan the shards that were used last stay open.
                 self._open.move_to_end(shard)
                 return self._open[shard]
+            # Before the lock is let go, so that no thread opens it a second time.
             self._opening.add(shard)
         self._open_now(shard, wait=True)
         with self._changed:

@@ -25,6 +25,7 @@ class Split:
     def check_sizes(self) -> None:
         """Look at every shard's size before training: DataError for one missing or cut short."""
         with data_errors(self.folder, "the list of shards"):
+            # One listing instead of two requests per shard.
             sizes = self.folder.sizes()
         for shard in self.shards:
             for name in (shard.name, shard.index_name):

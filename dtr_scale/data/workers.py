@@ -28,6 +28,7 @@ def starting_workers() -> Iterator[None]:
     on_child_exit = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVE_SIGNALS)
     try:
+        # Started here, with the signals blocked: killed by one, it loses the workers' semaphores.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, _LEAVE_SIGNALS)  # its start unblocks some
         yield
