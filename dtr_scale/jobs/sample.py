@@ -33,6 +33,7 @@ def sample_run(
     run = load_run(run_dir, overrides)
     decode = None if out and out.suffix == ".npz" else _decoder(run, vae, needed=out is not None)
     path = out or run_dir / SAMPLES / ("grid.png" if decode else "latents.npz")
+    # Before samples are drawn, which takes the time.
     check_output(path, ".png" if decode else ".npz")
     images = draw(run, num_samples)
     if decode:

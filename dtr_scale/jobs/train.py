@@ -43,6 +43,7 @@ def train_experiment(experiment: Experiment) -> int:
         stack.enter_context(leave.listening())
         world = _join(experiment)
         with world.agree():
+            # Before the run directory is made, which a wrong address would leave behind.
             if world.is_main:
                 check_tracking(experiment)
         # Left in reverse: what writes to the run directory is closed before its lease is given up.
