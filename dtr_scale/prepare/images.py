@@ -91,7 +91,7 @@ def _read_bytes(path: Path, offset: int, length: int) -> bytes:
                     f"{path} cannot be read: {error.strerror or error}; "
                     "fix: check the storage and the file's permissions, and start again"
                 ) from error
-            # Storage may get over it, and a picture that is called unreadable is lost for good.
+            # Storage may get over it. Taken for unreadable, a good picture would be left out.
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 

@@ -67,6 +67,7 @@ class _FloatArrays:
     def end_of_piece(self, start: int, end: int) -> int:
         """Return the end of a piece from `start`, about at `end`, that cuts no array."""
         last = int(np.searchsorted(self._starts, end)) - 1  # of those that start before `end`
+        # An array that crosses `end` is left to the next piece, or is whole in a longer one.
         if last >= 0 and end < (end_of_last := sum(self._places[last][:2])):
             return int(self._starts[last]) if start < self._starts[last] else end_of_last
         return end

@@ -67,6 +67,7 @@ class Listing:
 
     @property
     def has_captions(self) -> bool:
+        # The first of a split tells for all: a source with captions for some is refused.
         return any(pictures[0].captions for pictures in self.splits.values())
 
     def sha256(self, split: str) -> str:
