@@ -33,7 +33,7 @@ class PictureEncoder(Protocol):
     record: Encoder | None
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
-        """Return stored arrays [N, ...] of pictures uint8 [N, 3, size, size]."""
+        """Return stored arrays [N, ...] of pictures uint8 [N, C, size, size]."""
         ...
 
     def means(self, stored: np.ndarray) -> np.ndarray:
@@ -46,17 +46,17 @@ class PictureEncoder(Protocol):
 
 
 class PixelEncoder(PictureEncoder):
-    """Stores pictures as they are."""
+    """Stores pictures as they are, or arrays of other channels than three."""
 
     encoding = "pixels"
     dtype = "uint8"
-    scale_factor = 1 / 127.5
     shift = -1.0
     record = None
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, channels: int = 3, scale_factor: float = 1 / 127.5) -> None:
         self.size = size
-        self.shape = (3, size, size)
+        self.shape = (channels, size, size)
+        self.scale_factor = scale_factor
 
     def encode(self, pictures: np.ndarray) -> np.ndarray:
         return pictures

@@ -2,14 +2,15 @@
 
 `preparing.json` says what is being prepared, `<shard>.record.json` that a shard is stored with
 its index. They let a killed run go on, and ranks work without talking: whoever stores the last
-shard writes the manifest, which replaces them.
+shard writes the manifest, which replaces them. A shard of the manifest that is cut or removed
+later is made again by the next run.
 """
 
 import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -24,7 +25,7 @@ from dtr_scale.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dtr_scale.errors import ConfigError
+from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.storage.folder import Folder
 
 PLAN_NAME = "preparing.json"
@@ -37,10 +38,10 @@ class ShardRecord(BaseModel):
 
     fingerprint: Sha256
     shard: Shard
-    unreadable: tuple[str, ...]
-    sums: tuple[float, ...]
+    unreadable: tuple[str, ...] = ()
+    sums: tuple[float, ...] = ()
     """Of the stored numbers of each channel, without mirror images and deviations."""
-    squares: tuple[float, ...]
+    squares: tuple[float, ...] = ()
     """Sums of their squares."""
 
     @property
@@ -61,9 +62,10 @@ class Ledger:
         self._plan = plan
         content = json.dumps(_identity(plan), sort_keys=True)
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        self._listed: dict[str, Shard] = {}  # those of a manifest that was there before
 
     def begin(self) -> list[str]:
-        """Note the plan and return the splits to be written: [] when all are there.
+        """Note the plan and return the splits that lack shards: [] when all are there.
 
         Raises ConfigError when the folder holds, or is about to hold, other data.
         """
@@ -74,12 +76,14 @@ class Ledger:
             with contextlib.suppress(FileNotFoundError):
                 begun = Manifest.model_validate_json(self._folder.read_bytes(PLAN_NAME))
                 self._must_be_alike(begun, "unfinished ", begun.origins | self._plan.origins)
-        present: set[str] = set()
+        whole: set[str] = set()
         if MANIFEST_NAME in names:
             manifest = read_manifest(self._folder, split=None)
-            present = {shard.split for shard in manifest.shards}
-            self._must_be_alike(manifest, "", present & self._plan.origins.keys())
-        missing = [split for split in self._plan.origins if split not in present]
+            listed = {shard.split for shard in manifest.shards}
+            self._must_be_alike(manifest, "", listed & self._plan.origins.keys())
+            self._listed = {shard.name: shard for shard in manifest.shards}
+            whole = listed - {s.split for s in manifest.shards if not self._is_stored(s, names)}
+        missing = [split for split in self._plan.origins if split not in whole]
         if not missing:
             self._clear(names)
         elif PLAN_NAME not in names:
@@ -87,11 +91,15 @@ class Ledger:
         return missing
 
     def finished(self, shard_names: Iterable[str]) -> dict[str, ShardRecord]:
-        """Return the records of those shards that are stored as their records say."""
+        """Return the records of those shards that are stored as the records or the manifest say."""
         names = set(self._folder.names())
         records: dict[str, ShardRecord] = {}
         for shard_name in shard_names:
-            if record_name(shard_name) not in names or shard_name not in names:
+            if (listed := self._listed.get(shard_name)) is not None:
+                if self._is_stored(listed, names):
+                    records[shard_name] = ShardRecord(fingerprint=self._fingerprint, shard=listed)
+                continue
+            if record_name(shard_name) not in names:
                 continue
             try:
                 content = self._folder.read_bytes(record_name(shard_name))
@@ -99,10 +107,14 @@ class Ledger:
                 continue
             record = ShardRecord.model_validate_json(content)
             # A record of other settings is of another shard, which is written over.
-            stored = record.fingerprint == self._fingerprint and record.shard.index_name in names
-            if stored and self._folder.size(shard_name) == record.shard.bytes:
+            if record.fingerprint == self._fingerprint and self._is_stored(record.shard, names):
                 records[shard_name] = record
         return records
+
+    def _is_stored(self, shard: Shard, names: Collection[str]) -> bool:
+        """Tell whether a shard of its size and an index are there; no byte is read."""
+        there = shard.name in names and shard.index_name in names
+        return there and self._folder.size(shard.name) == shard.bytes
 
     def add(
         self,
@@ -111,7 +123,19 @@ class Ledger:
         sums: Sequence[float],
         squares: Sequence[float],
     ) -> None:
-        """Note a shard that is stored with its index."""
+        """Note a shard that is stored with its index.
+
+        Raises DataError, and removes it, if the manifest lists it with other bytes.
+        """
+        if (listed := self._listed.get(shard.name)) is not None:
+            if shard != listed:
+                self._folder.remove(shard.name)
+                raise DataError(
+                    f"{self._folder.url}/{shard.name} was lost, and made again it is not what "
+                    "the manifest says; fix: give the pictures and the --batch-size it was made "
+                    "with, or another --out"
+                )
+            return
         record = ShardRecord(
             fingerprint=self._fingerprint,
             shard=shard,
@@ -127,6 +151,7 @@ class Ledger:
 
     def finish(self, records: Sequence[ShardRecord]) -> Manifest:
         """Write the manifest of all shards, beside those of splits that were there before."""
+        records = [record for record in records if record.shard.name not in self._listed]
         written = {record.shard.split for record in records}
         # A split that was prepared earlier stays in the manifest.
         before = self._plan

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dtr_scale.data.manifest import one_line
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.images import PICTURE_ENDINGS
@@ -29,14 +31,16 @@ _SPLITS = {"train", "val", "test"}
 
 
 class Picture(NamedTuple):
-    """A picture of a source: `length` bytes at `offset` of a file (-1: all of it)."""
+    """A picture of a source: `length` bytes at `offset` of a file (-1: all of it), or an array."""
 
     name: str
-    path: str
+    path: str = ""
     label: int = 0
     captions: tuple[str, ...] = ()
     offset: int = 0
     length: int = -1
+    array: np.ndarray | None = None
+    """Pixels that are in memory already: no file is read."""
 
 
 def utf8_name(name: str) -> str:
@@ -57,6 +61,8 @@ class Listing:
     splits: Mapping[str, Sequence[Picture]]
     num_classes: int = 1
     class_names: tuple[str, ...] = ()
+    shuffled: bool = True
+    """Whether shards are dealt pictures at random; False keeps the order of a mixed source."""
 
     def __post_init__(self) -> None:
         for split, pictures in self.splits.items():

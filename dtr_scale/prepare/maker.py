@@ -97,7 +97,9 @@ class ShardMaker:
             yield work.pictures[first : first + self._batch_size]
 
     def read(self, picture: Picture) -> np.ndarray | UnreadablePictureError:
-        """Return a picture, uint8 [3, size, size], or what is wrong with it."""
+        """Return a picture, uint8 [C, size, size], or what is wrong with it."""
+        if picture.array is not None:
+            return picture.array
         try:
             size = self._encoder.size
             return read_picture(picture.path, size, picture.offset, picture.length)

@@ -3,7 +3,7 @@
 Shard i of a split is a function of the listing, the settings and i alone, and rank r of W makes
 the shards r, r + W, ...: whatever was killed and however many ranks go on, the bytes are the same.
 Pictures are dealt out to shards in a random order, fixed for ever, because training shuffles
-within a window of shards and sources are sorted by class.
+within a window of shards and sources are sorted by class; a listing that is mixed keeps its own.
 """
 
 import io
@@ -76,12 +76,13 @@ class Preparation:
         """Make this rank's shards, and the manifest if they were the last ones.
 
         Raises ConfigError when the folder holds other data, DataError when too many pictures
-        cannot be read. Shards that an earlier run stored are taken as they are, unless a picture
-        that could not be read then can be now.
+        cannot be read. Shards that an earlier run stored are taken as they are, unless they are
+        cut or removed since, or a picture that could not be read then can be now.
         """
         splits = self._ledger.begin()
         if not splits:
-            log.info("%s: all of it is there already", self._folder.url)
+            told = "%s: all of it is there already, by its sizes; data verify reads every byte"
+            log.info(told, self._folder.url)
             return Outcome(read_manifest(self._folder, split=None))
         self._store_null_context()
         works = [work for split in splits for work in self._works(split)]
@@ -104,7 +105,9 @@ class Preparation:
     def _works(self, split: str) -> Iterator[Work]:
         pictures = self._listing.splits[split]
         size = self._plan.origins[split].samples_per_shard
-        order = keyed_generator(0, f"prepare/{split}").permutation(len(pictures))
+        order = np.arange(len(pictures))
+        if self._listing.shuffled:
+            order = keyed_generator(0, f"prepare/{split}").permutation(order)
         for number, first in enumerate(range(0, len(pictures), size)):
             some = [pictures[place] for place in order[first : first + size]]
             yield Work(split, number, first, some)

@@ -10,8 +10,7 @@ parsing, and any other program reads the tars without the index.
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import count, islice
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,18 +26,6 @@ class StoredSample(NamedTuple):
     label: int = 0
     captions: tuple[str, ...] = ()
     context: np.ndarray | None = None  # float16 [captions, L, D]
-
-
-def write_shards(
-    folder: Folder, samples: Iterable[StoredSample], split: str, samples_per_shard: int
-) -> Iterator[Shard]:
-    """Write `<split>-000000.tar`, ... and yield each shard when it is stored."""
-    remaining = iter(samples)
-    for number in count():
-        content = list(islice(remaining, samples_per_shard))
-        if not content:
-            return
-        yield write_shard(folder, split, number, content, number * samples_per_shard)
 
 
 def shard_name(split: str, number: int) -> str:

@@ -208,15 +208,29 @@ def test_digits_are_not_written_over_other_data(state, source, tmp_path, monkeyp
         (out / "manifest.json").write_bytes(b"")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
-    told = f"error: {out} holds other data already; fix: give another --out"
-    assert refused(capsys, "digits", "--out", out) == told
+    told = {
+        "finished": f"error: {out} holds data of other settings: class_names is ",
+        "unfinished": f"error: {out} holds unfinished data of other settings: class_names is ",
+        "damaged": f"error: {out}/manifest.json is empty, a JSON manifest is expected; fix: ",
+    }
+    assert refused(capsys, "digits", "--out", out).startswith(told[state])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_digits_are_written_again_over_themselves(tmp_path):
+def test_a_cut_shard_is_made_again_and_a_changed_one_once_it_is_removed(tmp_path, capsys):
     assert prepare("digits", "--out", tmp_path) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "train-000000.tar").write_bytes(b"damaged")
+    assert prepare("digits", "--out", tmp_path) == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    name = "train-000001.tar"
+    (tmp_path / name).write_bytes(before[name][:-1] + b"!")
+    capsys.readouterr()
+    assert prepare("digits", "--out", tmp_path) == 0
+    assert "by its sizes; data verify reads every byte" in capsys.readouterr().err
+    assert data("verify", tmp_path) == 1
+    (tmp_path / name).unlink()
     assert prepare("digits", "--out", tmp_path) == 0
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

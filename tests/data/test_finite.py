@@ -16,9 +16,9 @@ from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
-from dtr_scale.prepare.digits import Source, prepare
 from dtr_scale.prepare.writer import StoredSample
 from dtr_scale.storage.folder import open_folder
+from tests.support.shards import write_data
 
 SHARDS, PER_SHARD, BATCH = 3, 8, 12
 BAD = {(0, 0), (0, 1), (1, 5), (1, 6), (2, 7)}
@@ -38,9 +38,9 @@ def _folder(path, bad, encoding: Any = "posterior", dtype: Any = "float16"):
                 array[:, index % 2 * is_posterior, 0, 1, 1] = FAULTS[index % 4]
             array = array if is_posterior else array[0, 0]
             samples.append(StoredSample(array, label=PER_SHARD * shard + index))
-    classes = tuple(map(str, range(SHARDS * PER_SHARD)))
     folder = open_folder(path)
-    prepare(Source(encoding, (1, 2, 2), dtype, 1.0, 0.0, classes, {"train": samples}), folder, 8)
+    told = {"encoding": encoding, "shape": (1, 2, 2), "dtype": dtype}
+    write_data(folder, samples, PER_SHARD, **told, num_classes=SHARDS * PER_SHARD)
     return folder
 
 

@@ -15,16 +15,17 @@ import torch
 
 from dtr_scale.data.batch import BatchAssembler, MicroBatch
 from dtr_scale.data.loader import BatchLoader
-from dtr_scale.data.manifest import Manifest, read_manifest
+from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader
 from dtr_scale.data.synthetic import SyntheticSource
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
-from dtr_scale.prepare.digits import Source, prepare, prepare_digits
-from dtr_scale.prepare.writer import StoredSample, write_shards
+from dtr_scale.prepare.digits import prepare_digits
+from dtr_scale.prepare.writer import StoredSample
 from dtr_scale.randomness import KeyedStream, keyed_generator
 from dtr_scale.storage.folder import open_folder
+from tests.support.shards import write_data
 
 SEED, BATCH = 11, 24
 DRAWS = ("class_dropout_prob", "horizontal_flip", "conditioning")
@@ -113,8 +114,8 @@ def _in_place(loader, batch):
 @pytest.mark.parametrize(("num_lanes", "micro"), [(1, 256), (32, 32), (64, 8)])
 def test_a_batch_may_need_more_shards_than_stay_open(tmp_path, num_lanes, micro, num_workers):
     samples = [StoredSample(np.full((1, 2, 2), i % 251, np.uint8), i % 10) for i in range(1000)]
-    source = Source("pixels", (1, 2, 2), "uint8", 1.0, 0.0, tuple("0123456789"), {"train": samples})
-    manifest = prepare(source, open_folder(tmp_path), samples_per_shard=10)
+    told = {"encoding": "pixels", "shape": (1, 2, 2), "dtype": "uint8", "num_classes": 10}
+    manifest = write_data(open_folder(tmp_path), samples, 10, **told)
     reader = SampleReader(open_folder(tmp_path), manifest, window_shards=2)
     options = {"batch": 256, "num_lanes": num_lanes, "class_dropout_prob": 0.0}
     with _loader(reader, micro_batch_size=micro, num_workers=num_workers, **options) as loader:
@@ -224,17 +225,9 @@ def posterior(tmp_path):
         mean = views * label * np.ones((1, 4, 4))
         array = np.stack([mean, np.full_like(mean, 0.25)], 1).astype(np.float16)
         samples.append(StoredSample(array, label))
-    source = Source(
-        encoding="posterior",
-        shape=(1, 4, 4),
-        dtype="float16",
-        scale_factor=0.5,
-        shift=0.0,
-        class_names=tuple(map(str, range(40))),
-        splits={"train": samples},
-    )
+    told = {"encoding": "posterior", "shape": (1, 4, 4), "dtype": "float16", "num_classes": 40}
     folder = open_folder(tmp_path)
-    manifest = prepare(source, folder, samples_per_shard=16)
+    manifest = write_data(folder, samples, 16, **told, scale_factor=0.5)
     reader = SampleReader(folder, manifest)
     yield reader
     reader.close()
@@ -263,22 +256,14 @@ def texts(request, tmp_path):
         captions = tuple(f"caption {k}" for k in range(len(context)))
         samples.append(StoredSample(np.full((1, 2, 2), i, np.uint8), 0, captions, context))
     folder = open_folder(tmp_path)
-    shards = tuple(write_shards(folder, samples, "train", 10))
     null_hash = None
     if request.param:
         content = io.BytesIO()
         np.save(content, np.full((3, 2), -7, np.float16))
         folder.write_bytes("null_context.npy", content.getvalue())
         null_hash = hashlib.sha256(content.getvalue()).hexdigest()
-    manifest = Manifest(
-        encoding="pixels",
-        shape=(1, 2, 2),
-        dtype="uint8",
-        num_classes=1,
-        context_shape=(3, 2),
-        null_context_sha256=null_hash,
-        shards=shards,
-    )
+    told = {"encoding": "pixels", "shape": (1, 2, 2), "dtype": "uint8", "context_shape": (3, 2)}
+    manifest = write_data(folder, samples, 10, **told, null_context_sha256=null_hash)
     reader = SampleReader(folder, manifest)
     yield reader
     reader.close()

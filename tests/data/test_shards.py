@@ -14,7 +14,7 @@ from dtr_scale.data.reader import SampleReader
 from dtr_scale.data.synthetic import SyntheticSource
 from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.prepare.digits import digits, prepare_digits
-from dtr_scale.prepare.writer import StoredSample, write_shards
+from dtr_scale.prepare.writer import StoredSample, write_shard
 from dtr_scale.randomness import keyed_generator
 from dtr_scale.storage.folder import open_folder
 
@@ -36,10 +36,10 @@ def test_digits_are_read_back(folder, tmp_path):
     assert sorted(folder.names()) == [MANIFEST_NAME, *stored]
 
     reader = SampleReader(folder, manifest, "val", cache_dir=tmp_path / "cache")
-    for index, (array, label, *_) in enumerate(digits().splits["val"]):
+    for index, digit in enumerate(digits().splits["val"]):
         stored, stored_label = reader.read(0, index)
-        assert stored_label == label
-        np.testing.assert_array_equal(stored, array)
+        assert stored_label == digit.label
+        np.testing.assert_array_equal(stored, digit.array)
     x_start = manifest.decode(reader.read(0, 0)[0])
     assert (x_start.dtype, x_start.shape) == (np.float32, (1, 8, 8))
     assert -1 <= x_start.min() < 0 < x_start.max() <= 1
@@ -65,23 +65,9 @@ def test_tar_and_webdataset_read_the_shards(digits_folder):
     samples = [(sample["npy"], sample["cls"]) for sample in dataset]
     expected = list(digits().splits["train"])[500:1000]
     assert len(samples) == 500
-    for (array, label), (expected_array, expected_label, *_) in zip(samples, expected, strict=True):
-        np.testing.assert_array_equal(array, expected_array)
-        assert label == expected_label
-
-
-def test_samples_are_not_held_in_memory_together(tmp_path):
-    taken = 0
-
-    def samples():
-        nonlocal taken
-        for _ in range(25):
-            taken += 1
-            yield StoredSample(np.zeros((1, 2, 2), np.uint8))
-
-    shards = write_shards(open_folder(tmp_path), samples(), "train", 10)
-    assert (next(shards).samples, taken) == (10, 10)
-    assert [shard.samples for shard in shards] == [10, 5]
+    for (array, label), digit in zip(samples, expected, strict=True):
+        np.testing.assert_array_equal(array, digit.array)
+        assert label == digit.label
 
 
 def test_the_index_tells_where_numbers_lie(tmp_path):
@@ -96,7 +82,7 @@ def test_the_index_tells_where_numbers_lie(tmp_path):
         )
         for i in range(2)
     ]
-    (shard,) = write_shards(folder, samples, "train", 2)
+    shard = write_shard(folder, "train", 0, samples, first_key=0)
     tar = folder.read_bytes(shard.name)
     index = np.load(folder.local_path / shard.index_name)
     for row, sample in zip(index, samples, strict=True):

@@ -23,13 +23,19 @@ from dtr_scale.data.order import GlobalOrder
 from dtr_scale.data.reader import SampleReader
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.errors import DataError
-from dtr_scale.prepare.digits import Source, prepare
 from dtr_scale.prepare.writer import StoredSample
 from dtr_scale.storage.folder import open_folder
 from tests.support.runs import DEMO
+from tests.support.shards import write_data
 
 SHARDS, PER_SHARD, BATCH = 6, 100, 20
 STEPS = SHARDS * PER_SHARD // BATCH
+LATENTS = {
+    "encoding": "posterior",
+    "shape": (4, 32, 32),
+    "dtype": "float16",
+    "num_classes": 10,
+}
 
 
 def _latents() -> Iterator[StoredSample]:
@@ -43,9 +49,7 @@ def _latents() -> Iterator[StoredSample]:
 def source(tmp_path_factory):
     """600 latents in 6 shards of 3.5 MB, in a local folder that no test writes to."""
     folder = open_folder(tmp_path_factory.mktemp("latents"))
-    classes = tuple(map(str, range(10)))
-    latents = Source("posterior", (4, 32, 32), "float16", 1.0, 0.0, classes, {"train": _latents()})
-    prepare(latents, folder, PER_SHARD)
+    write_data(folder, _latents(), PER_SHARD, **LATENTS)
     return folder
 
 
@@ -149,9 +153,7 @@ def test_the_first_batches_do_not_wait_for_whole_shards(bucket, proxied, s3_prox
 def test_what_is_not_finite_is_replaced_before_whole_shards_come(s3_url, s3_proxy, tmp_path):
     latents = list(itertools.islice(_latents(), PER_SHARD))
     latents[5].array[0, 0, 0, 0, 0] = np.nan
-    classes = tuple(map(str, range(10)))
-    spoilt = Source("posterior", (4, 32, 32), "float16", 1.0, 0.0, classes, {"train": latents})
-    prepare(spoilt, open_folder(s3_url), PER_SHARD)
+    write_data(open_folder(s3_url), latents, PER_SHARD, **LATENTS)
     reader = _reader(open_folder(s3_url, {"endpoint_url": s3_proxy.endpoint_url}), tmp_path)
     s3_proxy.cut_after_bytes, s3_proxy.cuts = 2**20, 10**6  # whole shards do not come
     located = np.array([[0, 5], [0, 6]])

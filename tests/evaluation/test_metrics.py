@@ -62,7 +62,7 @@ def test_what_cannot_be_compared_is_refused(shapes):
 def pictures():
     splits = digits().splits
     return {
-        name: (np.stack([row.array for row in rows]), np.array([row.label for row in rows]))
+        name: (np.array([row.array for row in rows]), np.array([row.label for row in rows]))
         for name, rows in splits.items()
     }
 

@@ -33,7 +33,7 @@ def test_a_split_is_read_in_order_and_decoded(splits):
     images, labels = read_all(splits["train"])
     assert (images.shape, images.dtype, labels.shape) == ((1500, 1, 8, 8), np.float32, (1500,))
     expected = list(digits_source().splits["train"])
-    np.testing.assert_array_equal(images, np.stack([row.array for row in expected]) / 8 - 1)
+    np.testing.assert_array_equal(images, np.array([row.array for row in expected]) / 8 - 1)
     np.testing.assert_array_equal(labels, [row.label for row in expected])
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dtr_scale.cli.main import main
-from dtr_scale.prepare.digits import Source, prepare
 from dtr_scale.prepare.writer import StoredSample
 from dtr_scale.storage.folder import open_folder
 from tests.support.runs import DEMO
+from tests.support.shards import write_data
 
 RATE = r" +(\d+) samples/s +[\d.]+ MB/s"
 ROWS = {
@@ -61,8 +61,8 @@ def test_reading_is_three_times_as_fast_as_webdataset(tmp_path, capsys):
         for _ in range(6000):
             yield StoredSample(generator.standard_normal((2, 2, 4, 32, 32)).astype(np.float16))
 
-    source = Source("posterior", (4, 32, 32), "float16", 0.18215, 0.0, ("0",), {"train": latents()})
-    prepare(source, open_folder(tmp_path / "latents"), 1500)
+    told = {"encoding": "posterior", "shape": (4, 32, 32), "dtype": "float16"}
+    write_data(open_folder(tmp_path / "latents"), latents(), 1500, **told, scale_factor=0.18215)
     overrides = [f"--data.shards={tmp_path}/latents", f"--data.cache_dir={tmp_path}/cache"]
     model = '--model={"type": "dit", "variant": "DiT-S/2", "num_classes": 1}'
     command = ["bench", "data", "--config", str(DEMO), model, *overrides]

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.data.manifest import NULL_CONTEXT_NAME, Manifest, read_manifest, write_manifest
+from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest, write_manifest
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.prepare.encode import PixelEncoder, TextEncoder
 from dtr_scale.prepare.inspection import describe, draw_samples, verify
 from dtr_scale.prepare.listing import coco
 from dtr_scale.prepare.preparation import Preparation
-from dtr_scale.prepare.writer import StoredSample, write_shards
+from dtr_scale.prepare.writer import StoredSample
 from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import as_bytes, captioned, noise_picture, small_clip
+from tests.support.shards import write_data
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +98,8 @@ def test_numbers_that_are_not_finite_are_told(folder, monkeypatch):
         StoredSample(array, 0, ("a", "b"), context)
         for array, context in zip(arrays, tokens, strict=True)
     ]
-    shards = tuple(write_shards(folder, samples, "train", 5))
-    manifest = Manifest(
-        encoding="posterior",
-        shape=(4, 4, 4),
-        dtype="float16",
-        scale_factor=1.0,
-        shift=0.0,
-        num_classes=1,
-        context_shape=(3, 5),
-        shards=shards,
-    )
+    told = {"encoding": "posterior", "shape": (4, 4, 4), "dtype": "float16"}
+    manifest = write_data(folder, samples, 5, **told, context_shape=(3, 5))
     for num_bytes in (32 * 2**20, 1024, 100):
         monkeypatch.setattr("dtr_scale.prepare.inspection._PIECE_BYTES", num_bytes)
         assert {name: problem for name, _, problem in verify(folder, manifest) if problem} == {

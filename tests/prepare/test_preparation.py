@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from s3fs import S3FileSystem
 
-from dtr_scale.data.manifest import MANIFEST_NAME, NULL_CONTEXT_NAME, read_manifest
+from dtr_scale.data.manifest import MANIFEST_NAME, NULL_CONTEXT_NAME, read_manifest, write_manifest
 from dtr_scale.errors import ConfigError, DataError
+from dtr_scale.prepare.digits import digits, prepare_digits
 from dtr_scale.prepare.encode import PixelEncoder, PosteriorEncoder, TextEncoder
 from dtr_scale.prepare.images import read_picture
 from dtr_scale.prepare.inspection import draw_samples, verify
@@ -159,6 +160,50 @@ def test_finished_data_is_left_alone(source, folder):
     assert again.manifest == read_manifest(folder)
     assert again.shards == 0
     assert contents(folder) == before
+
+
+def test_what_is_lost_after_the_manifest_is_made_again(source, folder):
+    """By the ranks that make it, with the same bytes; the rest is left alone."""
+    preparation(source, folder).run()
+    before = contents(folder)
+    folder.write_bytes("train-000000.tar", before["train-000000.tar"][:-512])
+    folder.remove("train-000003.index.npy")
+    whole = [name for name in before if "-000001" in name or "-000002" in name]
+    times = written(folder, whole)
+    first = preparation(source, folder, rank=0, world_size=2).run()
+    assert (first.manifest, first.stored, first.shards) == (None, 4, 5)
+    assert read_manifest(folder).num_samples("train") == 46  # training may go on meanwhile
+    assert preparation(source, folder, rank=1, world_size=2).run().manifest is not None
+    assert contents(folder) == before
+    assert written(folder, whole) == times
+
+
+def test_what_is_lost_and_cannot_be_made_again_is_an_error_at_every_start(tmp_path):
+    root = class_folders(tmp_path / "src", {"a": 3})
+    folder = open_folder(tmp_path / "out")
+    preparation(root, folder).run()
+    manifest = folder.read_bytes(MANIFEST_NAME)
+    noise_picture(500).save(root / "a" / "001.png")
+    folder.remove("train-000000.tar")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"train-000000.tar was lost, .*fix: give the pictures"):
+            preparation(root, folder).run()
+    assert folder.read_bytes(MANIFEST_NAME) == manifest
+
+
+def test_digits_are_made_as_pictures_are(folder, tmp_path):
+    """In their own order, and what a killed run has stored is kept."""
+    alone = open_folder(tmp_path / "alone")
+    assert prepare_digits(alone).hash("train").startswith("d3ffbda337cc")  # named in runs of then
+    assert read_manifest(alone).hash("val").startswith("d39d7d46bb23")
+    encoder = PixelEncoder(8, channels=1, scale_factor=1 / 8)
+    options = {"encoder": encoder, "shard_bytes": 500 * 2048, "batch_size": 500}
+    preparation(digits(), folder, leaving=stop_after(2), **options).run()
+    assert folder.exists(PLAN_NAME) and not folder.exists(MANIFEST_NAME)
+    before = written(folder, ["train-000000.tar"])
+    prepare_digits(folder)
+    assert contents(folder) == contents(alone)
+    assert written(folder, ["train-000000.tar"]) == before
 
 
 def test_what_a_kill_left_after_the_manifest_is_removed(source, tmp_path):
@@ -492,6 +537,7 @@ def test_a_folder_made_otherwise_is_not_mixed_with(digits, source, tmp_path):
     folder = open_folder(tmp_path / "copy")
     for path in digits.iterdir():
         folder.write_bytes(path.name, path.read_bytes())
+    write_manifest(folder, read_manifest(folder).model_copy(update={"origins": {}}))
     with pytest.raises(ConfigError, match=r"origins.train.source is absent, not imagefolder"):
         preparation(source, folder).run()
 
