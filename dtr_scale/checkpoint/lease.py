@@ -59,7 +59,8 @@ class Lease:
         self._key = key
         self._run_dir = str(run_dir.absolute())
         self._lost = lost
-        self._job = secrets.token_hex(8)
+        self.job = secrets.token_hex(8)
+        """Of all leases, this one."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._renew_until_closing, daemon=True)
 
@@ -71,7 +72,7 @@ class Lease:
         owns: where that is on a node's own disk, it is new on each node.
         """
         self._wait_until_free(run, is_new_run=is_new_run)
-        _held.add(self._job)
+        _held.add(self.job)
         self._thread.start()
 
     def release(self, *, forget: bool = False) -> None:
@@ -84,9 +85,9 @@ class Lease:
         self._closing.set()
         # A renewal after the release would hold the folder for a job that is gone.
         self._thread.join()
-        _held.discard(self._job)
+        _held.discard(self.job)
         with contextlib.suppress(OSError, ValueError):
-            if (self._read() or {}).get("job") != self._job:
+            if (self._read() or {}).get("job") != self.job:
                 return
             if forget and self.created:
                 self._folder.remove(self._name)
@@ -106,7 +107,7 @@ class Lease:
                 if self.created:
                     return
                 continue
-            if found.get("job") == self._job:
+            if found.get("job") == self.job:
                 return  # created, and the answer was lost on its way
             self._refuse_other_run(found, run, is_new_run=is_new_run)
             now = time.monotonic()
@@ -156,7 +157,7 @@ class Lease:
             try:
                 found = self._read()
                 # A file that is gone is nobody's: it is written again.
-                if found and found.get("job") != self._job:
+                if found and found.get("job") != self.job:
                     break
                 self._folder.write_bytes(self._name, self._content())
                 away = False
@@ -189,7 +190,7 @@ class Lease:
         content: dict[str, Any] = {"run": self.run, "run_dir": self._run_dir}
         if held:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            content |= {"job": self._job, "time": now, **_this_process()}
+            content |= {"job": self.job, "time": now, **_this_process()}
         return json.dumps(content, indent=2).encode() + b"\n"
 
 

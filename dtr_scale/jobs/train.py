@@ -3,10 +3,9 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
@@ -48,9 +47,11 @@ def train_experiment(experiment: Experiment) -> int:
                 check_tracking(experiment)
         # Left in reverse: what writes to the run directory is closed before its lease is given up.
         run_dir = stack.enter_context(_run_directory(experiment, world))
+        job = world.broadcast_object(run_dir.job if run_dir else None)
+        fail = partial(write_failure, experiment.run_path, job=job)
         # Before the parts are built: a rank may fail there while the others wait in a collective.
-        peers = PeerWatch(world, end=partial(_end_with_peer, experiment.run_path))
-        stack.enter_context(_failures_told(experiment.run_path, peers))
+        peers = PeerWatch(world, end=partial(_end_with_peer, fail))
+        stack.enter_context(_failures_told(fail, peers))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         stack.callback(trainer.checkpoints.close)
@@ -188,7 +189,7 @@ def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirector
 
 
 @contextmanager
-def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
+def _failures_told(fail: Callable[[str], bool], peers: PeerWatch) -> Iterator[None]:
     """Let the rank that failed tell status.json and its peers why; what breaks after is no news.
 
     When a rank is gone, the collectives of the others fail with errors that explain nothing.
@@ -201,13 +202,13 @@ def _failures_told(run_path: Path, peers: PeerWatch) -> Iterator[None]:
         if isinstance(error, RuntimeError) and (failure := peers.wait_for_failure(_PEER_SECONDS)):
             told = PeerError(f"another rank failed: {failure.reason}")
             told.exit_code = failure.exit_code
-            told.reported = not write_failure(run_path, failure.reason)
+            told.reported = not fail(failure.reason)
             end_at_exit(told.exit_code)
             raise told from None
         reason = str(error).partition("\n")[0] or type(error).__name__
         # What `agree` has raised on every rank is told by rank 0 alone.
         if launched_rank() == 0 or not getattr(error, "on_every_rank", False):
-            write_failure(run_path, reason)  # before the peers know, who would tell it otherwise
+            fail(reason)  # before the peers know, who would tell it otherwise
         exit_code = getattr(error, "exit_code", EXIT_FAILED)
         peers.post(reason, exit_code)
         # Threads of the watch may be in C++ while Python shuts down, which aborts with -6.
@@ -223,9 +224,9 @@ def _end_without_a_trace(message: str) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _end_with_peer(run_path: Path, failure: Failure) -> None:
+def _end_with_peer(fail: Callable[[str], bool], failure: Failure) -> None:
     """End this process, which still waits for a rank that has failed."""
-    if write_failure(run_path, failure.reason) or launched_rank() == 0:
+    if fail(failure.reason) or launched_rank() == 0:
         log.error("another rank failed: %s", failure.reason)
     # Nothing else ends a main thread that is inside a collective.
     os._exit(failure.exit_code)

@@ -69,6 +69,11 @@ class RunDirectory:
         return lease
 
     @property
+    def job(self) -> str:
+        """Which job holds the directory; each start is one of its own."""
+        return self._run_lease.job
+
+    @property
     def journal(self) -> Path:
         return self.path / JOURNAL
 
@@ -156,16 +161,27 @@ def write_saved_step(run_path: Path, step: int) -> None:
         _write_json(run_path, STATUS, content | {"time": _now()})
 
 
-def write_failure(run_path: Path, reason: str) -> bool:
+def write_failure(run_path: Path, reason: str, job: str | None = None) -> bool:
     """Store that the run has failed, unless a rank has already; return whether it was news.
 
-    Any rank may be the one that is left to tell it, and several find out at the same time.
+    Any rank may be the one that is left to tell it, and several find out at the same time. Nothing
+    is written where another job than `job` holds the directory by now: the run goes on there.
     """
     with contextlib.suppress(OSError), _locked(run_path):  # the failure itself matters more
+        if job is not None and _holder(run_path) not in (None, job):
+            return False
         if json.loads((run_path / STATUS).read_bytes())["outcome"] == "failed":
             return False
         write_status(run_path, "failed", reason=reason)
     return True
+
+
+def _holder(run_path: Path) -> str | None:
+    """Return the job that holds a run directory, None if none does or that cannot be read."""
+    try:
+        return json.loads((run_path / LOCK).read_bytes()).get("job")
+    except (OSError, ValueError):
+        return None
 
 
 @contextmanager

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from dtr_scale.checkpoint import lease
 from dtr_scale.errors import ConfigError
-from dtr_scale.train.run_dir import RunDirectory, write_status
+from dtr_scale.storage.folder import open_folder
+from dtr_scale.train.run_dir import LOCK, STATUS, RunDirectory, write_failure, write_status
 
 HOLDER = """
 import pathlib, sys, time
@@ -101,3 +103,18 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path):
     second = run_dir.set_aside()
     assert second is not None and second != place
     run_dir.close()
+
+
+def test_a_failure_is_told_once_and_never_in_a_directory_that_another_job_holds(tmp_path):
+    with closing(RunDirectory(tmp_path)) as held:
+        lock, before = (tmp_path / LOCK).read_bytes(), (tmp_path / STATUS).read_bytes()
+        newcomer = json.dumps(json.loads(lock) | {"job": "another"})
+        open_folder(tmp_path).write_bytes(LOCK, newcomer.encode())
+        assert not write_failure(tmp_path, "rank 0 is gone", job=held.job)
+        assert (tmp_path / STATUS).read_bytes() == before
+        open_folder(tmp_path).write_bytes(LOCK, lock)
+        assert write_failure(tmp_path, "rank 0 is gone", job=held.job)
+        assert not write_failure(tmp_path, "so is rank 1", job=held.job)
+    assert json.loads((tmp_path / STATUS).read_bytes())["reason"] == "rank 0 is gone"
+    write_status(tmp_path, "running")
+    assert write_failure(tmp_path, "released, and failed late", job="some")
