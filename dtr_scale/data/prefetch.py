@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 from dtr_scale.data.shards import OpenShard, RangedShard, Shards
-from dtr_scale.errors import DtrScaleError
 
 _BUSY_SECONDS = 0.05
 _MOST_REQUESTS = 256
@@ -120,7 +119,7 @@ class Prefetcher:
                 with self._changed, contextlib.suppress(ValueError):
                     self._planned.remove(shard)
                     self._planned.append(shard)  # others first
-            except (DtrScaleError, OSError):
+            except Exception:  # of any kind: whoever gets the shard opens it again, and meets it
                 with self._changed:
                     self._failed.add(shard)
 
