@@ -433,7 +433,8 @@ def test_an_outage_loses_nothing_and_repeats_nothing(server, tmp_path, warnings_
     assert "Traceback" not in ended.stderr
 
     (warning,) = warnings_of("dtr_scale.tracking.mirror")  # one a minute
-    assert "Connection refused" in warning and len(warning) < 120
+    # Refused, or reset where the server died in the middle of a request.
+    assert warning.endswith("the journal keeps all, trying again") and len(warning) < 180
     server.start()
     job.log(range(241, 251))
     job.finish()
