@@ -194,17 +194,6 @@ class CheckpointManager:
             )
         return None
 
-    def newest(self) -> CheckpointReader:
-        """Return the newest complete checkpoint for reading; CheckpointError if there is none."""
-        for step in self.steps():
-            try:
-                reader = self._catalog.reader(step)
-                reader.check_sizes()
-                return reader
-            except DamagedCheckpointError as error:
-                log.warning("checkpoint passed over: %s", error)
-        raise CheckpointError(f"no complete checkpoint in {self._folder.url}; train first")
-
     def _try_to_store(
         self, step: int, snapshot: Snapshot, meta: dict[str, Any], figures: Mapping[str, float]
     ) -> None:
