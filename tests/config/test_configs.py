@@ -7,15 +7,34 @@ import pytest
 import torch
 
 from dtr_scale.cli.main import main
-from dtr_scale.config.load import load_experiment
+from dtr_scale.config.changes import changes
+from dtr_scale.config.load import filled_in, load_experiment
 from dtr_scale.config.schema import experiment_schema
-from dtr_scale.jobs.build import build_network
+from dtr_scale.jobs.build import build_network, caution_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 EXPERIMENTS = sorted(CONFIGS.glob("*.json"))
 EXPERIMENTS.remove(CONFIGS / "experiment.schema.json")
 FLAGSHIP = CONFIGS / "dit_l_dtr_antuw.json"
-PAPER = [path for path in EXPERIMENTS if path.stem != "demo_digits" and path != FLAGSHIP]
+# Settings that no table has: what they change of the flagship, besides name and description.
+DIFFERENCES = {
+    "dit_xl_dtr_antuw": {
+        "model.variant": "DiT-XL/2", "expected": {},
+        "expected.fid_50k": None, "expected.a100_hours": None,
+    },
+    "dit_l_dtr_antuw_fsdp2": {
+        "engine.type": "fsdp2", "engine.shard": 8, "engine.reshard_after_forward": False,
+    },
+    "dit_l_dtr_antuw_batch1024": {
+        "train.global_batch_size": 4 * 256, "train.max_steps": 2_000_000 // 4,
+        "train.lr": 4**0.5 * 1e-4, "train.ema_decay": pytest.approx(0.9999**4, abs=1e-6),
+        "data.num_lanes": 8, "checkpoint.every_steps": 5_000 // 4,
+        "checkpoint.keep_every": 100_000 // 4, "evaluation.every_steps": 50_000 // 4,
+        "expected": {}, "expected.fid_50k": None, "expected.a100_hours": None,
+    },
+}  # fmt: skip
+OTHERS = {FLAGSHIP.stem, "demo_digits", *DIFFERENCES}
+PAPER = [path for path in EXPERIMENTS if path.stem not in OTHERS]
 
 NAME = re.compile(
     r"(?P<model>dit_(?:s|b|l|xl)|adm)(?:_expert(?P<expert>\d))?_(?P<dataset>[a-z0-9]+)"
@@ -185,3 +204,37 @@ def test_flagship_is_the_papers_setting():
     }  # fmt: skip
     assert (flagship.model.class_dropout_prob, flagship.data.horizontal_flip) == (0.1, True)
     assert flagship.evaluation.cfg_channels == 4
+
+
+@pytest.mark.parametrize(("name", "differences"), DIFFERENCES.items(), ids=DIFFERENCES)
+def test_the_other_flagships_are_the_flagship_but_for_what_they_say(name, differences):
+    flagship, other = (
+        filled_in(load_experiment(CONFIGS / f"{stem}.json")) for stem in (FLAGSHIP.stem, name)
+    )
+    found = {change.key: change.after for change in changes(flagship, other, source=name)}
+    assert found.keys() >= {"name", "run_dir", "description"}
+    assert {k: v for k, v in found.items() if k not in ("name", "run_dir", "description")} == (
+        differences
+    )
+
+
+def test_fsdp2s_file_is_the_flagships_run_on_nodes_of_eight():
+    fsdp2 = load_experiment(CONFIGS / "dit_l_dtr_antuw_fsdp2.json")
+    assert [fsdp2.engine.mesh(8 * nodes) for nodes in (1, 2, 8)] == [(1, 8), (2, 8), (8, 8)]
+    stored = filled_in(load_experiment(FLAGSHIP))
+    # So it goes on from the flagship's checkpoints, and the other way round.
+    assert not [c for c in changes(stored, filled_in(fsdp2), FLAGSHIP.stem) if c.identity]
+
+
+def test_who_trains_dit_xl_with_dtr_is_told_how_that_went():
+    xl, plain = (
+        CONFIGS / f"{n}.json" for n in ("dit_xl_dtr_antuw", "dit_xl_imagenet_none_vanilla")
+    )
+    caution = caution_of(load_experiment(xl))
+    assert caution
+    assert "FID 10.85 against 9.40" in caution
+    assert "\n" not in caution
+    eq4 = load_experiment(plain, ["--model.routing.type=dtr_eq4"])
+    assert caution_of(eq4) == caution
+    for experiment in (load_experiment(plain), load_experiment(FLAGSHIP)):
+        assert caution_of(experiment) is None
