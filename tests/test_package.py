@@ -24,7 +24,15 @@ OWNERS = {
     "diffusers": {"prepare/encode.py"},
     "open_clip": {"prepare/encode.py"},
 }
-EVERYWHERE = {"", "errors", "launchers", "logs", "storage", "randomness"}  # "": dtr_scale itself
+EVERYWHERE = {
+    "",
+    "errors",
+    "heartbeat",
+    "launchers",
+    "logs",
+    "storage",
+    "randomness",
+}  # "": dtr_scale itself
 PURE = {"torch", "numpy"}
 _COMPONENTS = {"models", "diffusion", "objectives", "data", "engines", "checkpoint", "tracking"}
 MAY_IMPORT = {

@@ -2,8 +2,20 @@
 
 import argparse
 import json
+import os
+from pathlib import Path
 
-from dtr_scale.cli.arguments import OVERRIDES, Commands, actions, add_config, positive_integer, runs
+from dtr_scale.cli.arguments import (
+    OVERRIDES,
+    Commands,
+    actions,
+    add_config,
+    positive_integer,
+    positive_number,
+    runs,
+)
+from dtr_scale.errors import ConfigError
+from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat, launched_heartbeat
 from dtr_scale.launchers import launched_rank
 
 
@@ -12,6 +24,7 @@ def add_experiments(commands: Commands) -> None:
     _add_plan(commands)
     _add_config_command(commands)
     _add_train(commands)
+    _add_health(commands)
     _add_bench(commands)
 
 
@@ -24,6 +37,23 @@ def _add_train(commands: Commands) -> None:
     )
     add_config(parser)
     runs(parser, _train, overrides=True, on_ranks=True)
+
+
+def _add_health(commands: Commands) -> None:
+    parser = commands.add(
+        "health",
+        "train",
+        "tell a container's probe whether the training on this node lives; exit code 1 if its "
+        f"heartbeat has stopped, 0 if it beats or nothing trains here; {HEARTBEAT} names the file",
+        "dtr-scale health /tmp/heartbeat --max-minutes 5",
+    )
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE", help=f"what the training renews (default: ${HEARTBEAT})"
+    )
+    parser.add_argument(
+        "--max-minutes", type=positive_number, default=5, help="the oldest that is accepted"
+    )
+    runs(parser, _health)
 
 
 def _add_plan(commands: Commands) -> None:
@@ -81,13 +111,24 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from dtr_scale.config.load import load_experiment
+    # Before torch is imported, which takes seconds.
+    with launched_heartbeat().beating() as heartbeat:
+        from dtr_scale.config.load import load_experiment
 
-    # Before torch is imported: a mistake in the file is told at once.
-    experiment = load_experiment(arguments.config, overrides)
-    from dtr_scale.jobs.train import train_experiment
+        # The same here: a mistake in the file is told at once.
+        experiment = load_experiment(arguments.config, overrides)
+        from dtr_scale.jobs.train import train_experiment
 
-    return train_experiment(experiment)
+        return train_experiment(experiment, heartbeat)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    path = arguments.file or os.environ.get(HEARTBEAT)
+    if not path:
+        raise ConfigError(f"health needs a file: give FILE, or set {HEARTBEAT}")
+    is_well, told = check_heartbeat(Path(path), 60 * arguments.max_minutes)
+    print(told)
+    return 0 if is_well else 1
 
 
 def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -12,6 +12,7 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
+from dtr_scale.heartbeat import Heartbeat
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.sampling import build_evaluation
@@ -30,13 +31,15 @@ EXIT_FINISHED, EXIT_FAILED, EXIT_REQUEUE = 0, 1, 75
 _PEER_SECONDS = 5.0
 
 
-def train_experiment(experiment: Experiment) -> int:
+def train_experiment(experiment: Experiment, heartbeat: Heartbeat | None = None) -> int:
     """Run an experiment to its end or to a request to leave; return the exit code.
 
     0: finished; 75: checkpointed, start it again to go on. The run directory's status.json tells
-    the same, since launchers replace exit codes. Errors are raised.
+    the same, since launchers replace exit codes. Errors are raised. The caller keeps `heartbeat`
+    beating; it is told here of each step.
     """
-    leave = LeaveRequest(experiment.train.max_minutes)
+    heartbeat = heartbeat or Heartbeat()
+    leave = LeaveRequest(experiment.train.max_minutes, asked=heartbeat.moved)
     with ExitStack() as stack:
         # First of all: a request that comes while everything is built is heard, too.
         stack.enter_context(leave.listening())
@@ -46,11 +49,11 @@ def train_experiment(experiment: Experiment) -> int:
             if world.is_main:
                 check_tracking(experiment)
         # Left in reverse: what writes to the run directory is closed before its lease is given up.
-        run_dir = stack.enter_context(_run_directory(experiment, world))
+        run_dir = stack.enter_context(_run_directory(experiment, world, heartbeat))
         job = world.broadcast_object(run_dir.job if run_dir else None)
         fail = partial(write_failure, experiment.run_path, job=job)
         # Before the parts are built: a rank may fail there while the others wait in a collective.
-        peers = PeerWatch(world, end=partial(_end_with_peer, fail))
+        peers = PeerWatch(world, end=partial(_end_with_peer, fail, heartbeat))
         stack.enter_context(_failures_told(fail, peers))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
@@ -169,13 +172,16 @@ def _join(experiment: Experiment) -> World:
 
 
 @contextmanager
-def _run_directory(experiment: Experiment, world: World) -> Iterator[RunDirectory | None]:
+def _run_directory(
+    experiment: Experiment, world: World, heartbeat: Heartbeat
+) -> Iterator[RunDirectory | None]:
     """Hold the run directory on rank 0; the other ranks know that it is held."""
     run_dir: RunDirectory | None = None
     with world.agree():
         if world.is_main:
             # One rank holds the lease; `agree` carries a refusal to the others.
-            run_dir = RunDirectory(experiment.run_path, lost=_end_without_a_trace)
+            lost = partial(_end_without_a_trace, heartbeat)
+            run_dir = RunDirectory(experiment.run_path, lost=lost)
     refused = False
     try:
         yield run_dir
@@ -217,16 +223,18 @@ def _failures_told(fail: Callable[[str], bool], peers: PeerWatch) -> Iterator[No
         raise
 
 
-def _end_without_a_trace(message: str) -> None:
+def _end_without_a_trace(heartbeat: Heartbeat, message: str) -> None:
     """End this process, whose folders are another job's by now: nothing more is written there."""
     # `os._exit`, since handlers that run at a usual exit would still write there.
     log.error(message)
+    heartbeat.stop()
     os._exit(EXIT_FAILED)
 
 
-def _end_with_peer(fail: Callable[[str], bool], failure: Failure) -> None:
+def _end_with_peer(fail: Callable[[str], bool], heartbeat: Heartbeat, failure: Failure) -> None:
     """End this process, which still waits for a rank that has failed."""
     if fail(failure.reason) or launched_rank() == 0:
         log.error("another rank failed: %s", failure.reason)
+    heartbeat.stop()
     # Nothing else ends a main thread that is inside a collective.
     os._exit(failure.exit_code)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo_digits.json")
 COMMANDS = [
     "train",
+    "health",
     "sample",
     "evaluate",
     "cka",
@@ -59,8 +60,8 @@ def test_help_shows_an_example(command, capsys):
     assert "%(" not in out and "local_rank" not in out
 
 
-# bench needs no file and would run
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command != "bench"])
+# These need no file and would run.
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("bench", "health")])
 def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkeypatch):
     """Every example parses: what it is refused for is that there is no such file or run."""
     monkeypatch.chdir(tmp_path)
