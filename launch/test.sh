@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install and run the tests; arguments go to pytest: bash launch/test.sh -m 'not slow'
 #
-# Some tests need servers (Ceph, SLURM), which root on Debian gets from tests/debian-packages.txt.
+# Some tests need servers (Ceph, SLURM, sshd), which root on Debian gets from tests/debian-packages.txt.
 # Elsewhere these tests are left out, and the last line says so.
 set -euo pipefail
 cd "$(dirname "$0")/.."

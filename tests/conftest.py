@@ -15,9 +15,10 @@ from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.storage.folder import open_folder
 from tests.support.ceph import CephServer
 from tests.support.faulty_proxy import FaultyProxy
+from tests.support.hosts import connected_hosts
 
 # Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.
-SERVICES = {"s3_server", "slurm"}
+SERVICES = {"hosts", "s3_server", "slurm"}
 LARGE_GB = 26
 SLOW_SECONDS = 3600  # others have the time limit of pyproject.toml
 LEFT_OUT = pytest.StashKey[list[str]]()
@@ -88,6 +89,13 @@ def s3_server(tmp_path_factory):
         environment.setenv("AWS_ENDPOINT_URL", server.endpoint_url)
         yield server
         server.shut_down()
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Two hosts that reach each other by ssh; a test that kills one boots it again."""
+    with connected_hosts(2) as connected:
+        yield connected
 
 
 @pytest.fixture
