@@ -20,7 +20,7 @@ from tests.support.hosts import connected_hosts
 # Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.
 SERVICES = {"hosts", "s3_server", "slurm"}
 LARGE_GB = 26
-SLOW_SECONDS = 3600  # others have the time limit of pyproject.toml
+SLOW_SECONDS, LARGE_SECONDS = 900, 3600  # others have the time limit of pyproject.toml
 LEFT_OUT = pytest.StashKey[list[str]]()
 
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
@@ -36,10 +36,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if SERVICES.intersection(item.fixturenames):
             item.add_marker("services")
-        if item.get_closest_marker("large"):
+        is_large = item.get_closest_marker("large")
+        if is_large:
             item.add_marker("slow")
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+            item.add_marker(pytest.mark.timeout(LARGE_SECONDS if is_large else SLOW_SECONDS))
     yield  # pytest's own selection, which the marks above are for
     reasons = {"services": config.getoption("leave_out_services")}
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9

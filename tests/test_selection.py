@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = "tests/storage/test_folder.py"
+FOLDERS, LARGE = "tests/storage/test_folder.py", "tests/engines/test_large.py"
 
 
 def collected(*options):
@@ -19,21 +19,17 @@ def collected(*options):
 
 
 @pytest.fixture(scope="module")
-def selections():
-    return {marker: collected(FOLDERS, "-m", marker)[0] for marker in ("services", "not services")}
+def services():
+    """What is selected as `services`, and what is large without being slow as well."""
+    return collected(FOLDERS, LARGE, "-m", "services or (large and not slow)")[0]
 
 
-def test_the_servers_mark_who_uses_them(selections):
-    services, others = selections["services"], selections["not services"]
-    assert services and others and not services & others
+def test_the_servers_mark_who_uses_them_and_others_stay(services):
+    others, last = collected(FOLDERS, "--leave-out-services=no root here")
+    assert last == f"left out {len(services)} services tests: no root here"
     both = {name for name in services if name.endswith("[s3]")}
     assert both and {name.replace("[s3]", "[local]") for name in both} <= others
-
-
-def test_what_is_left_out_is_told_in_the_last_line(selections):
-    names, last = collected(FOLDERS, "--leave-out-services=no root here")
-    assert names == selections["not services"]
-    assert last == f"left out {len(selections['services'])} services tests: no root here"
+    assert others and not services & others
 
 
 def test_leaving_out_does_not_replace_the_users_selection():
@@ -42,6 +38,5 @@ def test_leaving_out_does_not_replace_the_users_selection():
     assert last.startswith("left out ")
 
 
-def test_large_tests_are_slow():
-    names, _ = collected("tests/engines/test_large.py", "-m", "large and not slow")
-    assert not names
+def test_large_tests_are_slow(services):
+    assert services and not any(name.startswith("test_dit_xl") for name in services)

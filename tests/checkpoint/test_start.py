@@ -138,6 +138,7 @@ def universal(digits, tmp_path_factory):
     return place, held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_run_starts_from_a_universal_checkpoint(digits, tmp_path, universal, stage):
     place, held = universal

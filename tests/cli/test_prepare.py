@@ -262,6 +262,7 @@ def undisturbed(source, vae_path, tmp_path_factory):
     return arguments, {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_process_goes_on(number, undisturbed, tmp_path):
     """Killed in the middle or told to leave: no finished shard is written again."""

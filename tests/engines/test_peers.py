@@ -44,6 +44,7 @@ def train_with_a_failure(digits: Path, run_dir: Path) -> None:
     os._exit(main(["train", "--config", str(DEMO), *arguments]))
 
 
+@pytest.mark.slow
 def test_an_exception_on_one_rank_ends_all(digits, tmp_path, capfd):
     started = time.monotonic()
     codes = exit_codes(2, train_with_a_failure, digits, tmp_path)
@@ -69,6 +70,7 @@ def silent_rank() -> None:
     os._exit(0 if ended == [Failure("rank 1: no sign of life for 3 s")] else 1)
 
 
+@pytest.mark.slow
 def test_a_rank_that_shows_no_sign_of_life_has_failed():
     assert exit_codes(2, silent_rank) in ([0, 0], [0, 1])  # rank 1 wakes to a world that ended
 

@@ -146,6 +146,7 @@ def kill_after_some_steps(
     return f"rank {' and '.join(map(str, victims))}{', in a save' if saving(job.run_dir) else ''}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_rank_that_is_left_tells_that_the_run_has_failed(start, tmp_path, victim):
     job = start(tmp_path / "run", ENDLESS)
@@ -157,9 +158,8 @@ def test_the_rank_that_is_left_tells_that_the_run_has_failed(start, tmp_path, vi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 20])
 def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_peace(
-    start, tmp_path, capsys, kills
+    start, tmp_path, capsys
 ):
     """Every step saves, so kills hit saves, too; every other one waits for one to begin."""
     seed = random.randrange(10**6)
@@ -167,7 +167,7 @@ def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_
     often = ("--checkpoint.every_steps=1", "--model.hidden_size=128", "--model.depth=4")
     run_dir = tmp_path / "run"
     hits, reached = [], 0
-    for number in range(kills):
+    for number in range(20):
         job = start(run_dir, *often, ENDLESS)
         if number % 4 == 2:
             hits.append(kill_while_it_starts(job, moment))
@@ -269,6 +269,7 @@ def test_training_goes_on_through_an_outage_and_stops_after_too_many_failures(
     assert left["step"] > resumed
 
 
+@pytest.mark.slow
 def test_a_full_disk_that_holds_all_of_a_run_ends_it_only_with_the_run(start, tmp_path):
     """Journal, status and checkpoints on one disk, as they are unless told otherwise."""
     run_dir, endure = tmp_path / "run", "--checkpoint.max_failures=1000000"

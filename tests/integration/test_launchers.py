@@ -89,6 +89,7 @@ def status(run_dir):
     return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_two_ranks_of_zero1_write_the_journal_of_one_process(digits, tmp_path, launch):
     """20 steps of the demo as it is, but for fp32, single against ZeRO-1: 1e-4 relative."""
     fp32 = ("--engine.precision=fp32", "--tracking.type=none")
@@ -107,6 +108,7 @@ def test_two_ranks_of_zero1_write_the_journal_of_one_process(digits, tmp_path, l
 
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_a_killed_run_goes_on_in_the_same_mlflow_run(digits, tmp_path, launch):
     """kill -9 of every process; started again, the journal is that of a run left in peace."""
@@ -134,6 +136,7 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(digits, tmp_path, launch):
     assert logged == list(range(1, 501)), "each step once"
 
 
+@pytest.mark.slow
 def test_one_rank_asked_to_leave_takes_all_along(tmp_path, launch):
     run_dir = tmp_path / "run"
     launched = launch(run_dir, *SMALL, "--train.max_steps=100000")
@@ -147,6 +150,7 @@ def test_one_rank_asked_to_leave_takes_all_along(tmp_path, launch):
     assert (run_dir / "checkpoints" / f"step_{left['step']:08d}" / "COMPLETE").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number"),
     [
@@ -176,6 +180,7 @@ def test_a_mistake_is_told_once_without_a_traceback(tmp_path, launch):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_what_only_ranks_can_know_is_told_once(tmp_path, launch):
     """The manifest is read when all ranks are up: all of them fail, rank 0 says why."""
     launched = launch(tmp_path / "run", f"--data.shards={tmp_path}/nothing")
@@ -185,6 +190,7 @@ def test_what_only_ranks_can_know_is_told_once(tmp_path, launch):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_an_altered_shard_is_told_in_one_line_whichever_rank_meets_it(digits, tmp_path, launch):
     place, run_dir = tmp_path / "digits", tmp_path / "run"
     shutil.copytree(digits, place)
