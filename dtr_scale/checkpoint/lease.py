@@ -143,6 +143,11 @@ class Lease:
         # Without a run: written before runs had a name.
         if place == self._run_dir and (owner is None or is_new_run):
             return
+        if place is None:
+            raise ConfigError(
+                f"{self._key} = {self._folder.url!r} has an {self._name} that names no run; choose "
+                "another, or remove that file if no other run uses the folder"
+            )
         raise ConfigError(
             f"{self._key} = {self._folder.url!r} belongs to the run in {place!r}; choose another, "
             f"or remove {self._name} there if that run has moved to {self._run_dir!r}"

@@ -148,16 +148,16 @@ def write_status(
 
 def _saved_step(run_path: Path) -> int | None:
     try:
-        return json.loads((run_path / STATUS).read_text(encoding="utf-8")).get("saved_step")
-    except (OSError, ValueError):
+        return _read_object(run_path / STATUS).get("saved_step")
+    except OSError:
         return None
 
 
 def write_saved_step(run_path: Path, step: int) -> None:
     """Store the step of the newest checkpoint; how the run stands stays as it is."""
     with _locked(run_path):  # the main thread may be telling of a failure at this moment
-        content = json.loads((run_path / STATUS).read_bytes())
-        content |= {"step": max(content["step"] or 0, step), "saved_step": step}
+        content = {"outcome": "running", "reason": ""} | _read_object(run_path / STATUS)
+        content |= {"step": max(content.get("step") or 0, step), "saved_step": step}
         _write_json(run_path, STATUS, content | {"time": _now()})
 
 
@@ -170,7 +170,7 @@ def write_failure(run_path: Path, reason: str, job: str | None = None) -> bool:
     with contextlib.suppress(OSError), _locked(run_path):  # the failure itself matters more
         if job is not None and _holder(run_path) not in (None, job):
             return False
-        if json.loads((run_path / STATUS).read_bytes())["outcome"] == "failed":
+        if _read_object(run_path / STATUS).get("outcome") == "failed":
             return False
         write_status(run_path, "failed", reason=reason)
     return True
@@ -179,9 +179,18 @@ def write_failure(run_path: Path, reason: str, job: str | None = None) -> bool:
 def _holder(run_path: Path) -> str | None:
     """Return the job that holds a run directory, None if none does or that cannot be read."""
     try:
-        return json.loads((run_path / LOCK).read_bytes()).get("job")
-    except (OSError, ValueError):
+        return _read_object(run_path / LOCK).get("job")
+    except OSError:
         return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file tells; {} if it is no object: a disk or a hand has damaged it."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

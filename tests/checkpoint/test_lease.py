@@ -142,6 +142,16 @@ def test_a_folder_that_an_earlier_version_marked_is_taken_over(folder, tmp_path)
     assert folder.read_json(NAME)["run"] == "a"
 
 
+def test_a_mark_that_names_no_run_is_refused_by_name(folder, tmp_path):
+    folder.write_bytes(NAME, b"[]")
+    with pytest.raises(ConfigError, match=r"owner.json that names no run; .*remove that file"):
+        lease_of(folder, tmp_path).take("a")
+    lease = lease_of(folder, tmp_path)
+    lease.take()  # a run directory, which asks for no run
+    lease.release()
+    assert folder.read_json(NAME)["run_dir"] == str(tmp_path)
+
+
 def test_of_two_that_start_at_once_one_has_it(folder, tmp_path, quick):
     taken, refused = [], []
 

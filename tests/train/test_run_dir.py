@@ -14,7 +14,14 @@ import pytest
 from dtr_scale.checkpoint import lease
 from dtr_scale.errors import ConfigError
 from dtr_scale.storage.folder import open_folder
-from dtr_scale.train.run_dir import LOCK, STATUS, RunDirectory, write_failure, write_status
+from dtr_scale.train.run_dir import (
+    LOCK,
+    STATUS,
+    RunDirectory,
+    write_failure,
+    write_saved_step,
+    write_status,
+)
 
 HOLDER = """
 import pathlib, sys, time
@@ -103,6 +110,23 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path):
     second = run_dir.set_aside()
     assert second is not None and second != place
     run_dir.close()
+
+
+@pytest.mark.parametrize("damaged", ["[]", "7", "{", "{}"])
+def test_files_that_tell_nothing_are_written_anew(tmp_path, damaged):
+    """As a disk that was full, or a hand, has left them."""
+    (tmp_path / STATUS).write_text(damaged)
+    (tmp_path / LOCK).write_text(damaged)
+    with closing(RunDirectory(tmp_path)) as held:
+        assert held.saved_step is None
+        (tmp_path / STATUS).write_text(damaged)
+        write_saved_step(tmp_path, 3)
+        told = json.loads((tmp_path / STATUS).read_bytes())
+        assert (told["outcome"], told["step"], told["saved_step"]) == ("running", 3, 3)
+        (tmp_path / STATUS).write_text(damaged)
+        (tmp_path / LOCK).write_text(damaged)
+        assert write_failure(tmp_path, "loss nan", job=held.job)
+    assert json.loads((tmp_path / STATUS).read_bytes())["reason"] == "loss nan"
 
 
 def test_a_failure_is_told_once_and_never_in_a_directory_that_another_job_holds(tmp_path):
