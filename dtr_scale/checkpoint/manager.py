@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,6 @@ from dtr_scale.storage.folder import Folder
 
 log = logging.getLogger(__name__)
 
-_PROBE = ".probe"
 _LAST_SAVE_SECONDS = 60.0
 
 
@@ -79,19 +79,24 @@ class CheckpointManager:
 
         Every rank calls it; CheckpointError on all of them otherwise.
         """
+        # Of this start alone: another job may check the folder at the same time.
+        probe = self._world.broadcast_object(f".probe-{secrets.token_hex(8)}")
         with self._world.agree(), _as_checkpoint_error(self._folder.url):
             if self._world.is_main:
-                self._folder.write_bytes(_PROBE, b"")
-        with self._world.agree(), _as_checkpoint_error(self._folder.url):
-            # A block of its own: `agree` ends with a gather, so rank 0 has written by now.
-            if not self._folder.exists(_PROBE):
-                raise CheckpointError(
-                    f"rank {self._world.rank} does not see what rank 0 writes in "
-                    f"{self._folder.url}; give a checkpoint.dir that all nodes share, or s3://"
-                )
-        with self._world.agree(), _as_checkpoint_error(self._folder.url):
-            if self._world.is_main:
-                self._folder.remove(_PROBE)
+                self._folder.write_bytes(probe, b"")
+        try:
+            with self._world.agree(), _as_checkpoint_error(self._folder.url):
+                # A block of its own: `agree` ends with a gather, so rank 0 has written by now.
+                if not self._folder.exists(probe):
+                    raise CheckpointError(
+                        f"rank {self._world.rank} does not see what rank 0 writes in "
+                        f"{self._folder.url}; give a checkpoint.dir that all nodes share, or s3://"
+                    )
+        finally:
+            # On every rank, since all raise what one has found.
+            with self._world.agree(), _as_checkpoint_error(self._folder.url):
+                if self._world.is_main:
+                    self._folder.remove(probe)
 
     def prepare(self, state: Mapping[str, Piece]) -> None:
         """Agree on who stores what and set host memory aside, so that no save has to.

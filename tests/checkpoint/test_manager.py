@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -386,6 +387,26 @@ def test_a_place_that_cannot_be_written_is_refused_at_the_start(tmp_path):
         manager_of(open_folder(tmp_path / "file" / "checkpoints")).check_folder()
     manager_of(open_folder(tmp_path / "new")).check_folder()
     assert open_folder(tmp_path / "new").names() == []
+
+
+def test_starts_that_check_one_folder_at_once_do_not_disturb_each_other(tmp_path):
+    folder = open_folder(tmp_path / "folder")
+
+    def check(number):
+        for _ in range(20):
+            manager_of(folder).check_folder()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(check, range(4)))
+    assert folder.names() == []
+
+
+def test_a_folder_that_a_rank_does_not_see_is_refused_without_a_trace(tmp_path, monkeypatch):
+    folder = open_folder(tmp_path)
+    monkeypatch.setattr(folder, "exists", lambda name: False)  # as on a disk of another node
+    with pytest.raises(CheckpointError, match=r"rank 0 does not see .*that all nodes share"):
+        manager_of(folder).check_folder()
+    assert folder.names() == []
 
 
 def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path):
