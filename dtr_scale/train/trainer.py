@@ -73,7 +73,9 @@ class StepSums:
         """Sum over all ranks."""
         # The wish to leave rides with the losses. All ranks learn of it at the same step, and so
         # save the same one, without a collective of its own.
-        self._sums[0] = float(leave.reason is not None)
+        # `fill_` takes the number along with its kernel; an assignment would copy it from the
+        # host, which then waits for all that is queued.
+        self._sums[0].fill_(float(leave.reason is not None))
         world.all_reduce_sum(self._sums)
 
     def read(self, grad_norm: Tensor) -> StepResult:

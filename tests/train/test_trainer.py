@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DivergenceError
@@ -66,3 +67,29 @@ def test_the_sums_of_a_step_are_means_by_cluster():
     assert (result.mse, result.vb, result.objective) == (5 / 3, 1.25 / 3, 3.0)
     assert result.cluster_loss == {0: 3.25, 1: 1.5}
     assert (result.grad_norm, result.leave) == (4.0, False)
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of the operations that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+def test_the_wish_to_leave_is_no_copy():
+    """A copy comes from pageable memory of the host, which would wait for a GPU."""
+    sums = StepSums(np.array([1, 2]), ALONE.device)
+    with Operations() as operations:
+        sums.reduce(ALONE, LeaveRequest())
+    assert operations.names == ["aten.select.int", "aten.fill_.Scalar"]
+
+
+def test_a_wish_to_leave_is_read_with_the_sums():
+    sums = StepSums(np.array([1]), ALONE.device)
+    sums.reduce(ALONE, LeaveRequest(max_minutes=1e-9))
+    assert sums.read(torch.tensor(4.0)).leave
