@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# The image's entrypoint. What a container does is said by its arguments:
+#
+#   docker run IMAGE                              print the help
+#   docker run IMAGE train --config FILE ...      a command of dtr-scale
+#   docker run IMAGE deepspeed launch/train.py ...  any other program, as it is
+#   docker run IMAGE sshd                         a node that waits for another node's launcher
+#   docker run IMAGE sshd deepspeed ...           the node that launches: the same, and the program
+#   docker exec CONTAINER entrypoint.sh health    fail if a training here has stood for 5 minutes
+set -euo pipefail
+
+ssh_dir=/shared/ssh
+sshd_pid=/tmp/sshd.pid
+
+# One key for all hosts and one for all users of them, for whichever node comes first: a folder is
+# renamed to an existing name by nobody.
+make_keys() {
+    [ ! -d "$ssh_dir" ] || return 0
+    local made
+    made=$(mktemp --directory /shared/.ssh.XXXXXX)
+    ssh-keygen -q -t ed25519 -N '' -C dtr-host -f "$made/host"
+    ssh-keygen -q -t ed25519 -N '' -C dtr -f "$made/id"
+    echo "* $(cat "$made/host.pub")" > "$made/known_hosts"
+    mv --no-target-directory "$made" "$ssh_dir" 2> /dev/null || rm -r "$made"
+}
+
+# Run the ssh server as this user, who alone may log in. Its sessions have this container's
+# environment: the launcher's own does not know the PATH, the caches and the credentials of a node.
+serve() {
+    make_keys
+    mkdir -p "$HOME/.ssh"
+    # One variable a line: those of several lines cannot be told.
+    (umask 077; env --null | sed --null-data '/\n/d' | tr '\0' '\n' > "$HOME/.ssh/environment")
+    "$@" /usr/sbin/sshd -D -e -f /dev/null -p 2222 \
+        -o "HostKey=$ssh_dir/host" -o "AuthorizedKeysFile=$ssh_dir/id.pub" -o "PidFile=$sshd_pid" \
+        -o UsePAM=no -o PasswordAuthentication=no -o KbdInteractiveAuthentication=no \
+        -o PermitUserEnvironment=yes -o StrictModes=no -o LogLevel=ERROR
+}
+
+# `deepspeed` ends at once when it is told to, and the ranks checkpoint after it. The container's
+# end would be theirs, so it waits.
+launch() {
+    "$@" &
+    local launcher=$! code=0
+    trap 'kill -TERM "$launcher" 2> /dev/null' TERM INT
+    wait "$launcher" || code=$?
+    while kill -0 "$launcher" 2> /dev/null; do wait "$launcher" || code=$?; done
+    while pgrep --full deepspeed.launcher.launch > /dev/null; do sleep 1; done
+    exit "$code"
+}
+
+health() {
+    if [ -e "$DTR_SCALE_HEARTBEAT" ]; then
+        local age=$(($(date +%s) - $(stat --format %Y "$DTR_SCALE_HEARTBEAT")))
+        echo "the training's last heartbeat is $age s old"
+        [ "$age" -le 300 ]
+    elif [ -e "$sshd_pid" ]; then
+        kill -0 "$(cat "$sshd_pid")"
+    fi
+}
+
+if [ "${1:-}" = health ]; then health; exit; fi
+
+# Of an earlier start of this container.
+rm -f "$DTR_SCALE_HEARTBEAT" "$sshd_pid"
+[ ! -w /shared ] || mkdir -p /shared/data /shared/runs
+
+if [ "${1:-}" = sshd ]; then
+    shift
+    [ $# -gt 0 ] || serve exec
+    serve &
+    # The server writes its pid when it listens; without it, `set -e` ends this.
+    until [ -e "$sshd_pid" ]; do kill -0 $!; sleep 0.1; done
+fi
+case "${1:---help}" in
+    deepspeed) launch "$@" ;;
+    *) if type -P "${1:---help}" > /dev/null; then exec "$@"; else exec dtr-scale "${@:---help}"; fi ;;
+esac
