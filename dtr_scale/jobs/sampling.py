@@ -1,7 +1,6 @@
 """Build what draws an experiment's samples: of a trained run, and in the middle of training."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +11,6 @@ from dtr_scale.data.reader import SampleReader, Samples
 from dtr_scale.evaluation.report import has_pixel_metrics
 from dtr_scale.evaluation.sampling import SamplingSettings
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.tracking.base import Tracker
-from dtr_scale.tracking.journal import Record
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from dtr_scale.train.run_dir import SAMPLES, RunDirectory
 from dtr_scale.train.trainer import Trainer
@@ -60,7 +57,6 @@ def build_evaluation(
     experiment: Experiment,
     trainer: Trainer,
     run_dir: RunDirectory | None,
-    tracker: Tracker,
     leave_reason: Callable[[], str | None] = lambda: None,
 ) -> PeriodicEvaluation:
     """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to.
@@ -71,11 +67,6 @@ def build_evaluation(
     conditions, null_condition = None, None
     if evaluation.every_steps:
         conditions, null_condition = sampling_conditions(experiment)
-
-    def report(step: int, metrics: Record, picture: Path) -> None:
-        trainer.checkpoints.note(step, metrics)  # for checkpoint.keep_best
-        tracker.log_evaluation(step, metrics, picture)
-
     periodic = PeriodicEvaluation(
         world=trainer.world,
         engine=trainer.engine,
@@ -88,7 +79,6 @@ def build_evaluation(
         # Rank 0 alone measures; all ranks draw.
         held_out=_held_out(experiment, trainer) if run_dir else None,
         folder=run_dir.path / SAMPLES if run_dir else None,
-        report=report,
         leave_reason=leave_reason,
     )
     if evaluation.every_steps:

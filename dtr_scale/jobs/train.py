@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
@@ -18,7 +19,6 @@ from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.sampling import build_evaluation
 from dtr_scale.jobs.tracking import build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
-from dtr_scale.tracking.base import NullTracker, Tracker
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
@@ -58,12 +58,12 @@ def train_experiment(experiment: Experiment, heartbeat: Heartbeat | None = None)
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         stack.callback(trainer.checkpoints.close)
+        with world.agree():
+            # Before a run begins, or an earlier one is set aside: it may be refused.
+            evaluate = build_evaluation(experiment, trainer, run_dir, lambda: leave.reason)
         resume_or_start(trainer, experiment, world, run_dir)
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
-        with world.agree():
-            evaluate = build_evaluation(
-                experiment, trainer, run_dir, records.tracker, lambda: leave.reason
-            )
+        evaluate.on_result = records.write_evaluation
         reason = None
         # The last job may have been killed, or asked to leave, after it saved and before this.
         if trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
@@ -82,9 +82,9 @@ def train_experiment(experiment: Experiment, heartbeat: Heartbeat | None = None)
 class _Records:
     """What rank 0 writes of a run: journal, tracker, progress, status; nothing on other ranks."""
 
-    tracker: Tracker = NullTracker()
-
     def write(self, record: Record) -> None: ...
+
+    def write_evaluation(self, step: int, figures: Record, picture: Path) -> None: ...
 
     def end(self, outcome: str, reason: str) -> None: ...
 
@@ -98,7 +98,7 @@ class _MainRecords(_Records):
         run_dir.write_config(resolved(experiment))
         write_status(run_dir.path, "running", step=trainer.step)
         self._journal = Journal(run_dir.journal, step=trainer.step)
-        self.tracker = build_tracker(experiment, world, run_dir, step=trainer.step)
+        self._tracker = build_tracker(experiment, world, run_dir, step=trainer.step)
         # A journal never ends before its checkpoint, and status.json knows of every checkpoint: a
         # start that misses it is refused.
         trainer.checkpoints.before_commit = self._journal.sync
@@ -108,8 +108,12 @@ class _MainRecords(_Records):
     def write(self, record: Record) -> None:
         # The journal is the record of a run; MLflow is its mirror and may be away.
         self._journal.write(record)
-        self.tracker.log(record)
+        self._tracker.log(record)
         self._progress.show(record)
+
+    def write_evaluation(self, step: int, figures: Record, picture: Path) -> None:
+        self._trainer.checkpoints.note(step, figures)  # for checkpoint.keep_best
+        self._tracker.log_evaluation(step, figures, picture)
 
     def end(self, outcome: str, reason: str) -> None:
         """Write how the run ended, first of all where launch scripts look for it.
@@ -141,7 +145,7 @@ class _MainRecords(_Records):
         self._progress.close()
         with contextlib.suppress(OSError):  # told already, when its records were kept in memory
             self._journal.close()
-        self.tracker.finish(outcome, checkpoint)
+        self._tracker.finish(outcome, checkpoint)
 
 
 @contextmanager

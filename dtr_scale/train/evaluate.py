@@ -72,10 +72,11 @@ class PeriodicEvaluation:
         conditions: Callable[[range], torch.Tensor] | None,
         held_out: Samples | None,
         folder: Path | None,
-        report: Callable[[int, Record, Path], None],
         null_condition: torch.Tensor | None = None,
         leave_reason: Callable[[], str | None] = lambda: None,
     ) -> None:
+        self.on_result: Callable[[int, Record, Path], None] = lambda step, figures, picture: None
+        """Called on rank 0 with a step, its figures and the picture of its samples."""
         self._world = world
         self._engine = engine
         self._ema = ema
@@ -86,7 +87,6 @@ class PeriodicEvaluation:
         self._null_condition = null_condition
         self._held_out = held_out
         self._folder = folder
-        self._report = report
         self._leave_reason = leave_reason
 
     def check(self) -> None:
@@ -276,7 +276,7 @@ class PeriodicEvaluation:
         picture = folder / name
         log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
         # After the picture is written: MLflow's thread reads the file.
-        self._report(step, {"frechet_distance": distance}, picture)
+        self.on_result(step, {"frechet_distance": distance}, picture)
 
 
 def _kept_name(step: int) -> str:

@@ -17,7 +17,6 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DataError, EngineError
 from dtr_scale.jobs.build import build_network, build_trainer
 from dtr_scale.jobs.sampling import sampling_settings
-from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from tests.support.engine_jobs import (
@@ -125,7 +124,6 @@ def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarra
             conditions=None,
             held_out=None,
             folder=folder if world.is_main else None,
-            report=NullTracker().log_evaluation,
         )
         evaluate(num_samples)
     files = sorted(folder.iterdir(), reverse=True) if world.is_main else []

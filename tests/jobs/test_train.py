@@ -7,9 +7,9 @@ import pytest
 
 from dtr_scale.engines.world import World
 from dtr_scale.errors import EngineError, UnsavedError
-from dtr_scale.jobs import train as run
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.storage.folder import open_folder
+from dtr_scale.train.trainer import Trainer
 from tests.support.disks import fill, small_disk
 from tests.support.runs import TINY, journal, status, tiny, train
 
@@ -101,13 +101,13 @@ def test_losing_the_loss_stops_before_a_checkpoint(digits, tmp_path):
 def test_a_run_whose_end_cannot_be_written_has_failed(digits, tmp_path, monkeypatch):
     run_dir, elsewhere = tmp_path / "disk" / "run", f"--checkpoint.dir={tmp_path}/checkpoints"
     with small_disk(run_dir.parent, 2**20):
-        build = run.build_evaluation
+        run_before = Trainer.run
 
-        def build_late(*args):
+        def run_on_full_disk(*args, **options):
             fill(run_dir.parent / "filler")
-            return build(*args)
+            return run_before(*args, **options)
 
-        monkeypatch.setattr(run, "build_evaluation", build_late)
+        monkeypatch.setattr(Trainer, "run", run_on_full_disk)
         with pytest.raises(
             UnsavedError, match=r"written to .*: No space left.*of step 4"
         ) as failed:

@@ -11,7 +11,6 @@ from dtr_scale.engines.world import World
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.sampling import build_evaluation
 from dtr_scale.jobs.train import train_experiment
-from dtr_scale.tracking.base import NullTracker
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
@@ -66,7 +65,7 @@ def train_on(
     if resume:
         assert trainer.resume()
     if evaluating:
-        return run_trainer(trainer, build_evaluation(experiment, trainer, None, NullTracker()))
+        return run_trainer(trainer, build_evaluation(experiment, trainer, None))
     return run_trainer(trainer)
 
 
