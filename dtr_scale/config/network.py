@@ -48,10 +48,11 @@ class RoutingConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _has_type(cls, section: Any) -> Any:  # noqa: ANN401
-        if isinstance(section, dict) and section and "type" not in section:
+        if isinstance(section, dict) and "type" not in section:
             given = ", ".join(f"{key} = {json.dumps(value)}" for key, value in section.items())
+            effect = f", with which {given} would have no effect" if given else ""
             raise refuse(
-                f"model.routing.type is missing, with which {given} would have no effect; give "
+                f"model.routing.type is missing{effect}; give "
                 'model.routing.type = "dtr" (or another routing), or "none" to train without'
             )
         return section
@@ -68,7 +69,7 @@ class NetworkConfig(Section):
     """Networks of equal intervals of the timesteps (multi-experts); 1: one for all."""
     expert: Count | None = None
     """Train this expert alone (0 to num_experts - 1); null: all of them together."""
-    routing: RoutingConfig = RoutingConfig()
+    routing: RoutingConfig = RoutingConfig(type="none")
 
     @model_validator(mode="after")
     def _expert_exists(self) -> Self:
