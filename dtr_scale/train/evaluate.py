@@ -162,7 +162,8 @@ class PeriodicEvaluation:
         reason = None
         if cut_off:
             reason = next(filter(None, world.all_gather_object(self._leave_reason())))
-            self._keep(step, parts)
+            if len(drawn) > 1:  # else what is kept of it, if anything, is stored already
+                self._keep(step, parts)
         return _Drawn(parts.flatten(0, 1)[: self._num_samples], len(drawn) - 1, reason)
 
     def _draw_together(

@@ -126,13 +126,17 @@ def test_a_request_to_leave_is_heard_while_it_samples_and_the_samples_are_kept(
     assert journal(cut) == journal(whole)
 
 
-def test_a_time_limit_shorter_than_an_evaluation_does_not_keep_a_run_from_its_end(digits, tmp_path):
+def test_a_time_limit_shorter_than_an_evaluation_does_not_keep_a_run_from_its_end(
+    digits, tmp_path, caplog
+):
+    caplog.set_level("INFO", "dtr_scale")
     short = ("--train.max_minutes=1e-9", "--evaluation.every_steps=1")
     starts = 1
     while tiny(digits, tmp_path, *LONG, *short) == 75:
         assert status(tmp_path)["saved_step"] == min(starts, 4)
         starts += 1
     assert starts <= 6
+    assert "samples are kept" not in caplog.text and "no time for its evaluation" in caplog.text
     assert [record["step"] for record in journal(tmp_path)] == [1, 2, 3, 4]
 
 
