@@ -15,7 +15,7 @@ LAUNCHER_PID = "DTR_SCALE_LAUNCHER_PID"
 """Set by a launch script to its own pid: when it is gone, the ranks below it leave."""
 
 _DEEPSPEED, _DEEPSPEED_LAUNCH = "deepspeed", "deepspeed.launcher.launch"
-_TORCHRUN = {"torchrun", "torch.distributed.run", "torch.distributed.launch"}
+_TORCHRUN = {"torchrun", "torchrun.py", "torch.distributed.run", "torch.distributed.launch"}
 _SRUN = "slurmstepd:"  # what `srun` has each node start the ranks by
 _LAUNCHERS = {*_TORCHRUN, _SRUN, _DEEPSPEED, _DEEPSPEED_LAUNCH}
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
