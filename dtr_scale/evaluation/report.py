@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from dtr_scale.data.reader import Samples
-from dtr_scale.evaluation.metrics import frechet_distance, legibility
+from dtr_scale.evaluation.legibility import legibility
+from dtr_scale.evaluation.metrics import frechet_distance
 from dtr_scale.storage.folder import open_folder
 
 REPORT = "evaluation.json"
