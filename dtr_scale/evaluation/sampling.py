@@ -19,6 +19,7 @@ from dtr_scale.diffusion.samplers import (
     dpm_solver_sample,
 )
 from dtr_scale.errors import ConfigError
+from dtr_scale.evaluation.pictures import to_uint8
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.randomness import keyed_generator
 
@@ -165,7 +166,7 @@ def save_grid(file: Path | BinaryIO, images: Tensor, *, columns: int) -> None:
 
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = to_uint8(images)
     sheet = torch.zeros(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
     for i, image in enumerate(levels):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
