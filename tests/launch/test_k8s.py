@@ -329,6 +329,7 @@ def wait_for(condition):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_preempted_pod_takes_all_along_and_the_run_goes_on(tmp_path, start):
     """Two pods of the TrainJob; one gets SIGTERM, as at a node's drain, and all start again."""
     trainjob, run_dir = MANIFESTS["trainjob-torch"], tmp_path / "run"
