@@ -14,7 +14,7 @@ from dtr_scale.train.run_dir import RunDirectory
 
 
 def check_tracking(experiment: Experiment) -> None:
-    """Raise ConfigError if the experiment's MLflow can never be reached; no server is asked."""
+    """Raise ConfigError if the experiment's MLflow can never be reached."""
     if experiment.tracking.type == "mlflow":
         from dtr_scale.tracking.check import check_uri
 

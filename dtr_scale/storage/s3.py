@@ -243,7 +243,7 @@ class _FileSystem(s3fs.S3FileSystem):
             raise translate_boto_error(error) from error
         except (botocore.HTTPClientError, botocore.ConnectionError) as error:
             # As no error that s3fs knows: it would try again what was tried enough.
-            raise ConnectionError(str(error)) from error
+            raise ConnectionError(_distrust(error) or str(error)) from error
 
     async def _try(self, what: str, method: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         # As s3fs calls a method of botocore; `_get_s3_method_kwargs` is private to it.
@@ -280,8 +280,28 @@ def _is_transient(error: Exception) -> bool:
     if isinstance(error, botocore.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or error.response["Error"]["Code"] in _TRANSIENT_CODES
+    if _distrust(error):
+        return False
     # The timeout of the whole request arrives as a cancellation, not as one of these.
     return isinstance(error, (*s3fs.core.S3_RETRYABLE_ERRORS, botocore.ConnectionError))
+
+
+def _distrust(error: BaseException) -> str:
+    """Return why the server's certificate is not trusted and the fix; "" for any other error."""
+    cause: BaseException | None = error
+    while cause:
+        reason = getattr(cause, "verify_message", "")  # of ssl.SSLCertVerificationError
+        # A connection opens no other file than the bundle.
+        is_no_bundle = getattr(cause, "reason", "") == "NO_CERTIFICATE_OR_CRL_FOUND"
+        if is_no_bundle or isinstance(cause, FileNotFoundError):
+            reason = "the file that AWS_CA_BUNDLE names is missing or holds none"
+        if reason:
+            return (
+                f"the server's certificate is not trusted: {reason}; "
+                "set AWS_CA_BUNDLE to the certificate of the authority that signed it"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 class _Parts:

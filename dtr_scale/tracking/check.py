@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import ssl
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,13 +10,19 @@ from dtr_scale.errors import ConfigError
 from dtr_scale.tracking.mlflow import open_client
 from dtr_scale.tracking.uri import shown_uri, without_secrets
 
+_ACCEPTED = "give http(s)://HOST:PORT, sqlite:///FILE, or a database whose driver is installed"
+_TRUST = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the certificate of the authority that signed it"
+_PATIENCE_SECONDS = 5.0
+# Its own time is over or has not come: a server mends that by itself, as an outage.
+_UNTIMELY = {9, 10}  # X509_V_ERR_CERT_NOT_YET_VALID, X509_V_ERR_CERT_HAS_EXPIRED
 _DATABASES = ("postgresql", "mysql", "mssql", "sqlite")
 
 
 def check_uri(configured: str | None) -> None:
     """Raise ConfigError if MLflow can never be reached at the address that a run would use.
 
-    No server is asked. One that does not answer is an outage, which training outlives.
+    A server is asked for its certificate alone. One that does not answer is an outage, which
+    training outlives.
     """
     uri = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -31,16 +38,46 @@ def check_uri(configured: str | None) -> None:
     except Exception as error:  # of SQLAlchemy, drivers, the file system, MLflow
         reason = without_secrets(str(error).partition("\n")[0], uri)[:200].strip()
         source = "tracking.uri" if configured else "MLFLOW_TRACKING_URI"
-        raise ConfigError(
-            f"{source} = {shown_uri(uri)!r}: {reason}; give http(s)://HOST:PORT, "
-            "sqlite:///FILE, or a database whose driver is installed"
-        ) from None
+        fix = _TRUST if isinstance(error, _DistrustError) else _ACCEPTED
+        raise ConfigError(f"{source} = {shown_uri(uri)!r}: {reason}; {fix}") from None
+
+
+class _DistrustError(Exception):
+    """The server's certificate is signed by nobody who is trusted here, or for another host."""
 
 
 def _check_server(uri: str) -> None:
     parts = urlsplit(uri)
     if not parts.hostname or parts.port == 0:  # the port itself raises ValueError
         raise ValueError("no host")
+    if parts.scheme.lower() == "https":
+        _check_certificate(uri)
+
+
+def _check_certificate(uri: str) -> None:
+    """Ask the server for anything, as MLflow's client does; its answer does not matter."""
+    import requests
+
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        return
+    # Without it, requests looks at REQUESTS_CA_BUNDLE.
+    verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
+    try:
+        requests.get(uri, verify=verify, timeout=_PATIENCE_SECONDS, stream=True).close()
+    except requests.exceptions.SSLError as error:
+        cause: BaseException | None = error
+        while cause:
+            if (
+                isinstance(cause, ssl.SSLCertVerificationError)
+                and cause.verify_code not in _UNTIMELY
+            ):
+                reason = f"the server's certificate is not trusted: {cause.verify_message}"
+                raise _DistrustError(reason) from None
+            cause = cause.__cause__ or cause.__context__
+    except requests.exceptions.RequestException:
+        pass  # an outage
+    except OSError as error:  # the authorities' own file is missing
+        raise _DistrustError(str(error)) from None
 
 
 def _check_database(uri: str) -> None:

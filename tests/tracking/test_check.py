@@ -16,6 +16,7 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo_digits.json"
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("NO_PROXY", "*")  # a proxy may answer in place of nobody
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,12 @@ def test_what_may_work_is_accepted(tmp_path):
         connection.execute("BEGIN IMMEDIATE")
         check_uri(f"sqlite:///{path}")
     connection.close()
+
+
+def test_a_missing_file_of_authorities_is_refused_with_its_variable(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "/nowhere.pem")
+    with pytest.raises(ConfigError, match=r"/nowhere\.pem; set MLFLOW_TRACKING_SERVER_CERT_PATH"):
+        check_uri("https://127.0.0.1:9")
 
 
 def test_a_run_is_refused_before_its_directory_is_made(tmp_path, capsys):
