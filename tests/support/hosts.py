@@ -37,6 +37,7 @@ mount --bind "$2/ssh_config" /etc/ssh/ssh_config
 mount -t tmpfs shm /dev/shm
 echo ready
 read -r plugged
+[ "$4" = sshd ] || exec sleep infinity
 exec /usr/sbin/sshd -D -e -f "$2/sshd_config" -o "ListenAddress=$plugged:$3"
 """
 _SSHD_CONFIG = """\
@@ -62,13 +63,16 @@ LogLevel ERROR
 class Host:
     """One host; its processes die with this one, however it ends."""
 
-    def __init__(self, name: str, address: str, bridge: str, folder: Path) -> None:
+    def __init__(
+        self, name: str, address: str, bridge: str, folder: Path, *, sshd: bool = True
+    ) -> None:
         self.name = name
         self.address = address
         self._card = "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
         self._bridge = bridge
         self._port = f"{bridge}{name}"  # of the bridge; the host's end of the cable is eth0
         self._folder = folder
+        self._sshd = sshd
         self._init: subprocess.Popen[str] | None = None
 
     def boot(self) -> None:
@@ -77,7 +81,8 @@ class Host:
         with (self._folder / "log").open("a") as log:
             self._init = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, "--fork", "--kill-child",
-                 "sh", "-c", _INIT, "sh", self.name, str(self._folder), str(PORT)],
+                 "sh", "-c", _INIT, "sh", self.name, str(self._folder), str(PORT),
+                 "sshd" if self._sshd else ""],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
                 env={"PATH": PATH}, start_new_session=True,
             )  # fmt: skip
@@ -93,7 +98,8 @@ class Host:
         self._init.stdin.write(f"{self.address}\n")
         self._init.stdin.flush()
         # It binds within milliseconds, long before the host's own ssh has started for another try.
-        self.run("ssh", "-o", "ConnectionAttempts=20", self.name, "true")
+        if self._sshd:
+            self.run("ssh", "-o", "ConnectionAttempts=20", self.name, "true")
 
     def start(
         self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
@@ -179,8 +185,8 @@ class Hosts(Sequence[Host]):
 
 
 @contextlib.contextmanager
-def connected_hosts(num: int) -> Iterator[Hosts]:
-    """Boot `num` hosts in a network of their own, and end them."""
+def connected_hosts(num: int, *, sshd: bool = True) -> Iterator[Hosts]:
+    """Boot `num` hosts in a network of their own, and end them; without sshd port 2222 is free."""
     missing = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
     assert not missing, f"{missing} missing; fix: install Debian's packages {PACKAGES}"
     assert os.geteuid() == 0, "hosts are made by root only; fix: run this test as root"
@@ -193,7 +199,7 @@ def connected_hosts(num: int) -> Iterator[Hosts]:
         _ip("link", "set", bridge, "up")
         addresses = {f"node{number}": f"{network}.{number}" for number in range(1, num + 1)}
         _write_files(folder, addresses)
-        hosts = [Host(name, address, bridge, folder) for name, address in addresses.items()]
+        hosts = [Host(name, addresses[name], bridge, folder, sshd=sshd) for name in addresses]
         for host in hosts:
             stack.callback(host.kill)
             host.boot()
