@@ -3,7 +3,7 @@
 `preparing.json` says what is being prepared, `<shard>.record.json` that a shard is stored with
 its index. They let a killed run go on, and ranks work without talking: whoever stores the last
 shard writes the manifest, which replaces them. A shard of the manifest that is cut or removed
-later is made again by the next run.
+later is made again by the next run, as are the tokens of the empty caption.
 """
 
 import contextlib
@@ -62,7 +62,9 @@ class Ledger:
         self._plan = plan
         content = json.dumps(_identity(plan), sort_keys=True)
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        self._listed: dict[str, Shard] = {}  # those of a manifest that was there before
+        # Of a manifest that was there before.
+        self._listed: dict[str, Shard] = {}
+        self._listed_null_context: Sha256 | None = None
 
     def begin(self) -> list[str]:
         """Note the plan and return the splits that lack shards: [] when all are there.
@@ -80,8 +82,16 @@ class Ledger:
         if MANIFEST_NAME in names:
             manifest = read_manifest(self._folder, split=None)
             listed = {shard.split for shard in manifest.shards}
-            self._must_be_alike(manifest, "", listed & self._plan.origins.keys())
+            both = listed & self._plan.origins.keys()
+            if unknown := sorted(both - manifest.origins.keys()):
+                raise ConfigError(
+                    f"{self._folder.url} holds data whose manifest does not say what "
+                    f"{', '.join(unknown)} was made of, as an earlier version wrote it; fix: give "
+                    "another --out, or remove the folder"
+                )
+            self._must_be_alike(manifest, "", both)
             self._listed = {shard.name: shard for shard in manifest.shards}
+            self._listed_null_context = manifest.null_context_sha256
             whole = listed - {s.split for s in manifest.shards if not self._is_stored(s, names)}
         missing = [split for split in self._plan.origins if split not in whole]
         if not missing:
@@ -144,6 +154,15 @@ class Ledger:
             squares=tuple(squares),
         )
         self._folder.write_bytes(record.name, record.model_dump_json().encode())
+
+    def add_null_context(self, content: bytes) -> None:
+        """Store the tokens of the empty caption; DataError if the manifest says others."""
+        if self._listed_null_context not in (None, hashlib.sha256(content).hexdigest()):
+            raise DataError(
+                f"{self._folder.url}/{NULL_CONTEXT_NAME} was lost, and made again it is not what "
+                "the manifest says; fix: give the text encoder it was made with, or another --out"
+            )
+        self._folder.write_bytes(NULL_CONTEXT_NAME, content)
 
     def forget(self, record: ShardRecord) -> None:
         """Let a stored shard be made again, by whichever rank makes it."""

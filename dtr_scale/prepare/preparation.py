@@ -80,11 +80,11 @@ class Preparation:
         cut or removed since, or a picture that could not be read then can be now.
         """
         splits = self._ledger.begin()
+        self._store_null_context()
         if not splits:
             told = "%s: all of it is there already, by its sizes; data verify reads every byte"
             log.info(told, self._folder.url)
             return Outcome(read_manifest(self._folder, split=None))
-        self._store_null_context()
         works = [work for split in splits for work in self._works(split)]
         names = [work.name for work in works]
         done = self._ledger.finished(names)
@@ -170,7 +170,7 @@ class Preparation:
         if self._text_encoder is not None and not self._folder.exists(NULL_CONTEXT_NAME):
             content = io.BytesIO()
             np.save(content, self._text_encoder.encode([""])[0])
-            self._folder.write_bytes(NULL_CONTEXT_NAME, content.getvalue())
+            self._ledger.add_null_context(content.getvalue())
 
     @property
     def _num_pictures(self) -> int:

@@ -31,6 +31,7 @@ from tests.support.pictures import (
     small_clip,
     tar_of,
 )
+from tests.support.runs import copied
 
 SIZE = 16
 SAMPLE_BYTES = 5 * 512  # of a tar: two headers, a class, 128 + 768 bytes of an array
@@ -511,6 +512,17 @@ def test_captions_are_stored_with_their_tokens(folder, tmp_path):
             found[text[0]] = text
     assert sorted(found.values()) == sorted(captions.values())
 
+    before = contents(folder)
+    folder.remove(NULL_CONTEXT_NAME)
+    again = preparation(listing, folder, text_encoder=text_encoder, shard_bytes=10**5)
+    assert again.run().manifest == manifest
+    assert contents(folder) == before
+    folder.remove(NULL_CONTEXT_NAME)
+    write_manifest(folder, manifest.model_copy(update={"null_context_sha256": "0" * 64}))
+    with pytest.raises(DataError, match=r"null_context.npy was lost, and made again it is not"):
+        preparation(listing, folder, text_encoder=text_encoder, shard_bytes=10**5).run()
+    assert not folder.exists(NULL_CONTEXT_NAME)
+
 
 def _captions_before(tar, start):
     """Return the captions that lie in a tar before the tokens at `start`."""
@@ -533,13 +545,15 @@ def test_tars_and_folders_give_the_same_shards(source, tmp_path):
     assert contents(a) == contents(b)
 
 
-def test_a_folder_made_otherwise_is_not_mixed_with(digits, source, tmp_path):
-    folder = open_folder(tmp_path / "copy")
-    for path in digits.iterdir():
-        folder.write_bytes(path.name, path.read_bytes())
-    write_manifest(folder, read_manifest(folder).model_copy(update={"origins": {}}))
-    with pytest.raises(ConfigError, match=r"origins.train.source is absent, not imagefolder"):
-        preparation(source, folder).run()
+def test_what_an_earlier_version_has_prepared_is_refused(digits, tmp_path):
+    """Its manifest has no origins: nothing tells whether it is the same data."""
+    folder = open_folder(copied(digits, tmp_path))
+    write_manifest(folder, read_manifest(folder, split=None).model_copy(update={"origins": {}}))
+    before = contents(folder)
+    told = r"does not say what train, val was made of, as an earlier version .* remove the folder"
+    with pytest.raises(ConfigError, match=told):
+        prepare_digits(folder)
+    assert contents(folder) == before
 
 
 def test_pictures_larger_than_a_shard_have_one_each(tmp_path):
