@@ -29,6 +29,8 @@ _RENEW_SECONDS = 5.0
 # Longer than a lease: one that nobody renews is taken over, not waited for in vain.
 _PATIENCE_SECONDS = 20.0
 """For a holder that is alive: it may be about to leave."""
+# Longer than from a read to the write that follows it.
+_SETTLE_SECONDS, _LOCAL_SETTLE_SECONDS = 1.0, 0.1
 
 _held: set[str] = set()
 """The leases of this process, whose pid tells nothing about one that could not be given back."""
@@ -71,8 +73,12 @@ class Lease:
         or if the folder is another run's. A new run takes over what a run of the same directory
         owns: where that is on a node's own disk, it is new on each node.
         """
-        self._wait_until_free(run, is_new_run=is_new_run)
-        _held.add(self.job)
+        _held.add(self.job)  # before it is written, which others of this process may read
+        try:
+            self._wait_until_free(run, is_new_run=is_new_run)
+        except BaseException:
+            _held.discard(self.job)
+            raise
         self._thread.start()
 
     def release(self, *, forget: bool = False) -> None:
@@ -108,7 +114,7 @@ class Lease:
                     return
                 continue
             if found.get("job") == self.job:
-                return  # created, and the answer was lost on its way
+                return  # taken over, or created and the answer was lost on its way
             self._refuse_other_run(found, run, is_new_run=is_new_run)
             now = time.monotonic()
             # Any change shows life: each renewal has another time.
@@ -119,7 +125,10 @@ class Lease:
             if "job" not in found or alive is False or run_out:
                 self.run = found.get("run") or run or secrets.token_hex(8)
                 self._folder.write_bytes(self._name, self._content())
-                return
+                # Another may have read the same and write a moment later: the last to write has
+                # the folder, as the next round tells both.
+                time.sleep(_LOCAL_SETTLE_SECONDS if self._folder.is_local else _SETTLE_SECONDS)
+                continue
             # Where its process cannot be seen, a renewal since this wait began is the proof.
             if now - start > _PATIENCE_SECONDS and (alive or seen > start + 1):
                 raise ConfigError(
@@ -155,7 +164,7 @@ class Lease:
 
     def _renew_until_closing(self) -> None:
         away = False
-        # Soon at first: of two that took over what had run out, the last to write has it.
+        # Soon at first: a write that came later than `take` waits for is noticed here.
         pause = 1.0
         while not self._closing.wait(pause):
             pause = _RENEW_SECONDS

@@ -172,6 +172,57 @@ def test_of_two_that_start_at_once_one_has_it(folder, tmp_path, quick):
     taken[0].release()
 
 
+# Takes the folder when it is told to; its disk is slow, so that others read what it has read.
+RACER = """
+import sys, time
+from pathlib import Path
+from dtr_scale.checkpoint import lease as leases
+from dtr_scale.errors import ConfigError
+from dtr_scale.storage.folder import open_folder
+leases.LEASE_SECONDS, leases._PATIENCE_SECONDS = 0.5, 2.0
+folder = open_folder(sys.argv[1])
+write = folder.write_bytes
+folder.write_bytes = lambda *content: time.sleep(0.05) or write(*content)
+lease = leases.Lease(folder, "owner.json", key="checkpoint.dir", run_dir=Path(sys.argv[2]),
+                     lost=print)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    lease.take("a")
+    print("held", flush=True)
+except ConfigError:
+    print("refused", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.parametrize("state", ["released", "run out"])
+def test_of_several_that_take_over_at_once_one_has_it(folder, tmp_path, state):
+    first = lease_of(folder, tmp_path)
+    first.take("a")
+    held = folder.read_json(NAME)
+    first.release()
+    if state == "run out":
+        folder.write_bytes(NAME, json.dumps(held | {"boot_id": "?"}).encode())
+    command = [sys.executable, "-c", RACER, folder.url, str(tmp_path)]
+    racers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    try:
+        assert [racer.stdout.readline() for racer in racers if racer.stdout] == 3 * ["ready\n"]
+        for racer in racers:
+            assert racer.stdin
+            racer.stdin.write("\n")
+            racer.stdin.flush()
+        told = [racer.stdout.readline() for racer in racers if racer.stdout]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+    assert sorted(told) == ["held\n", "refused\n", "refused\n"]
+
+
 def test_one_that_was_taken_over_is_told_by_whom(folder, tmp_path, quick):
     told = []
     lease = lease_of(folder, tmp_path, told.append)
