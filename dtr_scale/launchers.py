@@ -34,6 +34,13 @@ def restart_count() -> int:
     return sum(int(count or 0) for count in counts)
 
 
+def launch_name() -> str:
+    """Return what tells a launch from others and stays when it is started again, "" for none."""
+    # torchrun's is "none" unless it is given: callers must not take two launches for one.
+    names = (os.environ.get(name) for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"))
+    return "/".join(filter(None, names))
+
+
 def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what another launcher would have set for this task of an `srun` with several.
 

@@ -56,6 +56,8 @@ class Lease:
         """The run that owns the folder, once it is taken."""
         self.created = False
         """Whether nobody owned it before."""
+        self.begun_by: str | None = None
+        """Name of the launch that began the run in this folder afresh on purpose, if one has."""
         self._folder = folder
         self._name = name
         self._key = key
@@ -80,6 +82,12 @@ class Lease:
             _held.discard(self.job)
             raise
         self._thread.start()
+
+    def tell_begun(self, launch: str) -> None:
+        """Keep with the folder which launch has begun the run in it."""
+        self.begun_by = launch
+        with contextlib.suppress(OSError):  # the next renewal writes it
+            self._folder.write_bytes(self._name, self._content())
 
     def release(self, *, forget: bool = False) -> None:
         """Give the folder back to its run; `forget` leaves no trace where nobody owned it before.
@@ -124,6 +132,7 @@ class Lease:
             run_out = alive is None and now - seen >= LEASE_SECONDS
             if "job" not in found or alive is False or run_out:
                 self.run = found.get("run") or run or secrets.token_hex(8)
+                self.begun_by = found.get("begun_by")
                 self._folder.write_bytes(self._name, self._content())
                 # Another may have read the same and write a moment later: the last to write has
                 # the folder, as the next round tells both.
@@ -202,6 +211,8 @@ class Lease:
 
     def _content(self, *, held: bool = True) -> bytes:
         content: dict[str, Any] = {"run": self.run, "run_dir": self._run_dir}
+        if self.begun_by is not None:
+            content["begun_by"] = self.begun_by
         if held:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             content |= {"job": self.job, "time": now, **_this_process()}

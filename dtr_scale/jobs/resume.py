@@ -13,7 +13,7 @@ from dtr_scale.config.changes import Change, changes
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
-from dtr_scale.launchers import restart_count
+from dtr_scale.launchers import launch_name, restart_count
 from dtr_scale.tracking.journal import last_step
 from dtr_scale.train.run_dir import RunDirectory
 from dtr_scale.train.state import compare_probes
@@ -38,8 +38,7 @@ def resume_or_start(
         # The run directory's lease says nothing of a checkpoint.dir that another machine uses.
         if run_dir:
             run_dir.hold_checkpoints(trainer.checkpoints.folder)
-    # A job that comes back after a requeue means the run that it has begun, not the one before.
-    if experiment.checkpoint.resume == "never" and not restart_count():
+    if experiment.checkpoint.resume == "never" and not _has_begun(world, run_dir):
         with world.agree():
             _set_aside(trainer, experiment, run_dir)
     elif _resume(trainer, experiment, run_dir):
@@ -50,6 +49,19 @@ def resume_or_start(
     if place := experiment.checkpoint.start_from:
         trainer.start(partial(read_start, Path(place), experiment.checkpoint.start_kind))
         log.info("starting from %s", place)
+
+
+def _has_begun(world: World, run_dir: RunDirectory | None) -> bool:
+    """Tell all ranks whether this launch has begun its run afresh, in a start before this one.
+
+    A job that comes back after a requeue means the run that it has begun, not the one before.
+    """
+    begun = False
+    if run_dir and restart_count():
+        begun = run_dir.checkpoint_lease.begun_by == launch_name()
+    elif run_dir:
+        run_dir.checkpoint_lease.begun_by = None  # by another launch, whatever its name
+    return world.broadcast_object(begun)
 
 
 def _resume(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> bool:
@@ -153,6 +165,8 @@ def _set_aside(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory |
         )
     if place := run_dir.set_aside():
         log.info("fresh start: the earlier run was moved to %s", place)
+    # After it: a start that ends before leaves it to the next one.
+    run_dir.checkpoint_lease.tell_begun(launch_name())
 
 
 def _changes(stored: dict[str, Any], wanted: dict[str, Any], url: str) -> list[Change]:

@@ -53,14 +53,15 @@ class RunDirectory:
         """Hold the folder of this run's checkpoints, too; ConfigError if it is another run's."""
         run = self._run_lease
         try:
-            held = self._take(
+            self.checkpoint_lease = self._take(
                 folder, OWNER, key="checkpoint.dir", run=run.run, is_new_run=run.created
             )
         except OSError as error:
             raise CheckpointError(
                 f"cannot save {folder.url}: {error}; give another checkpoint.dir"
             ) from error
-        run.run = held.run  # a new run directory of a run that has begun on another node
+        # A new run directory of a run that has begun on another node.
+        run.run = self.checkpoint_lease.run
 
     def _take(self, folder: Folder, name: str, *, key: str, **run: Any) -> Lease:  # noqa: ANN401
         lease = Lease(folder, name, key=key, run_dir=self.path, lost=self._lost)

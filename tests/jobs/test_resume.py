@@ -58,6 +58,36 @@ def test_a_fresh_start_counts_for_the_first_start_of_a_job_alone(
     assert len(list(tmp_path.glob("replaced_*"))) == 1
 
 
+def ends(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ended", ["SLURM", "build_trainer", "_set_aside"])
+def test_a_fresh_start_that_ended_before_it_began_is_made_up_for(
+    digits, tmp_path, monkeypatch, ended
+):
+    """The first start of a launch ends before the earlier run, begun afresh too, is set aside."""
+    never = ("--checkpoint.resume=never", "--train.seed=1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's name for all its launches
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    tiny(digits, tmp_path, "--checkpoint.resume=never")
+    if ended != "_set_aside":
+        monkeypatch.setenv("SLURM_JOB_ID", "2")
+    if ended != "SLURM":  # else before it came so far
+        module = "train" if ended == "build_trainer" else "resume"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"dtr_scale.jobs.{module}.{ended}", ends)
+            tiny(digits, tmp_path, *never)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    tiny(digits, tmp_path, *never, "--train.max_steps=2")
+    (replaced,) = tmp_path.glob("replaced_*")
+    assert [record["step"] for record in journal(replaced)] == [1, 2, 3, 4]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    tiny(digits, tmp_path, *never)
+    assert [record["step"] for record in journal(tmp_path)] == [1, 2, 3, 4]
+    assert len(list(tmp_path.glob("replaced_*"))) == 1
+
+
 def test_a_fresh_start_on_purpose_begins_where_it_is_told(digits, tmp_path, caplog):
     caplog.set_level("INFO", "dtr_scale")
     never = ("--checkpoint.resume=never", f"--checkpoint.start_from={tmp_path / 'missing.pt'}")
