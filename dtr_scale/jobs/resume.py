@@ -56,8 +56,10 @@ def _has_begun(world: World, run_dir: RunDirectory | None) -> bool:
 
     A job that comes back after a requeue means the run that it has begun, not the one before.
     """
+    # torchrun counts a restart on the node alone whose rank has failed.
+    is_restart = any(world.all_gather_object(restart_count()))
     begun = False
-    if run_dir and restart_count():
+    if run_dir and is_restart:
         begun = run_dir.checkpoint_lease.begun_by == launch_name()
     elif run_dir:
         run_dir.checkpoint_lease.begun_by = None  # by another launch, whatever its name
