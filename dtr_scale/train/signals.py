@@ -17,6 +17,7 @@ LAUNCHER_PID = "DTR_SCALE_LAUNCHER_PID"
 _DEEPSPEED, _DEEPSPEED_LAUNCH = "deepspeed", "deepspeed.launcher.launch"
 _TORCHRUN = {"torchrun", "torchrun.py", "torch.distributed.run", "torch.distributed.launch"}
 _SRUN = "slurmstepd:"  # what `srun` has each node start the ranks by
+_SSHD = {"sshd:", "sshd-session:"}  # a connection's process, before and since OpenSSH 9.8
 _LAUNCHERS = {*_TORCHRUN, _SRUN, _DEEPSPEED, _DEEPSPEED_LAUNCH}
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -94,15 +95,29 @@ def _launchers() -> list[int]:
         return []
     number = 1 + launchers.index(True)
     # `deepspeed` has each node start the ranks by a process that outlives it.
-    if _DEEPSPEED_LAUNCH in _command(ancestors[number - 1]) and launchers[number : number + 1]:
-        number += _DEEPSPEED in _command(ancestors[number])
+    if _DEEPSPEED_LAUNCH in _command(ancestors[number - 1]):
+        number += _num_of_deepspeed(ancestors[number:])
     return ancestors[:number]
+
+
+def _num_of_deepspeed(above: list[int]) -> int:
+    """Return how many of the processes above a node's own launcher go when `deepspeed` does.
+
+    On its own node that is the command itself. On others it is the ssh connection, often with the
+    shell by which sshd runs a command.
+    """
+    for number, command in enumerate(map(_command, above[:2]), start=1):
+        if (_DEEPSPEED in command and number == 1) or command & _SSHD:
+            return number
+        if "-c" not in command:  # a user's shell, which may go: nobody types `-c`
+            break
+    return 0
 
 
 def _command(pid: int) -> set[str]:
     """Return the words of a process's command, without their folders."""
     words = _process_file(pid, "cmdline").decode(errors="replace").split("\0")
-    # One of SLURM's has written "slurmstepd: [job.step]" over its command.
+    # SLURM and sshd write "slurmstepd: [job.step]" and "sshd: user@notty" over their commands.
     return {word.rpartition("/")[2] for word in [*words, words[0].partition(" ")[0]]}
 
 

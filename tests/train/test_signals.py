@@ -81,6 +81,7 @@ def test_an_ignored_sighup_stays_ignored(start):
 
 
 STARTING = ("sh", "-c", '"$@" & wait')
+SHELL = (*STARTING, "sh")
 
 
 # One process of SLURM's has written its name over its command.
@@ -118,27 +119,36 @@ with leave.listening():
 @pytest.mark.parametrize("before", [("setsid",), ("nohup",), ()])
 def test_a_parent_that_launches_nothing_may_go(start, before):
     """As a shell does after `nohup dtr-scale train ... &` and a logout."""
-    shell = start(LEFT_ALONE, *STARTING, "sh", *before)
+    shell = start(LEFT_ALONE, *SHELL, *before)
     shell.kill()
     assert shell.stdout.readline() == "None\n"
 
 
 # `deepspeed` starts one process that starts the ranks, which stays when `deepspeed` goes.
 DEEPSPEED = (*STARTING, "deepspeed", *STARTING, "deepspeed.launcher.launch")
+# On the nodes that it reaches by ssh, sshd does; its user's shell may stay as a process of its own.
+SSH_NODE = (*STARTING, "deepspeed.launcher.launch")
+SSHD = [
+    ("bash", "-c", f"""exec -a "{name}: user@notty" sh -c '"$@" & wait' sh "$@" """, "bash", *shell)
+    for name, shell in [("sshd", ()), ("sshd-session", SHELL)]
+]
 SCRIPT = ("sh", "-c", f'export {LAUNCHER_PID}=$$; "$@" & wait', "script")
 
 
-@pytest.mark.parametrize("before", [DEEPSPEED, (*SCRIPT, *STARTING, "sh"), (*SCRIPT, *DEEPSPEED)])
+@pytest.mark.parametrize(
+    "before",
+    [DEEPSPEED, (*SCRIPT, *SHELL), (*SCRIPT, *DEEPSPEED)] + [(*sshd, *SSH_NODE) for sshd in SSHD],
+)
 def test_a_launcher_further_up_that_is_gone_is_noticed(start, before):
     launcher = start(RANK, *before)
     launcher.kill()
     assert launcher.stdout.readline() == "the launcher is gone\n"
 
 
-@pytest.mark.parametrize("before", [DEEPSPEED, (*STARTING, "sh")])
+@pytest.mark.parametrize("before", [(*SHELL, *DEEPSPEED), (*SHELL, *SHELL), (*SSHD[0], *DEEPSPEED)])
 def test_what_started_the_launcher_may_go(start, before):
-    """As a shell does after `nohup deepspeed ... &`."""
-    shell = start(RANK, *STARTING, "sh", *before)
+    """As a shell does after `nohup deepspeed ... &`, or a connection that was typed into."""
+    shell = start(RANK, *before)
     shell.kill()
     told, _, _ = select.select([shell.stdout], [], [], 0.5)
     assert not told
