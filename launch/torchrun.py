@@ -4,7 +4,8 @@
 
 torchrun kills its ranks 30 s after a SIGTERM, and turns any exit code into 1. This hands signals on
 and waits, and whatever is above can tell a run that has checkpointed (75) from a mistake of the
-user's (2). Options and PET_* variables are torchrun's.
+user's (2). Neither is started again by `--max-restarts`, on any node. Options and PET_* variables
+are torchrun's.
 """
 
 import os
@@ -13,11 +14,27 @@ import sys
 from pathlib import Path
 from threading import Thread
 
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
 from torch.distributed.run import main
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-START_AGAIN = 75
+START_AGAIN, MISTAKE = 75, 2
+
+
+class Agent(LocalElasticAgent):
+    """Starts ranks again, `--max-restarts` times, but not those that left or would fail again."""
+
+    def _monitor_workers(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, worker_group: WorkerGroup
+    ) -> RunResult:
+        result = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
+        # All ranks end with one of these codes together, so that no node waits for another's.
+        if any(rank.exitcode in (START_AGAIN, MISTAKE) for rank in result.failures.values()):
+            self._remaining_restarts = 0
+        return result
 
 
 def hand_on(signals: int) -> None:
@@ -39,6 +56,7 @@ if __name__ == "__main__":
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     Thread(target=hand_on, args=(signals,), daemon=True).start()
+    api.LocalElasticAgent = Agent  # pyright: ignore[reportPrivateImportUsage]
     try:
         # torchrun itself handles those that are named here.
         main(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]])
