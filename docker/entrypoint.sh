@@ -6,7 +6,7 @@
 #   docker run IMAGE deepspeed launch/train.py ...  any other program, as it is
 #   docker run IMAGE sshd                         a node that waits for another node's launcher
 #   docker run IMAGE sshd deepspeed ...           the node that launches: the same, and the program
-#   docker exec CONTAINER entrypoint.sh health    fail if a training here has stood for 5 minutes
+#   docker exec CONTAINER entrypoint.sh health    fail if what trains here has stood for 5 minutes
 set -euo pipefail
 
 ssh_dir=/shared/ssh
@@ -49,14 +49,10 @@ launch() {
     exit "$code"
 }
 
+# No heartbeat is well: nothing trains here. A server that was started has to live.
 health() {
-    if [ -e "$DTR_SCALE_HEARTBEAT" ]; then
-        local age=$(($(date +%s) - $(stat --format %Y "$DTR_SCALE_HEARTBEAT")))
-        echo "the training's last heartbeat is $age s old"
-        [ "$age" -le 300 ]
-    elif [ -e "$sshd_pid" ]; then
-        kill -0 "$(cat "$sshd_pid")"
-    fi
+    dtr-scale health
+    [ ! -e "$sshd_pid" ] || kill -0 "$(cat "$sshd_pid")"
 }
 
 if [ "${1:-}" = health ]; then health; exit; fi

@@ -18,7 +18,7 @@ from tests.support.faulty_proxy import FaultyProxy
 from tests.support.hosts import connected_hosts
 
 # Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.
-SERVICES = {"hosts", "lab", "s3_server", "slurm"}
+SERVICES = {"hosts", "image", "lab", "s3_server", "slurm"}
 LARGE_GB = 26
 SLOW_SECONDS, LARGE_SECONDS = 900, 3600  # others have the time limit of pyproject.toml
 LEFT_OUT = pytest.StashKey[list[str]]()
