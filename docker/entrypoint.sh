@@ -24,28 +24,37 @@ make_keys() {
     mv --no-target-directory "$made" "$ssh_dir" 2> /dev/null || rm -r "$made"
 }
 
-# Run the ssh server as this user, who alone may log in. Its sessions have this container's
-# environment: the launcher's own does not know the PATH, the caches and the credentials of a node.
+# Run the ssh server as this user, who alone may log in, until it ends. Its sessions have this
+# container's environment: the launcher's own does not know a node's PATH, caches and credentials.
 serve() {
     make_keys
     mkdir -p "$HOME/.ssh"
     # One variable a line: those of several lines cannot be told.
     (umask 077; env --null | sed --null-data '/\n/d' | tr '\0' '\n' > "$HOME/.ssh/environment")
-    "$@" /usr/sbin/sshd -D -e -f /dev/null -p 2222 \
+    exec /usr/sbin/sshd -D -e -f /dev/null -p 2222 \
         -o "HostKey=$ssh_dir/host" -o "AuthorizedKeysFile=$ssh_dir/id.pub" -o "PidFile=$sshd_pid" \
         -o UsePAM=no -o PasswordAuthentication=no -o KbdInteractiveAuthentication=no \
         -o PermitUserEnvironment=yes -o StrictModes=no -o LogLevel=ERROR
 }
 
-# `deepspeed` ends at once when it is told to, and the ranks checkpoint after it. The container's
-# end would be theirs, so it waits.
-launch() {
-    "$@" &
-    local launcher=$! code=0
-    trap 'kill -TERM "$launcher" 2> /dev/null' TERM INT
-    wait "$launcher" || code=$?
-    while kill -0 "$launcher" 2> /dev/null; do wait "$launcher" || code=$?; done
+# Told to stop, `deepspeed` and sshd would end at once, and a container's end is that of its ranks. So
+# the ranks of this node are told: they checkpoint, and leave with those of all nodes. The launcher
+# ends with their exit code, for which it gets a second.
+stop() {
+    pkill --full -- --local_rank= || pkill --full deepspeed.launcher.launch || true
     while pgrep --full deepspeed.launcher.launch > /dev/null; do sleep 1; done
+    sleep 1
+    kill "$1" 2> /dev/null || true
+}
+
+# Run a program until it ends, by itself or because the container is told to stop.
+run() {
+    "$@" &
+    local program=$! code=0 told=""
+    trap 'told=yes; stop "$program"' TERM INT
+    wait "$program" || code=$?
+    # A signal ends `wait` before the program has ended.
+    [ -z "$told" ] || { code=0; wait "$program" || code=$?; }
     exit "$code"
 }
 
@@ -63,12 +72,12 @@ rm -f "$DTR_SCALE_HEARTBEAT" "$sshd_pid"
 
 if [ "${1:-}" = sshd ]; then
     shift
-    [ $# -gt 0 ] || serve exec
+    [ $# -gt 0 ] || run serve
     serve &
     # The server writes its pid when it listens; without it, `set -e` ends this.
     until [ -e "$sshd_pid" ]; do kill -0 $!; sleep 0.1; done
 fi
 case "${1:---help}" in
-    deepspeed) launch "$@" ;;
+    deepspeed) run "$@" ;;
     *) if type -P "${1:---help}" > /dev/null; then exec "$@"; else exec dtr-scale "${@:---help}"; fi ;;
 esac
