@@ -97,18 +97,17 @@ class Service:
         return self._process.wait(timeout_seconds)
 
     def stop(self) -> int:
-        """Ask it to end, as `docker stop` does, and return the exit code."""
-        self._signal(signal.SIGTERM)
-        return self.wait()
+        """Ask it to end, as `docker stop` does, and return the exit code; `up` starts it again."""
+        return self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-        self.wait()
+        self._end(signal.SIGKILL)
 
     def close(self) -> None:
-        """Wait for its end, when its host has been killed."""
+        """Wait for its end, when it was told to or its host was killed."""
         if self._process:
             self._process.communicate()
+            self._process = None
 
     def call(self, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command in the container, as `docker exec` does."""
@@ -143,9 +142,13 @@ class Service:
             self._was_healthy = self.call(*test[1:]).returncode == 0
         return self._was_healthy
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(subprocess.CalledProcessError):  # it has ended
+    def _end(self, number: signal.Signals) -> int:
+        assert self._process
+        with contextlib.suppress(subprocess.CalledProcessError):  # it has ended already
             subprocess.run(["kill", f"-{number}", self._first_pid()], check=True)
+        code = self.wait()
+        self.close()
+        return code
 
     def _as_user(self) -> list[str]:
         user = (f"--reuid={USER_ID}", f"--regid={USER_ID}", "--clear-groups")
