@@ -10,8 +10,8 @@ from dtr_scale.cli.arguments import (
     add_run_dir,
     positive_integer,
     runs,
-    unknown_argument,
 )
+from dtr_scale.cli.evaluation import add_evaluate, check_overrides
 
 
 def add_runs(commands: Commands) -> None:
@@ -19,7 +19,7 @@ def add_runs(commands: Commands) -> None:
     _add_sample(commands)
     _add_cka(commands)
     _add_affinity(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
 
 
 def _add_sample(commands: Commands) -> None:
@@ -37,23 +37,6 @@ def _add_sample(commands: Commands) -> None:
     )
     parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
     runs(parser, _sample, overrides=True)
-
-
-def _add_evaluate(commands: Commands) -> None:
-    parser = commands.add(
-        "evaluate",
-        "measure",
-        "measure samples of a run's newest checkpoint against the held-out split; "
-        "evaluation.* and data.storage_options.* can be overridden",
-        "dtr-scale evaluate runs/demo_digits --num-samples 500 --evaluation.sampler=dpm_solver",
-    )
-    add_run_dir(parser)
-    parser.add_argument(
-        "--num-samples",
-        type=positive_integer,
-        help="samples (default: the run's evaluation.num_samples)",
-    )
-    runs(parser, _evaluate, overrides=True)
 
 
 def _add_cka(commands: Commands) -> None:
@@ -99,8 +82,8 @@ def _add_num_timesteps(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    # Before torch is imported, here and in `_evaluate`: a mistake is told at once.
-    _check_overrides(arguments, overrides)
+    # Before torch is imported: a mistake is told at once.
+    check_overrides(arguments, overrides)
     from dtr_scale.jobs.sample import sample_run
 
     path = sample_run(
@@ -112,30 +95,6 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     )
     print(path)
     return 0
-
-
-def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    _check_overrides(arguments, overrides)
-    from dtr_scale.jobs.evaluate import evaluate_run
-
-    metrics, path = evaluate_run(
-        arguments.run_dir, num_samples=arguments.num_samples, overrides=overrides
-    )
-    for name, value in metrics.items():
-        print(f"{name}: {value:.1%}" if name == "legibility" else f"{name}: {value:.3f}")
-    print(f"report: {path}")
-    return 0
-
-
-def _check_overrides(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    """Refuse what is neither an option nor one of the run's keys that may be overridden."""
-    from dtr_scale.config.load import parse_overrides
-    from dtr_scale.config.schema import EvaluationConfig
-
-    for key, _ in parse_overrides(overrides):
-        if not key.startswith(("evaluation.", "data.storage_options")):
-            accepted = [f"--evaluation.{name}" for name in EvaluationConfig.model_fields]
-            raise unknown_argument(arguments.parser, f"--{key}", accepted)
 
 
 def _cka(arguments: argparse.Namespace) -> int:

@@ -205,10 +205,8 @@ def build_extractor(name: str, device: torch.device, weights: Path | None = None
     """Return an extractor by its name; EvaluationError for what it lacks."""
     if name not in EXTRACTORS:
         raise EvaluationError(f"features {name!r} are unknown; accepted: {', '.join(EXTRACTORS)}")
-    if name == EfficientNet.name and weights is not None:
-        raise EvaluationError("efficientnet has its weights in a package; give no file of weights")
     if name == Dinov2.name and weights is None:
-        raise EvaluationError("dinov2 needs a file of weights; give it with --weights")
+        raise EvaluationError("dinov2 needs a file of weights; give it with --dinov2-weights")
     return EXTRACTORS[name](device, *([weights] if weights else []))
 
 
@@ -237,7 +235,7 @@ def _published_inception() -> Path:
     except (OSError, RuntimeError) as error:  # RuntimeError: the hash is another
         raise EvaluationError(
             f"the weights of Inception cannot be fetched ({one_line(error)}); fetch {url} where "
-            f"there is a network, and put it at {path} or give it with --weights"
+            f"there is a network, and put it at {path} or give it with --inception-weights"
         ) from error
     return path
 

@@ -23,7 +23,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """Return the levels 0 to 255 that a picture shows of images in [-1, 1].
 
     127.5 x + 128, clamped and cut off, as DiT's sample_ddp.py: this rounds to the nearest level.
-    (x + 1) / 2 * 255 cut off is half a level darker, which FID sees.
+    (x + 1) / 2 * 255 cut off, as ADM's image_sample.py, is half a level darker, which FID sees.
     """
     return (127.5 * images + 128.0).clamp(0, 255).to(torch.uint8)
 

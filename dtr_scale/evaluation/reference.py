@@ -123,31 +123,53 @@ def compare(samples: Measured, reference: "Reference", extractor: Extractor) -> 
 
 
 class Reference:
-    """A reference file in ADM's format: mu, sigma, mu_s, sigma_s and the pictures arr_0.
+    """Pictures that samples are compared with."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+        """Those for precision and recall."""
+
+    def measured(self, extractor: Extractor) -> Measured:
+        """Return what an extractor tells of the pictures."""
+        return measure(self.pictures, extractor)
+
+    def moments(self, extractor: Extractor) -> tuple[Moments, Moments | None]:
+        """Return the moments of pooled and of spatial features."""
+        measured = self.measured(extractor)
+        return measured.moments, measured.spatial
+
+    def record(self, extractor: Extractor) -> dict[str, Any]:
+        """Return what a manifest tells of the reference of an extractor's numbers."""
+        return {
+            "source": self.pictures.source,
+            "sha256": self.pictures.sha256,
+            "moments_of": f"the {len(self.pictures)} pictures",
+            "num_pictures": len(self.pictures),
+            "shape": list(self.pictures.shape),
+        }
+
+
+class ReferenceFile(Reference):
+    """A file in ADM's format: mu, sigma, mu_s, sigma_s and the pictures arr_0.
 
     Moments of other extractors than Inception stand beside them as mu_NAME and sigma_NAME. What a
     file does not hold is computed of its pictures.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(NpzPictures(path))
         self.path = path
-        self.pictures = NpzPictures(path)
         with np.load(path) as stored:
             names = [name for name in stored.files if name.startswith(("mu", "sigma"))]
             self._moments = {name: stored[name] for name in names}
-            manifest = str(stored[MANIFEST]) if MANIFEST in stored.files else "{}"
-        self.manifest: dict[str, Any] = json.loads(manifest)
-        """Of our own files; ADM's have none."""
+            told = str(stored[MANIFEST]) if MANIFEST in stored.files else "{}"
+        self._manifest: dict[str, Any] = json.loads(told)  # of our own files; ADM's have none
 
     def moments(self, extractor: Extractor) -> tuple[Moments, Moments | None]:
-        """Return the moments of pooled and of spatial features; EvaluationError for strange ones.
-
-        A file that tells which weights it was made with is refused for others.
-        """
-        if not self.has_moments(extractor):
-            own = self.measured(extractor)
-            return own.moments, own.spatial
-        told = self.manifest.get("extractors", {}).get(extractor.name)
+        """Return the moments of the whole set; EvaluationError for those of other weights."""
+        if not self._has_moments(extractor):
+            return super().moments(extractor)
+        told = self._manifest.get("extractors", {}).get(extractor.name)
         if told is not None and told["weights_sha256"] != extractor.weights_sha256:
             raise EvaluationError(
                 f"{self.path} was made with weights {told['weights_sha256'][:12]} of "
@@ -159,35 +181,24 @@ class Reference:
         has_spatial = not ending and "mu_s" in self._moments
         return pooled, self._stored("_s") if has_spatial else None
 
-    def has_moments(self, extractor: Extractor) -> bool:
-        """Tell whether the file itself has an extractor's moments, of the set it stands for."""
-        return f"mu{_ending(extractor)}" in self._moments
-
-    def measured(self, extractor: Extractor) -> Measured:
-        """Return what an extractor tells of the file's pictures."""
-        return measure(self.pictures, extractor)
-
     def record(self, extractor: Extractor) -> dict[str, Any]:
-        """Return what a manifest tells of the reference."""
-        of_set = self.has_moments(extractor)
-        return {
-            "source": str(self.path),
-            "sha256": self.pictures.sha256,
-            "moments_of": "the whole set" if of_set else f"the {len(self.pictures)} pictures",
-            "num_pictures": len(self.pictures),
-            "shape": list(self.pictures.shape),
-            **self.manifest,
-        }
+        record = {**super().record(extractor), **self._manifest}
+        if self._has_moments(extractor):
+            record["moments_of"] = "the whole set"
+        return record
+
+    def _has_moments(self, extractor: Extractor) -> bool:
+        return f"mu{_ending(extractor)}" in self._moments
 
     def _stored(self, ending: str) -> Moments:
         mean = self._moments[f"mu{ending}"].astype(np.float64)
         covariance = self._moments.get(f"sigma{ending}", np.zeros(0)).astype(np.float64)
-        if covariance.shape != (mean.size, mean.size):
+        if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
             raise EvaluationError(
                 f"{self.path}: mu{ending} {list(mean.shape)} and sigma{ending} "
                 f"{list(covariance.shape)} do not belong together; make the file again"
             )
-        return Moments(mean.reshape(-1), covariance)
+        return Moments(mean, covariance)
 
 
 def write_reference(

@@ -64,6 +64,15 @@ def read_picture(path: str | Path, size: int, offset: int = 0, length: int = -1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Return width and height of a file's picture by its header; UnreadablePictureError if none."""
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.size
+    except (OSError, ValueError) as error:  # a kind of OSError, too, for what is no picture
+        raise UnreadablePictureError(f"{type(error).__name__}: {error}") from error
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     """Return a picture in RGB of 8 bits a channel."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):

@@ -83,7 +83,7 @@ def test_without_a_network_the_way_out_is_told(tmp_path, monkeypatch):
         raise urllib.error.URLError("Name or service not known")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
-    with pytest.raises(EvaluationError, match=r"cannot be fetched.*put it at .*or give it with"):
+    with pytest.raises(EvaluationError, match=r"cannot be fetched.*put it at .*-weights"):
         Inception(CPU)
     (tmp_path / "hub/checkpoints/weights-inception-2015-12-05-6726825d.pth").write_bytes(b"half")
     with pytest.raises(EvaluationError, match="is damaged; remove it"):
@@ -106,7 +106,7 @@ def test_extractors_by_name():
     assert list(EXTRACTORS) == ["efficientnet", "inception", "dinov2"]
     with pytest.raises(EvaluationError, match="accepted: efficientnet, inception, dinov2"):
         build_extractor("vgg", CPU)
-    with pytest.raises(EvaluationError, match="give it with --weights"):
+    with pytest.raises(EvaluationError, match="give it with --dinov2-weights"):
         build_extractor("dinov2", CPU)
 
 

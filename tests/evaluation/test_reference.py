@@ -12,7 +12,13 @@ from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.features import EfficientNet, Features, Inception
 from dtr_scale.evaluation.metrics import frechet_distance, moments
 from dtr_scale.evaluation.pictures import ArrayPictures, NpzPictures
-from dtr_scale.evaluation.reference import Reference, compare, measure, write_reference
+from dtr_scale.evaluation.reference import (
+    Reference,
+    ReferenceFile,
+    compare,
+    measure,
+    write_reference,
+)
 
 CPU = torch.device("cpu")
 
@@ -27,7 +33,7 @@ def test_numbers_are_torch_fidelitys_own(inception, inception_weights, pictures,
     """Both go through the whole graph, with the same file of weights."""
     samples, real = (ArrayPictures(each, "") for each in pictures)
     write_reference(tmp_path / "ref.npz", real, [inception], num_pictures=12, manifest={})
-    found = compare(measure(samples, inception), Reference(tmp_path / "ref.npz"), inception)
+    found = compare(measure(samples, inception), ReferenceFile(tmp_path / "ref.npz"), inception)
 
     for name, images in zip(("samples", "real"), pictures, strict=True):
         (tmp_path / name).mkdir()
@@ -80,7 +86,7 @@ def test_a_reference_has_the_moments_of_all_and_some_of_the_pictures(many, tmp_p
     path = tmp_path / "new" / "ref.npz"
     write_reference(path, many, [extractor], num_pictures=10, manifest={"of": "random"})
     images = next(many.batches(101))
-    reference = Reference(path)
+    reference = ReferenceFile(path)
     kept = next(reference.pictures.batches(50))
     np.testing.assert_array_equal(kept, images[np.arange(10) * 101 // 10])
     expected = moments(extractor.features(images).pooled)
@@ -102,7 +108,14 @@ def test_a_reference_has_the_moments_of_all_and_some_of_the_pictures(many, tmp_p
 def test_a_reference_of_pictures_alone_is_measured(many, tmp_path):
     images = next(many.batches(101))
     np.savez(tmp_path / "ref.npz", images.transpose(0, 2, 3, 1))
-    reference, extractor = Reference(tmp_path / "ref.npz"), Means()
+    reference, extractor = ReferenceFile(tmp_path / "ref.npz"), Means()
+    metrics = compare(measure(many, extractor), reference, extractor)
+    assert metrics["fd_efficientnet"] == pytest.approx(0, abs=1e-9)
+    assert reference.record(extractor)["moments_of"] == "the 101 pictures"
+
+
+def test_pictures_are_a_reference_themselves(many):
+    reference, extractor = Reference(many), Means()
     metrics = compare(measure(many, extractor), reference, extractor)
     assert metrics["fd_efficientnet"] == pytest.approx(0, abs=1e-9)
     assert reference.record(extractor)["moments_of"] == "the 101 pictures"
@@ -111,14 +124,14 @@ def test_a_reference_of_pictures_alone_is_measured(many, tmp_path):
 def test_moments_of_other_weights_are_not_compared(many, tmp_path):
     write_reference(tmp_path / "ref.npz", many, [Means()], num_pictures=9, manifest={})
     with pytest.raises(EvaluationError, match=r"made with weights 1 of efficientnet, these are 2"):
-        Reference(tmp_path / "ref.npz").moments(Means("2"))
+        ReferenceFile(tmp_path / "ref.npz").moments(Means("2"))
 
 
 def test_moments_that_do_not_belong_together_are_refused(many, tmp_path):
     arrays = {"mu_efficientnet": np.zeros(3), "sigma_efficientnet": np.eye(4)}
     np.savez(tmp_path / "ref.npz", arr_0=np.zeros((5, 4, 4, 3), np.uint8), **arrays)
     with pytest.raises(EvaluationError, match=r"mu_efficientnet \[3\].*do not belong together"):
-        Reference(tmp_path / "ref.npz").moments(Means())
+        ReferenceFile(tmp_path / "ref.npz").moments(Means())
 
 
 def test_features_are_computed_once(many, tmp_path, monkeypatch, warnings_of):
