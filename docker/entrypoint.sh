@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # The image's entrypoint. What a container does is said by its arguments:
 #
-#   docker run IMAGE                              print the help
-#   docker run IMAGE train --config FILE ...      a command of dtr-scale
-#   docker run IMAGE deepspeed launch/train.py ...  any other program, as it is
-#   docker run IMAGE sshd                         a node that waits for another node's launcher
-#   docker run IMAGE sshd deepspeed ...           the node that launches: the same, and the program
-#   docker exec CONTAINER entrypoint.sh health    fail if what trains here has stood for 5 minutes
+#   docker run IMAGE                            print the help
+#   docker run IMAGE train --config FILE        a command of dtr-scale
+#   docker run IMAGE deepspeed FILE             any other program, as it is
+#   docker run IMAGE sshd                       a node that waits for another node's launcher
+#   docker run IMAGE sshd deepspeed FILE        the node that launches: the same, and the program
+#   docker exec CONTAINER entrypoint.sh health  fail if what trains here has stood for 5 minutes
 set -euo pipefail
 
 ssh_dir=/shared/ssh
 sshd_pid=/tmp/sshd.pid
 
-# One key for all hosts and one for all users of them, for whichever node comes first: a folder is
-# renamed to an existing name by nobody.
+# Make one key for the servers of all nodes and one for their users. Nodes start at the same time: the
+# first to rename its folder has made them, since nothing is renamed to a folder that holds files.
 make_keys() {
     [ ! -d "$ssh_dir" ] || return 0
     local made
