@@ -32,14 +32,21 @@ def kept_arrays(depends_on: Any, compute: Callable[[], Arrays]) -> Arrays:  # no
     path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     try:
         make_private(path.parent)
+    except DataError:  # whose fix is a key of an experiment
+        log.warning(
+            "%s is no folder of this user's alone, so nothing is kept; set XDG_CACHE_HOME",
+            path.parent,
+        )
+        return compute()
+    try:
         with path.open("rb") as file, np.load(file) as stored:
             arrays = {name: stored[name] for name in stored.files}
         path.touch()  # the last to be removed
         return arrays
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, zipfile.BadZipFile, DataError) as error:
-        log.warning("%s is not used, and what it may hold computed again: %s", path, error)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        log.warning("%s is damaged, and what it held computed again: %s", path, error)
     arrays = compute()
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:

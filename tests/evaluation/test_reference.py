@@ -175,9 +175,21 @@ def test_a_full_cache_loses_its_oldest(many, tmp_path, monkeypatch):
     assert seen == [0, 0, 0, 101]
 
 
-def test_a_cache_that_cannot_be_used_is_told(many, tmp_path, monkeypatch, warnings_of):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+@pytest.mark.parametrize("wrong", ["a file is in the way", "others can write to it"])
+def test_a_cache_that_cannot_be_used_is_told_and_left_alone(
+    many, tmp_path, monkeypatch, warnings_of, wrong
+):
+    place = tmp_path / "dtr_scale"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if wrong == "a file is in the way":
+        place.write_text("in the way")
+    else:
+        (place / "features").mkdir(parents=True)
+        (place / "features").chmod(0o777)
     extractor = Means()
-    assert measure(many, extractor).pooled.shape == (101, 3)
-    assert any("computed again" in line for line in warnings_of("dtr_scale.evaluation.kept"))
+    for _ in range(2):
+        assert measure(many, extractor).pooled.shape == (101, 3)
+    assert extractor.pictures_seen == 2 * 101
+    told = warnings_of("dtr_scale.evaluation.kept")
+    assert len(told) == 2 and "nothing is kept; set XDG_CACHE_HOME" in told[0]
+    assert not [path for path in place.rglob("*") if path.is_file()]
