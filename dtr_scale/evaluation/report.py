@@ -1,6 +1,8 @@
 """Measure samples against real pictures, and publish the numbers with all they depend on."""
 
 import json
+import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from dtr_scale.evaluation.legibility import legibility
 from dtr_scale.evaluation.metrics import frechet_distance
 from dtr_scale.storage.folder import open_folder
 
-REPORT = "evaluation.json"
+REPORT, EVALUATIONS = "evaluation.json", "evaluations.jsonl"
+"""In the run directory: the newest report, and all of them, one a line."""
 _MOST_PIXELS = 4096  # as raw features; larger pictures need a feature extractor
 
 
@@ -70,8 +73,14 @@ def _clipped(images: Tensor | np.ndarray) -> np.ndarray:
 
 
 def write_report(run_dir: Path, metrics: dict[str, float], manifest: dict[str, Any]) -> Path:
-    """Store the numbers with their manifest; return where."""
-    content = json.dumps({"metrics": metrics, "manifest": manifest}, indent=2) + "\n"
+    """Store the numbers with their manifest, beside all earlier ones, too; return where."""
+    report = {"metrics": metrics, "manifest": manifest}
+    line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), **report}) + "\n"
+    # One write at the end of the file: of two evaluations at once neither is lost.
+    with (run_dir / EVALUATIONS).open("ab", buffering=0) as file:
+        file.write(line.encode())
+        os.fsync(file.fileno())
+    content = json.dumps(report, indent=2) + "\n"
     # Whole or not at all: half a report would end every program that compares runs.
     open_folder(run_dir).write_bytes(REPORT, content.encode())
     return run_dir / REPORT

@@ -23,7 +23,16 @@ CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 OWNER = "owner.json"
 """In the folder of the checkpoints, what LOCK is in the run directory."""
 # LOCK stays where it is: it belongs to the job, whichever run is in the directory.
-_OF_ONE_RUN = (CONFIG, STATUS, JOURNAL, CHECKPOINTS, SAMPLES, "mlflow.json", "evaluation.json")
+_OF_ONE_RUN = (
+    CONFIG,
+    STATUS,
+    JOURNAL,
+    CHECKPOINTS,
+    SAMPLES,
+    "mlflow.json",
+    "evaluation.json",
+    "evaluations.jsonl",
+)
 
 
 class RunDirectory:

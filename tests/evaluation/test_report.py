@@ -1,6 +1,7 @@
 """Figures of a set of samples, against real pictures."""
 
 import json
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -77,3 +78,14 @@ def test_a_report_is_stored_with_its_manifest(tmp_path):
         "metrics": {"frechet_distance": 1.25},
         "manifest": {"seed": 0, "decoder": None},
     }
+
+
+def test_no_earlier_report_is_lost(tmp_path):
+    for seed in range(3):
+        write_report(tmp_path, {"fid": float(seed)}, {"seed": seed})
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert [report["metrics"]["fid"] for report in reports] == [0, 1, 2]
+    assert datetime.fromisoformat(reports[0].pop("time")) <= datetime.now(UTC)
+    assert reports[0] == {"metrics": {"fid": 0.0}, "manifest": {"seed": 0}}
+    assert json.loads((tmp_path / "evaluation.json").read_text())["metrics"] == {"fid": 2.0}

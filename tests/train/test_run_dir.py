@@ -89,7 +89,8 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path):
     assert run_dir.set_aside() is None
     files = {
         "config.json": "{}", "status.json": "{}", "journal.jsonl": '{"step": 1}\n',
-        "mlflow.json": "{}", "evaluation.json": "{}", "samples/step_00000001.png": "png",
+        "mlflow.json": "{}", "evaluation.json": "{}", "evaluations.jsonl": "{}",
+        "samples/step_00000001.png": "png",
         "checkpoints/step_00000001/index.json": "{}",
     }  # fmt: skip
     shared = {"mlflow.db": "database", "notes.txt": "the user's"}
