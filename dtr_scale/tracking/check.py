@@ -67,17 +67,22 @@ def _check_certificate(uri: str) -> None:
     except requests.exceptions.SSLError as error:
         cause: BaseException | None = error
         while cause:
-            if (
-                isinstance(cause, ssl.SSLCertVerificationError)
-                and cause.verify_code not in _UNTIMELY
-            ):
-                reason = f"the server's certificate is not trusted: {cause.verify_message}"
-                raise _DistrustError(reason) from None
+            if reason := _distrust(cause):
+                told = f"the server's certificate is not trusted: {reason}"
+                raise _DistrustError(told) from None
             cause = cause.__cause__ or cause.__context__
     except requests.exceptions.RequestException:
         pass  # an outage
     except OSError as error:  # the authorities' own file is missing
         raise _DistrustError(str(error)) from None
+
+
+def _distrust(error: BaseException) -> str:
+    """Return why a certificate can never be trusted here; "" for any other error."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "" if error.verify_code in _UNTIMELY else error.verify_message
+    is_no_bundle = getattr(error, "reason", "") == "NO_CERTIFICATE_OR_CRL_FOUND"
+    return "the file of authorities holds none" if is_no_bundle else ""
 
 
 def _check_database(uri: str) -> None:

@@ -52,6 +52,17 @@ def test_a_server_that_stays_silent_is_told(aws, warnings_of):
     assert warnings_of("dtr_scale.storage.s3")[0].startswith("s3://bucket/x/a: no answer for")
 
 
+@pytest.mark.parametrize("bundle", ["/nowhere.pem", __file__])
+def test_a_file_without_authorities_is_told_with_its_variable(aws, warnings_of, bundle):
+    """At once: no retry helps. The client reads it once it is connected."""
+    aws.setenv("AWS_CA_BUNDLE", bundle)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"https://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=r"is missing or holds none; set AWS_CA_BUNDLE"):
+            open_folder("s3://bucket/x", KEYS | {"endpoint_url": url}).read_bytes("a")
+    assert not warnings_of("dtr_scale.storage.s3")
+
+
 @pytest.mark.parametrize("action", ["inspect", "verify"])
 def test_looking_into_a_checkpoint_out_of_reach_ends_in_one_line(aws, capsys, action):
     package = logging.getLogger("dtr_scale")

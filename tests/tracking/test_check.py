@@ -1,5 +1,6 @@
 """An address of MLflow's that can never work is refused before a run begins."""
 
+import socket
 import sqlite3
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def test_a_missing_file_of_authorities_is_refused_with_its_variable(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "/nowhere.pem")
     with pytest.raises(ConfigError, match=r"/nowhere\.pem; set MLFLOW_TRACKING_SERVER_CERT_PATH"):
         check_uri("https://127.0.0.1:9")
+
+
+def test_a_file_that_holds_no_authority_is_refused_with_its_variable(monkeypatch):
+    """The client reads it once it is connected, so somebody has to listen."""
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(DEMO))
+    trust = r"file of authorities holds none; set MLFLOW_TRACKING_SERVER_CERT_PATH"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ConfigError, match=trust),
+    ):
+        check_uri(f"https://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_a_run_is_refused_before_its_directory_is_made(tmp_path, capsys):
