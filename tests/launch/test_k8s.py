@@ -257,6 +257,10 @@ def test_a_manifest_starts_an_experiment_that_fits_its_ranks(name):
     if manifest["kind"] == "TrainJob":
         trainer = manifest["spec"]["trainer"]
         num_ranks = trainer["numNodes"] * trainer["numProcPerNode"]
+        resources = trainer.get("resourcesPerNode")
+        if words[0] == "deepspeed":  # a TrainJob's own are the launcher's
+            resources = pod_of(JOBS["runtime-deepspeed-node"][1])[1]["resources"]
+        num_gpus = trainer["numNodes"] * resources["limits"]["nvidia.com/gpu"]
         steps = runtime_of(manifest)["spec"]["template"]["spec"]["replicatedJobs"]
         labelled = [s["name"] for s in steps if "labels" in s["template"].get("metadata", {})]
         assert labelled == ["launcher" if words[0] == "deepspeed" else "node"]
@@ -267,24 +271,29 @@ def test_a_manifest_starts_an_experiment_that_fits_its_ranks(name):
             assert environment["PET_NNODES"] == str(len(environments))
             assert environment["PET_MASTER_ADDR"] == f"{subdomain}-node-0-0.{subdomain}"
         num_ranks = len(environments) * int(environments[0]["PET_NPROC_PER_NODE"])
+        job = manifest["spec"]["replicatedJobs"][0]
+        num_pods_at_once = job["template"]["spec"]["parallelism"]
+        num_gpus = num_pods_at_once * pod_of(job)[1]["resources"]["limits"]["nvidia.com/gpu"]
+    assert num_gpus == num_ranks
     assert experiment.micro_batch_size(num_ranks) >= 16
     assert experiment.engine.mesh(num_ranks) in [(2, 8), (1, 16)]
     assert experiment.checkpoint.dir and experiment.checkpoint.dir.startswith("s3://")
 
 
-def test_the_end_of_a_node_of_deepspeeds_is_told_to_the_ranks_alone():
-    _, container = pod_of(JOBS["runtime-deepspeed-node"][1])
-    script = container["lifecycle"]["preStop"]["exec"]["command"][2]
-    (ranks,) = re.findall("^ranks='(.*)'$", script, re.M)
-    python, arguments = "/opt/venv/bin/python3", "launch/train.py --config FILE"
-    assert re.search(ranks, f"{python} -u launch/train.py --local_rank=0 --config FILE")
-    for command in (
-        f"{python} /opt/venv/bin/deepspeed --hostfile=/etc/mpi/hostfile {arguments}",
-        f"{python} -u -m deepspeed.launcher.launch --node_rank=1 {arguments}",
-        f"bash -c cd /opt/dtr_scale; {python} -u -m deepspeed.launcher.launch {arguments}",
-        f"bash -c {script}",
-    ):
-        assert not re.search(ranks, command), command
+def test_deepspeeds_nodes_wait_for_the_launcher_on_the_images_port():
+    spec, node = JOBS["runtime-deepspeed-node"]
+    _, launcher = JOBS["runtime-deepspeed-launcher"]
+    _, container = pod_of(node)
+    assert container["args"] == ["sshd"]
+    (port,) = re.findall(r"^EXPOSE (\d+)$", IMAGE, re.M)
+    assert [entry["containerPort"] for entry in container["ports"]] == [int(port)]
+    assert container["readinessProbe"]["tcpSocket"]["port"] == int(port)
+    assert launcher["dependsOn"] == [{"name": node["name"], "status": "Ready"}]
+    assert spec["successPolicy"]["targetReplicatedJobs"] == [launcher["name"]]
+    # It has no GPU: all ranks are on the nodes.
+    mpi = MANIFESTS["runtime-deepspeed"]["spec"]["mlPolicy"]["mpi"]
+    assert mpi["runLauncherAsNode"] is False
+    assert "--force_multi" in arguments(MANIFESTS["trainjob-deepspeed"])
 
 
 @pytest.fixture
