@@ -145,7 +145,8 @@ class Host:
         for a power cut, of which the others are told nothing.
         """
         if self._init:
-            self._init.kill()  # and with the first process of a pid namespace all the others
+            # The first process of a pid namespace takes all others along; then `unshare` ends.
+            self.signal(self._init, signal.SIGKILL)
             self._init.communicate()
             self._init = None
             with contextlib.suppress(subprocess.CalledProcessError):  # it went with the host
