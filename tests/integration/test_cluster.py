@@ -1,4 +1,7 @@
-"""Runs on two hosts, as users start them: `deepspeed --hostfile` by ssh, torchrun on each."""
+"""Runs on two hosts, as users start them: `deepspeed --hostfile` by ssh, torchrun on each.
+
+The last test is the whole: shards and checkpoints on S3, MLflow over PostgreSQL, a host that dies.
+"""
 
 import contextlib
 import signal
@@ -7,8 +10,10 @@ import time
 import pytest
 
 from dtr_scale.jobs.train import train_experiment
+from tests.support.ceph import CephServer
+from tests.support.mlflow_server import mlflow_server
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import DEMO, SMALL, demo_experiment, journal, status
+from tests.support.runs import DEMO, SMALL, demo_experiment, journal, status, train
 
 FP32 = (*SMALL, "--engine.precision=fp32", "--checkpoint.every_steps=10")
 STEPS_60 = "--train.max_steps=60"
@@ -30,14 +35,14 @@ def by_ssh(hosts, tmp_path):
     """Start a training with a rank on each host by `deepspeed`, on the first of them."""
     # What else the ranks on other nodes are to know; users have a file `.deepspeed_env`.
     exported = tmp_path / "deepspeed_env"
-    exported.write_text("OMP_NUM_THREADS=1\n")
 
-    def start(*arguments, variables=()):
-        exported.write_text("\n".join(["OMP_NUM_THREADS=1", *variables, ""]))
+    def start(*arguments, variables=None):
+        lines = {"OMP_NUM_THREADS": "1", **(variables or {})}
+        exported.write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
         return hosts[0].start(
             "deepspeed", "--hostfile", "launch/hostfile.example", "--num_gpus", "1",
             "launch/train.py", "--config", str(DEMO), *FP32, *arguments,
-            environment={"DS_ENV_FILE": str(exported)},
+            environment={"DS_ENV_FILE": str(exported), **(variables or {})},
         )  # fmt: skip
 
     return start
@@ -109,3 +114,71 @@ def test_torchrun_lets_ranks_go_that_were_asked_to_leave(hosts, digits, tmp_path
     left = status(tmp_path / "run")
     assert (left["outcome"], left["reason"]) == ("preempted", "SIGTERM")
     assert len([line for line in outputs[0].splitlines() if "ZeRO-1 fp32" in line]) == 1
+
+
+@pytest.fixture(scope="module")
+def servers(hosts, tmp_path_factory):
+    """An S3 server and MLflow over PostgreSQL, which the hosts reach; their variables."""
+    folder = tmp_path_factory.mktemp("servers")
+    key, secret = "hostskey", "hostssecret"
+    s3 = CephServer(folder, key, secret, "bucket", host=hosts.address)
+    with contextlib.ExitStack() as stack:
+        stack.callback(s3.shut_down)
+        uri = stack.enter_context(mlflow_server(folder, hosts.address))
+        yield {
+            "AWS_ENDPOINT_URL": s3.endpoint_url,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "MLFLOW_TRACKING_URI": uri,
+        }
+
+
+def test_a_run_outlives_its_hosts(hosts, servers, by_ssh, digits, tmp_path, undisturbed):
+    """One host is killed; the run goes on on both, later on the other host alone."""
+    run_dir, steps = tmp_path / "run", "--train.max_steps=150"
+    places = ("--data.shards=s3://bucket/digits", "--checkpoint.dir=s3://bucket/run")
+    run = (*places, f"--run_dir={run_dir}", "--tracking.type=mlflow", steps)
+    prepare = ("dtr-scale", "prepare", "digits", "--out", "s3://bucket/digits")
+    hosts[0].run(*prepare, environment=servers)
+
+    first = by_ssh(*run, variables=servers)
+    wait_for(lambda: steps_in(run_dir) and status(run_dir)["saved_step"] == 10, first)
+    hosts[1].kill()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode and status(run_dir)["outcome"] == "failed", output
+    hosts[1].boot()
+
+    second = by_ssh(*run, variables=servers)
+    wait_for(lambda: steps_in(run_dir) >= 30, second)
+    hosts[0].signal(second, signal.SIGTERM)
+    output, _ = second.communicate(timeout=60)
+    wait_for(lambda: not (ranks_on(hosts[0]) or ranks_on(hosts[1])))
+    left = status(run_dir)
+    assert left["outcome"] == "preempted" and left["step"] == left["saved_step"] < 150, output
+    assert "resumed s3://bucket/run/step_000000" in output
+
+    alone = ("deepspeed", "--num_gpus", "1", "launch/train.py", "--config", str(DEMO), *FP32, *run)
+    output = hosts[1].run(*alone, environment=servers)
+    assert f"resumed s3://bucket/run/step_{left['step']:08d}" in output
+    assert status(run_dir)["outcome"] == "finished"
+
+    found = journal(run_dir)
+    assert [record["step"] for record in found] == list(range(1, 151))
+    on_both = min(left["step"], len(undisturbed))
+    assert found[:on_both] == undisturbed[:on_both]
+    assert train(digits, tmp_path / "single", steps) == 0
+    for ours, theirs in zip(found, journal(tmp_path / "single"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(servers["MLFLOW_TRACKING_URI"])
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    (logged,) = client.search_runs(experiments)
+    assert logged.info.status == "FINISHED"
+    losses = client.get_metric_history(logged.info.run_id, "loss")
+    assert [(point.step, point.value) for point in losses] == [
+        (record["step"], record["loss"]) for record in found
+    ]

@@ -1,4 +1,4 @@
-"""A real S3 server: Ceph's gateway over one monitor and one object store, all on 127.0.0.1.
+"""A real S3 server: Ceph's gateway over one monitor and one object store, all on this machine.
 
 The store keeps its objects in memory (`memstore`): up in 1.3 s, where `bluestore` needs 6 s to lay
 out and sync a disk of its own. It takes 0.15 GB and twice what is stored, `max_bytes` at most; then
@@ -50,7 +50,7 @@ mon data avail crit = 0
 paxos propose interval = 0.05
 paxos min wait = 0.01
 # Without tcp_nodelay each answer waits 40 ms for an acknowledgement.
-rgw frontends = beast endpoint=127.0.0.1:{gateway_port} tcp_nodelay=1
+rgw frontends = beast endpoint={host}:{gateway_port} tcp_nodelay=1
 rgw override bucket index max shards = 1
 # What is removed leaves the memory at once, not after two hours.
 rgw gc obj min wait = 1
@@ -74,11 +74,19 @@ caps osd = "allow *"
 class CephServer:
     """A server with one user and one bucket; its gateway can be killed and started again.
 
-    Its processes die with this one, however it ends.
+    The gateway is at the address `host` of this machine. Its processes die with this one, however
+    it ends.
     """
 
     def __init__(
-        self, directory: Path, key: str, secret: str, bucket: str, max_bytes: int = 4 * _GIB
+        self,
+        directory: Path,
+        key: str,
+        secret: str,
+        bucket: str,
+        *,
+        host: str = "127.0.0.1",
+        max_bytes: int = 4 * _GIB,
     ) -> None:
         missing = [name for name in ("setpriv", *PACKAGES.split()) if not shutil.which(name)]
         if missing:
@@ -92,8 +100,8 @@ class CephServer:
         self._processes: list[subprocess.Popen[bytes]] = []
         # Nothing of the user's own: CEPH_CONF, CEPH_ARGS, PYTHONPATH, ...
         self._environment = {"PATH": os.environ["PATH"], "CEPH_CONF": f"{directory}/ceph.conf"}
-        self._port = _free_port()
-        self.endpoint_url = f"http://127.0.0.1:{self._port}"
+        self._host, self._port = host, free_port(host)
+        self.endpoint_url = f"http://{host}:{self._port}"
         try:
             self._start_store(max_bytes)
             user = ("--uid=test", "--display-name=test", f"--access-key={key}")
@@ -109,7 +117,7 @@ class CephServer:
         self._gateway = self._spawn("radosgw", "-f", "-n", "client.admin")
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline and self._gateway.poll() is None:
-            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=5)
             try:
                 connection.request("GET", "/")
                 connection.getresponse().read()
@@ -133,11 +141,12 @@ class CephServer:
         self._starter.shutdown()
 
     def _start_store(self, max_bytes: int) -> None:
-        fsid, monitor_port = str(uuid.uuid4()), _free_port()
+        fsid, monitor_port = str(uuid.uuid4()), free_port()
         config = _CONFIG.format(
             fsid=fsid,
             directory=self._directory,
             monitor_port=monitor_port,
+            host=self._host,
             gateway_port=self._port,
             max_bytes=max_bytes,
         )
@@ -203,7 +212,8 @@ class CephServer:
         return path.read_text(errors="replace")[-3000:] if path.exists() else ""
 
 
-def _free_port() -> int:
+def free_port(host: str = "127.0.0.1") -> int:
+    """Return a port that nobody listens on at an address of this machine."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
