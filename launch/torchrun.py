@@ -11,6 +11,7 @@ are torchrun's.
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -43,7 +44,8 @@ def hand_on(signals: int) -> None:
     while number := os.read(signals, 1)[0]:
         if number in SIGNALS:
             for rank in ranks.read_text().split():
-                os.kill(int(rank), number)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(int(rank), number)
             if not ranks.read_text():  # the nodes still look for each other: nothing to save
                 os._exit(START_AGAIN)
 

@@ -180,6 +180,8 @@ from dtr_scale.checkpoint import lease as leases
 from dtr_scale.errors import ConfigError
 from dtr_scale.storage.folder import open_folder
 leases.LEASE_SECONDS, leases._PATIENCE_SECONDS = 0.5, 2.0
+# Longer than a busy machine keeps one of them from running between its read and its write.
+leases._LOCAL_SETTLE_SECONDS = leases._SETTLE_SECONDS = 1.0
 folder = open_folder(sys.argv[1])
 write = folder.write_bytes
 folder.write_bytes = lambda *content: time.sleep(0.05) or write(*content)
