@@ -120,7 +120,8 @@ def test_torchrun_lets_ranks_go_that_were_asked_to_leave(hosts, digits, tmp_path
 def servers(hosts, tmp_path_factory):
     """An S3 server and MLflow over PostgreSQL, which the hosts reach; their variables."""
     folder = tmp_path_factory.mktemp("servers")
-    key, secret = "hostskey", "hostssecret"
+    key = "hostskey"
+    secret = "very-secret"
     s3 = CephServer(folder, key, secret, "bucket", host=hosts.address)
     with contextlib.ExitStack() as stack:
         stack.callback(s3.shut_down)
