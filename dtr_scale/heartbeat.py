@@ -67,7 +67,7 @@ class Heartbeat:
         self._moved_at = time.monotonic()
 
     def stop(self) -> None:
-        """Remove the file: nothing trains here. For every end, `os._exit` included."""
+        """Remove the file: nothing trains here. A second Ctrl-C alone ends without this."""
         self._stopping.set()
         if self._path and self._thread.is_alive():
             self._thread.join()  # or it might make the file again
