@@ -162,7 +162,7 @@ class CheckpointConfig(Section):
     """How many of the best checkpoints by `best_metric` are kept besides; 0: none."""
     best_metric: str = "loss"
     """Less is better: a key of the journal, of that step alone, or of the periodic evaluation,
-    such as `frechet_distance`."""
+    such as `pixel_frechet_distance`."""
     max_failures: PositiveInt = 3
     """Saves that fail in a row before the run stops."""
     resume: Literal["auto", "never"] = "auto"

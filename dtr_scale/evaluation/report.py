@@ -51,15 +51,15 @@ def pixel_report(
 ) -> dict[str, float]:
     """Return the metrics of samples of a data set of small pictures, and of its own training set.
 
-    `legibility` is told of classes, not of one kind of picture. `frechet_distance` is to the
-    held-out pictures; `frechet_distance_real`, that of the training pictures to the same, is what a
-    perfect generator would reach.
+    `legibility` is told of classes, not of one kind of picture. `pixel_frechet_distance` is to the
+    held-out pictures; `pixel_frechet_distance_real`, that of the training pictures to the same, is
+    what a perfect generator would reach.
     """
     real_images, real_labels = read_all(train)
     reference, _ = read_all(held_out)
     metrics = {
-        "frechet_distance": pixel_frechet_distance(images, reference),
-        "frechet_distance_real": pixel_frechet_distance(real_images, reference),
+        "pixel_frechet_distance": pixel_frechet_distance(images, reference),
+        "pixel_frechet_distance_real": pixel_frechet_distance(real_images, reference),
     }
     if train.manifest.num_classes > 1:
         shown = _clipped(images)

@@ -275,9 +275,9 @@ class PeriodicEvaluation:
         save_grid(samples, images[: _GRID_ROWS * columns], columns=columns)
         open_folder(folder).write_bytes(name, samples.getbuffer())
         picture = folder / name
-        log.info("step %d: frechet_distance %.3f, samples in %s", step, distance, picture)
+        log.info("step %d: pixel_frechet_distance %.3f, samples in %s", step, distance, picture)
         # After the picture is written: MLflow's thread reads the file.
-        self.on_result(step, {"frechet_distance": distance}, picture)
+        self.on_result(step, {"pixel_frechet_distance": distance}, picture)
 
 
 def _kept_name(step: int) -> str:

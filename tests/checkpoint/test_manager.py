@@ -212,9 +212,9 @@ def test_the_best_are_kept_across_restarts(folder):
         save(manager_of(folder, last=1, best=2), step, figures={"loss": loss})
     assert folder.names() == [METRICS, *(f"step_{step:08d}" for step in (20, 40, 60))]
     assert json.loads(folder.read_bytes(METRICS))["40"] == {"loss": 1.0}
-    measured = manager_of(folder, last=1, best=1, metric="frechet_distance")
-    measured.note(40, {"frechet_distance": 7.0})
-    measured.note(60, {"frechet_distance": 8.0})
+    measured = manager_of(folder, last=1, best=1, metric="pixel_frechet_distance")
+    measured.note(40, {"pixel_frechet_distance": 7.0})
+    measured.note(60, {"pixel_frechet_distance": 8.0})
     save(measured, 70, figures={"loss": 0.1})
     assert folder.names() == [METRICS, "step_00000040", "step_00000070"]
     assert set(json.loads(folder.read_bytes(METRICS))) == {"40", "70"}

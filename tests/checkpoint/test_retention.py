@@ -46,7 +46,7 @@ def test_a_metrics_file_of_another_shape_ends_no_run_and_costs_no_checkpoint(
     (tmp_path / METRICS).write_text(content)
     manager = save(folder, 20, {"loss": 1.0})
     save(folder, 30, {"loss": 1.0}, manager)
-    manager.note(30, {"frechet_distance": 1.0})
+    manager.note(30, {"pixel_frechet_distance": 1.0})
     assert steps_in(folder) == [10, 20, 30]
     assert (tmp_path / METRICS).read_text() == content, "the user may want to mend it"
     told = warnings_of(NAME)

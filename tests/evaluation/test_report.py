@@ -41,14 +41,14 @@ def test_a_split_is_read_in_order_and_decoded(splits):
 def test_real_pictures_report_what_a_perfect_generator_would(splits):
     images, labels = (torch.from_numpy(array) for array in read_all(splits["val"]))
     report = pixel_report(images, labels, train=splits["train"], held_out=splits["val"])
-    assert report["frechet_distance"] == pytest.approx(0, abs=1e-4)
-    assert report["frechet_distance_real"] > 0.1
+    assert report["pixel_frechet_distance"] == pytest.approx(0, abs=1e-4)
+    assert report["pixel_frechet_distance_real"] > 0.1
     assert report["legibility"] > 0.9
 
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     worse = pixel_report(noise, labels, train=splits["train"], held_out=splits["val"])
-    assert worse["frechet_distance"] > 10 * report["frechet_distance_real"]
-    assert worse["frechet_distance_real"] == report["frechet_distance_real"]
+    assert worse["pixel_frechet_distance"] > 10 * report["pixel_frechet_distance_real"]
+    assert worse["pixel_frechet_distance_real"] == report["pixel_frechet_distance_real"]
     assert worse["legibility"] < 0.3
 
 
@@ -72,10 +72,10 @@ def test_only_small_pixel_data_is_compared_pixel_by_pixel(shape, expected):
 
 
 def test_a_report_is_stored_with_its_manifest(tmp_path):
-    path = write_report(tmp_path, {"frechet_distance": 1.25}, {"seed": 0, "decoder": None})
+    path = write_report(tmp_path, {"pixel_frechet_distance": 1.25}, {"seed": 0, "decoder": None})
     assert path == tmp_path / "evaluation.json"
     assert json.loads(path.read_text()) == {
-        "metrics": {"frechet_distance": 1.25},
+        "metrics": {"pixel_frechet_distance": 1.25},
         "manifest": {"seed": 0, "decoder": None},
     }
 

@@ -33,10 +33,10 @@ def test_the_best_by_a_figure_of_the_journal_and_of_the_evaluation_are_kept(digi
     tiny(digits, tmp_path / "loss", *every)
     losses = {record["step"]: record["loss"] for record in journal(tmp_path / "loss")}
     assert kept(tmp_path / "loss") == sorted({min(losses, key=lambda step: losses[step]), 4})
-    by_distance = "--checkpoint.best_metric=frechet_distance"
+    by_distance = "--checkpoint.best_metric=pixel_frechet_distance"
     tiny(digits, tmp_path / "distance", *every, *evaluation, by_distance, "--train.lr=1e-2")
     noted = json.loads((tmp_path / "distance" / "checkpoints" / "metrics.json").read_text())
-    distances = {int(step): figures["frechet_distance"] for step, figures in noted.items()}
+    distances = {int(step): figures["pixel_frechet_distance"] for step, figures in noted.items()}
     assert kept(tmp_path / "distance") == sorted(distances)
     assert 4 in distances and len(distances) <= 2
 
