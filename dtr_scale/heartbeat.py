@@ -67,10 +67,18 @@ class Heartbeat:
         self._moved_at = time.monotonic()
 
     def stop(self) -> None:
-        """Remove the file: nothing trains here. A second Ctrl-C alone ends without this."""
+        """Remove the file: nothing trains here."""
         self._stopping.set()
-        if self._path and self._thread.is_alive():
+        if self._thread.is_alive():
             self._thread.join()  # or it might make the file again
+            self.remove()
+
+    def remove(self) -> None:
+        """Remove the file of a process that ends with the next line: nothing is waited for.
+
+        A signal handler may call this, and may have interrupted `stop`, whose lock it cannot take.
+        """
+        if self._path:
             with suppress(OSError):
                 self._path.unlink()
 

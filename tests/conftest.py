@@ -16,6 +16,7 @@ from dtr_scale.storage.folder import open_folder
 from tests.support.ceph import CephServer
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.hosts import connected_hosts
+from tests.support.processes import started_processes
 
 # Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.
 SERVICES = {"hosts", "image", "lab", "s3_server", "slurm"}
@@ -68,6 +69,13 @@ def cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def popen():
+    """A `Popen` whose processes are killed at the test's end, with all that they have started."""
+    with started_processes() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 
 from dtr_scale.cli.main import main
 from dtr_scale.heartbeat import HEARTBEAT, Heartbeat, check_heartbeat
+from tests.support.processes import PATIENCE_SECONDS, wait_for
 from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, TINY
 
-PATIENCE_SECONDS = 60
 # Trains with a heartbeat of 0.1 s, and with an evaluation that lasts until it may go on.
 EVALUATING = """
 import sys, time
@@ -34,34 +34,24 @@ with beat.beating() as heartbeat:
 """
 
 
-@contextmanager
-def evaluating(digits, tmp_path, standstill_seconds):
-    """Yield a training that is in its evaluation, and let it end well."""
-    go_on = tmp_path / "go_on"
-    places = (f"--data.shards={digits}", f"--run_dir={tmp_path / 'run'}")
-    experiment = (DEMO, *SMALL, *SINGLE, *TINY, *places, "--evaluation.every_steps=3")
-    arguments = (tmp_path / "beat", go_on, str(standstill_seconds), *experiment)
-    process = subprocess.Popen(
-        [sys.executable, "-c", EVALUATING, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            assert process.stdout and process.stdout.readline() == "evaluating\n"
-            yield process
-            go_on.touch()
-            assert process.wait(PATIENCE_SECONDS) == 0
-        finally:
-            process.kill()
+@pytest.fixture
+def evaluating(digits, tmp_path, popen):
+    """Enter a training that is in its evaluation, and let it end well."""
 
+    @contextmanager
+    def evaluating(standstill_seconds):
+        go_on = tmp_path / "go_on"
+        places = (f"--data.shards={digits}", f"--run_dir={tmp_path / 'run'}")
+        experiment = (DEMO, *SMALL, *SINGLE, *TINY, *places, "--evaluation.every_steps=3")
+        arguments = (tmp_path / "beat", go_on, str(standstill_seconds), *experiment)
+        command = [sys.executable, "-c", EVALUATING, *arguments]
+        process = popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        assert process.stdout.readline() == "evaluating\n"
+        yield process
+        go_on.touch()
+        assert process.wait(PATIENCE_SECONDS) == 0
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    return evaluating
 
 
 def is_renewed(path):
@@ -72,22 +62,22 @@ def is_renewed(path):
     return path.stat().st_mtime_ns != before
 
 
-def test_it_beats_through_an_evaluation_and_not_in_a_process_that_is_stopped(digits, tmp_path):
+def test_it_beats_through_an_evaluation_and_not_in_a_process_that_is_stopped(evaluating, tmp_path):
     path = tmp_path / "beat"
-    with evaluating(digits, tmp_path, standstill_seconds=600) as process:
+    with evaluating(standstill_seconds=600) as process:
         assert is_renewed(path) and is_renewed(path)
         process.send_signal(signal.SIGSTOP)
-        until(lambda: not check_heartbeat(path, 1)[0])
+        wait_for(lambda: not check_heartbeat(path, 1)[0])
         assert not is_renewed(path)
         process.send_signal(signal.SIGCONT)
-        until(lambda: check_heartbeat(path, 1)[0])
+        wait_for(lambda: check_heartbeat(path, 1)[0])
     assert not path.exists()
 
 
-def test_it_does_not_beat_for_a_loop_that_stands_still(digits, tmp_path):
+def test_it_does_not_beat_for_a_loop_that_stands_still(evaluating, tmp_path):
     path = tmp_path / "beat"
-    with evaluating(digits, tmp_path, standstill_seconds=0.5):
-        until(lambda: not check_heartbeat(path, 1)[0])
+    with evaluating(standstill_seconds=0.5):
+        wait_for(lambda: not check_heartbeat(path, 1)[0])
         assert not is_renewed(path)
     assert not path.exists()
 
@@ -97,15 +87,15 @@ def test_before_the_first_step_the_loop_may_take_any_time(tmp_path):
     with Heartbeat(path, interval_seconds=0.01, standstill_seconds=0).beating() as heartbeat:
         assert is_renewed(path) and is_renewed(path)
         heartbeat.moved()
-        until(lambda: not is_renewed(path))
+        wait_for(lambda: not is_renewed(path))
 
 
-def test_a_command_beats_from_its_start_to_its_end(digits, tmp_path):
+def test_a_command_beats_from_its_start_to_its_end(digits, tmp_path, popen):
     path, run_dir = tmp_path / "new" / "beat", tmp_path / "run"
     places = ("--config", str(DEMO), f"--data.shards={digits}", f"--run_dir={run_dir}")
     command = [sys.executable, "launch/train.py", *places, *SMALL, *SINGLE, *TINY]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {HEARTBEAT: str(path)})
-    until(path.exists)
+    process = popen(command, cwd=ROOT, env=os.environ | {HEARTBEAT: str(path)})
+    wait_for(path.exists)
     assert not run_dir.exists()  # torch is not even imported yet
     assert process.wait(PATIENCE_SECONDS) == 0
     assert not path.exists()

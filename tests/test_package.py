@@ -35,6 +35,7 @@ EVERYWHERE = {
     "logs",
     "storage",
     "randomness",
+    "signals",
 }  # "": dtr_scale itself
 PURE = {"torch", "numpy"}
 _COMPONENTS = {"models", "diffusion", "objectives", "data", "engines", "checkpoint", "tracking"}

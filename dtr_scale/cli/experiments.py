@@ -17,6 +17,7 @@ from dtr_scale.cli.arguments import (
 from dtr_scale.errors import ConfigError
 from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat, launched_heartbeat
 from dtr_scale.launchers import launched_rank
+from dtr_scale.signals import LeaveRequest
 
 
 def add_experiments(commands: Commands) -> None:
@@ -111,15 +112,17 @@ def _add_bench(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    # Before torch is imported, which takes seconds.
-    with launched_heartbeat().beating() as heartbeat:
+    heartbeat = launched_heartbeat()
+    leave = LeaveRequest(at_once=heartbeat.remove)
+    # Before torch is imported, which takes seconds: a job may be preempted in its first one.
+    with leave.listening(), heartbeat.beating():
         from dtr_scale.config.load import load_experiment
 
         # The same here: a mistake in the file is told at once.
         experiment = load_experiment(arguments.config, overrides)
         from dtr_scale.jobs.train import train_experiment
 
-        return train_experiment(experiment, heartbeat)
+        return train_experiment(experiment, heartbeat, leave)
 
 
 def _health(arguments: argparse.Namespace) -> int:

@@ -16,9 +16,9 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.launchers import launched_world_size
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.journal import Record
-from dtr_scale.train.signals import LeaveRequest
 
 
 def bench_checkpoint(model: str, *, rounds: int, place: str | None = None) -> str:

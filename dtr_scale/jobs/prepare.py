@@ -24,8 +24,8 @@ from dtr_scale.prepare.encode import (
 )
 from dtr_scale.prepare.inspection import describe, draw_samples, verify
 from dtr_scale.prepare.preparation import Preparation
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.storage.folder import open_folder
-from dtr_scale.train.signals import LeaveRequest
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.sampling import build_evaluation
 from dtr_scale.jobs.tracking import build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
-from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -31,18 +31,21 @@ EXIT_FINISHED, EXIT_FAILED, EXIT_REQUEUE = 0, 1, 75
 _PEER_SECONDS = 5.0
 
 
-def train_experiment(experiment: Experiment, heartbeat: Heartbeat | None = None) -> int:
+def train_experiment(
+    experiment: Experiment, heartbeat: Heartbeat | None = None, leave: LeaveRequest | None = None
+) -> int:
     """Run an experiment to its end or to a request to leave; return the exit code.
 
     0: finished; 75: checkpointed, start it again to go on. The run directory's status.json tells
     the same, since launchers replace exit codes. Errors are raised. The caller keeps `heartbeat`
-    beating; it is told here of each step.
+    beating, which is told here of each step, and `leave` listening; without one it is made here.
     """
     heartbeat = heartbeat or Heartbeat()
-    leave = LeaveRequest(experiment.train.max_minutes, asked=heartbeat.moved)
     with ExitStack() as stack:
-        # First of all: a request that comes while everything is built is heard, too.
-        stack.enter_context(leave.listening())
+        if leave is None:
+            leave = LeaveRequest()
+            # First of all: a request that comes while everything is built is heard, too.
+            stack.enter_context(leave.listening())
         world = _join(experiment)
         with world.agree():
             # Before the run directory is made, which a wrong address would leave behind.
@@ -64,9 +67,12 @@ def train_experiment(experiment: Experiment, heartbeat: Heartbeat | None = None)
         resume_or_start(trainer, experiment, world, run_dir)
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
         evaluate.on_result = records.write_evaluation
-        reason = None
+        # Before the first step: its compilation takes minutes, which a lost node may not have.
+        reason = next(filter(None, world.all_gather_object(leave.reason)), None)
+        # From here on a time limit counts: each start takes the run a step further.
+        leave.enter_loop(experiment.train.max_minutes, asked=heartbeat.moved)
         # The last job may have been killed, or asked to leave, after it saved and before this.
-        if trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
+        if not reason and trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
             reason = evaluate.make_up(trainer.step)
         reason = reason or trainer.run(leave, log=records.write, evaluate=evaluate)
         records.end("preempted" if reason else "finished", reason or "")
@@ -139,7 +145,7 @@ class _MainRecords(_Records):
             checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
         self.close(outcome, checkpoint)
         told = f"leaving on request ({reason})" if reason else outcome
-        log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint)
+        log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint or "none yet")
 
     def close(self, outcome: str, checkpoint: str | None) -> None:
         self._progress.close()

@@ -21,10 +21,10 @@ from dtr_scale.engines.base import Engine
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DivergenceError
 from dtr_scale.objectives.objective import Objective
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.progress import Stopwatch
-from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.state import Probe, RunState, take_probe
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dtr_scale.jobs.train import train_experiment
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.evaluate import PeriodicEvaluation
-from dtr_scale.train.signals import LeaveRequest
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import TINY, demo_experiment, journal, kept, status, tiny
 
@@ -56,7 +56,7 @@ def test_an_evaluation_that_was_missed_after_a_save_is_made_up_for(
     lost_step = 4 if resumed_at == "end" else 2
     with monkeypatch.context() as patch:
         if resumed_at == "leave":
-            asked = itertools.count(1)  # once a step
+            asked = itertools.count()  # before the first step, and once a step
             reason = property(lambda self: "SIGTERM" if next(asked) > 1 else None)
             patch.setattr(LeaveRequest, "reason", reason)
             assert tiny(digits, cut, *evaluation) == 75

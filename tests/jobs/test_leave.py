@@ -6,10 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from subprocess import PIPE
 
 import pytest
 
-from tests.support.runs import BATCH, DEMO, ROOT, SINGLE, SMALL, journal, status, tiny, train
+from dtr_scale.heartbeat import HEARTBEAT
+from tests.support.processes import PATIENCE_SECONDS, free_port, wait_for
+from tests.support.runs import BATCH, DEMO, ROOT, SINGLE, SMALL, TINY, journal, status, tiny, train
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -34,6 +37,43 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(digits, tmp_path, numb
     assert train(digits, run_dir, *BATCH, f"--train.max_steps={further}") == 0
     assert [record["step"] for record in journal(run_dir)] == list(range(1, further + 1))
     assert status(run_dir)["outcome"] == "finished"
+
+
+def test_a_signal_to_one_rank_before_torch_is_imported_makes_all_leave(digits, tmp_path, popen):
+    """Nothing is trained yet, so there is nothing to save; the same command goes on."""
+    run_dir, beats = tmp_path / "run", [tmp_path / f"beat-{rank}" for rank in range(2)]
+    split = ("--engine.type=fsdp2", "--engine.precision=fp32", "--train.micro_batch_size=16")
+    places = ("--config", str(DEMO), f"--data.shards={digits}", f"--run_dir={run_dir}")
+    # As on two nodes, each of which has a heartbeat.
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        popen(
+            [sys.executable, "launch/train.py", *places, *SMALL, *TINY, *split],
+            cwd=ROOT, env=os.environ | launched | {"RANK": str(rank), HEARTBEAT: str(beat)},
+        )
+        for rank, beat in enumerate(beats)
+    ]  # fmt: skip
+    wait_for(beats[1].exists)
+    ranks[1].terminate()
+    assert [rank.wait(PATIENCE_SECONDS) for rank in ranks] == [75, 75]
+    left = status(run_dir)
+    assert (left["outcome"], left["reason"], left["step"]) == ("preempted", "SIGTERM", 0)
+    assert left["saved_step"] is None and not list((run_dir / "checkpoints").glob("step_*"))
+    assert tiny(digits, run_dir) == 0
+    assert [record["step"] for record in journal(run_dir)] == [1, 2, 3, 4]
+
+
+def test_a_second_interrupt_leaves_no_heartbeat_behind(tmp_path, popen):
+    beat = tmp_path / "beat"
+    command = [sys.executable, "launch/train.py", "--config", str(DEMO)]
+    process = popen(command, cwd=ROOT, env=os.environ | {HEARTBEAT: str(beat)}, stderr=PIPE)
+    wait_for(beat.exists)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "\n"
+    assert "leaving" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE_SECONDS) == 130
+    assert not beat.exists()
 
 
 # Trains with saves that hang, and with a loop that fails at step 5 if asked to.

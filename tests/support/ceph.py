@@ -8,7 +8,6 @@ writes hang.
 import http.client
 import os
 import shutil
-import socket
 import subprocess
 import time
 import uuid
@@ -16,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import botocore.session
+
+from tests.support.processes import free_port
 
 PACKAGES = "radosgw ceph-mon ceph-osd"
 PATIENCE_SECONDS = 60
@@ -210,10 +211,3 @@ class CephServer:
     def _output(self) -> str:
         path = self._directory / "output"
         return path.read_text(errors="replace")[-3000:] if path.exists() else ""
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """Return a port that nobody listens on at an address of this machine."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]

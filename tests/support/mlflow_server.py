@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.support.ceph import free_port
+from tests.support.processes import free_port
 
 USER = "postgres"  # of Debian's package; PostgreSQL refuses to run as root
 PATIENCE_SECONDS = 60

@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from tests.support.processes import free_port
 
 TIMEOUT_SECONDS = 240
 
@@ -37,9 +38,7 @@ def exit_codes(world_size: int, function: Callable[..., Any], *args: Any) -> lis
 def _started(world_size: int, function: Callable[..., Any], args: Any) -> Iterator[Any]:
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks = [
         context.Process(target=_rank, args=(answers, rank, world_size, port, function, args))
         for rank in range(world_size)

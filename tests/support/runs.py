@@ -11,8 +11,8 @@ from dtr_scale.engines.world import World
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.sampling import build_evaluation
 from dtr_scale.jobs.train import train_experiment
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
-from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DivergenceError
 from dtr_scale.jobs.build import build_trainer
+from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.ema import power_gamma
-from dtr_scale.train.signals import LeaveRequest
 from dtr_scale.train.trainer import StepSums
 from tests.support.runs import SINGLE, demo_experiment, train
 
@@ -91,5 +91,7 @@ def test_the_wish_to_leave_is_no_copy():
 
 def test_a_wish_to_leave_is_read_with_the_sums():
     sums = StepSums(np.array([1]), ALONE.device)
-    sums.reduce(ALONE, LeaveRequest(max_minutes=1e-9))
+    leave = LeaveRequest()
+    leave.enter_loop(max_minutes=1e-9)
+    sums.reduce(ALONE, leave)
     assert sums.read(torch.tensor(4.0)).leave

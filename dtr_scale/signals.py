@@ -25,19 +25,28 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 class LeaveRequest:
     """Remembers why this rank should checkpoint and leave; None as long as it should not.
 
-    `max_minutes` after its construction is a reason too. `asked` is called each time that somebody
-    asks: the loop does so at every step, and at every sampling step of an evaluation.
+    `at_once` is called before a second Ctrl-C ends the process. It runs in a signal handler.
     """
 
-    def __init__(
-        self, max_minutes: float | None = None, *, asked: Callable[[], None] = lambda: None
-    ) -> None:
-        self._max_minutes = max_minutes
-        self._deadline = time.monotonic() + 60 * (max_minutes or float("inf"))
+    def __init__(self, *, at_once: Callable[[], None] = lambda: None) -> None:
+        self._at_once = at_once
+        self._started_at = time.monotonic()
+        self._max_minutes = float("inf")
+        self._asked: Callable[[], None] = lambda: None
         self._signal: str | None = None
-        self._asked = asked
         self._interrupted = False
         self._launchers = _launchers()
+
+    def enter_loop(
+        self, max_minutes: float | None = None, *, asked: Callable[[], None] = lambda: None
+    ) -> None:
+        """From here on, `max_minutes` after its construction are a reason too.
+
+        `asked` is called each time that somebody asks: the loop does so at every step, and at every
+        sampling step of an evaluation.
+        """
+        self._max_minutes = max_minutes or float("inf")
+        self._asked = asked
 
     @property
     def reason(self) -> str | None:
@@ -48,7 +57,7 @@ class LeaveRequest:
         # 0.7 us elsewhere.
         if list(islice(_ancestors(), len(self._launchers))) != self._launchers:
             return "the launcher is gone"
-        if time.monotonic() > self._deadline:
+        if time.monotonic() - self._started_at > 60 * self._max_minutes:
             return f"train.max_minutes = {self._max_minutes:g} are over"
         return None
 
@@ -69,6 +78,7 @@ class LeaveRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
+                self._at_once()
                 # A clean exit would wait for collectives and threads. 130 is a shell's for SIGINT.
                 os._exit(130)
             self._interrupted = True

@@ -1,6 +1,5 @@
 """Requests to leave, with real signals to real processes."""
 
-import contextlib
 import os
 import select
 import signal
@@ -10,12 +9,12 @@ import time
 
 import pytest
 
-from dtr_scale.train.signals import LAUNCHER_PID, LeaveRequest
+from dtr_scale.signals import LAUNCHER_PID, LeaveRequest
 
 # Says "ready", waits for a reason to leave, says it.
 RANK = """
 import time
-from dtr_scale.train.signals import LeaveRequest
+from dtr_scale.signals import LeaveRequest
 leave = LeaveRequest()
 with leave.listening():
     print("ready", flush=True)
@@ -28,24 +27,15 @@ BUSY_RANK = RANK + "    time.sleep(60)\n"
 
 
 @pytest.fixture
-def start():
-    """Start a script, wait until it is ready; it is killed in the end with all that it started."""
-    started = []
+def start(popen):
+    """Start a script and wait until it is ready."""
 
     def start(script, *before):
-        command = [*before, sys.executable, "-c", script]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        started.append(process)
+        process = popen([*before, sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout and process.stdout.readline() == "ready\n"
         return process
 
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return start
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
@@ -106,7 +96,7 @@ def test_a_launcher_that_is_gone_is_noticed(start, before):
 # Waits for its parent to go, then says whether that is a reason to leave.
 LEFT_ALONE = """
 import os, time
-from dtr_scale.train.signals import LeaveRequest
+from dtr_scale.signals import LeaveRequest
 parent, leave = os.getppid(), LeaveRequest()
 with leave.listening():
     print("ready", flush=True)
@@ -176,8 +166,9 @@ def test_handlers_are_put_back_and_the_reason_stays():
 
 
 def test_a_time_limit_is_a_reason_once_it_is_over():
-    assert LeaveRequest(max_minutes=60).reason is None
-    leave = LeaveRequest(max_minutes=0.1 / 60)
+    leave = LeaveRequest()
+    leave.enter_loop(max_minutes=60)
     assert leave.reason is None
+    leave.enter_loop(max_minutes=0.1 / 60)
     time.sleep(0.11)
     assert leave.reason == "train.max_minutes = 0.00166667 are over"
