@@ -62,6 +62,7 @@ def is_renewed(path):
     return path.stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 def test_it_beats_through_an_evaluation_and_not_in_a_process_that_is_stopped(evaluating, tmp_path):
     path = tmp_path / "beat"
     with evaluating(standstill_seconds=600) as process:
@@ -74,6 +75,7 @@ def test_it_beats_through_an_evaluation_and_not_in_a_process_that_is_stopped(eva
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_it_does_not_beat_for_a_loop_that_stands_still(evaluating, tmp_path):
     path = tmp_path / "beat"
     with evaluating(standstill_seconds=0.5):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FOLDERS, LARGE = "tests/storage/test_folder.py", "tests/engines/test_large.py"
 

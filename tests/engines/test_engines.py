@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dtr_scale.config.schema import EngineConfig
 from dtr_scale.engines.world import World, join_world
-from dtr_scale.errors import ConfigError, DataError, EngineError
+from dtr_scale.errors import ConfigError, EngineError
 from dtr_scale.jobs.build import build_network, build_trainer
 from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.tracking.journal import Record
@@ -33,6 +32,8 @@ from tests.support.engine_jobs import (
 )
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import demo_experiment
+
+pytestmark = pytest.mark.slow
 
 CHECKPOINTING = "--engine.activation_checkpointing=true"
 EXPERTS = ("--model.num_experts=3",)
@@ -265,7 +266,6 @@ def assert_equal_parts(digits: Path, ranks: list[list[Part]], copies: int = 1) -
         assert end == numel, name
 
 
-@pytest.mark.slow
 def test_uneven_shards_on_three_ranks(digits, tmp_path):
     names = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"]
     ranks = run_on_ranks(3, three_ranks, digits, tmp_path, names)
@@ -288,54 +288,9 @@ def four_ranks(digits: Path, place: Path) -> tuple[list[Record], list[Part]]:
     return records, parts
 
 
-@pytest.mark.slow
 def test_two_copies_of_the_weights_on_four_ranks(runs, digits, tmp_path):
     ranks = run_on_ranks(4, four_ranks, digits, tmp_path)
     assert_equal_parts(digits, [parts for _, parts in ranks], copies=2)
     rest = train_all(digits, tmp_path, [Job("hsdp", setting("single_fp32"), resume=True)], LONE)
     for records, _ in ranks:
         assert_same(records + rest["hsdp"], runs.records["single_fp32"], "fp32")
-
-
-@pytest.mark.parametrize(
-    ("replicate", "shard", "expected"),
-    [(None, None, (1, 8)), (2, None, (2, 4)), (None, 4, (2, 4)), (4, 2, (4, 2)), (8, None, (8, 1))],
-)
-def test_a_mesh_uses_every_rank(replicate, shard, expected):
-    assert EngineConfig(replicate=replicate, shard=shard).mesh(8) == expected
-
-
-@pytest.mark.parametrize(("replicate", "shard"), [(2, 3), (3, None), (None, 16), (16, None)])
-def test_a_mesh_that_does_not_fit_is_refused(replicate, shard):
-    with pytest.raises(ConfigError, match=r"engine\.\w+ = \d+ .*do not fit 8 ranks: replicate x"):
-        EngineConfig(replicate=replicate, shard=shard).mesh(8)
-
-
-def verdicts() -> list[str]:
-    """What a rank is told when rank 1 alone fails, in ways we know and do not know."""
-    world = join_world(needs_process_group=True)
-    told = []
-    for error in (DataError("a shard is missing"), KeyError("surprise")):
-        try:
-            with world.agree():
-                if world.rank == 1:
-                    raise error
-        except (DataError, EngineError) as verdict:
-            told.append(f"{type(verdict).__name__}: {verdict} {verdict.on_every_rank}")
-    with world.agree():
-        told.append("none")
-    world.leave()
-    return told
-
-
-def test_all_ranks_get_the_verdict_of_the_one_that_failed():
-    first, second = run_on_ranks(2, verdicts)
-    assert (
-        first
-        == second
-        == [
-            "DataError: a shard is missing True",
-            "EngineError: rank 1 failed: KeyError: 'surprise' True",
-            "none",
-        ]
-    )

@@ -374,6 +374,7 @@ def damaged_starts(digits: Path, place: Path) -> dict[str, list[str]]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken_or_none(digits, tmp_path):
     told, told_rank_1 = run_on_ranks(2, damaged_starts, digits, tmp_path)
     whole = journal(tmp_path / "whole")

@@ -172,6 +172,7 @@ def test_ranks_leave_when_their_launcher_is_gone(tmp_path, launch, script, numbe
     assert (run_dir / "checkpoints" / f"step_{left['step']:08d}" / "COMPLETE").exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once_without_a_traceback(tmp_path, launch):
     launched = launch(tmp_path / "run", "--engine.zero_stge=1")
     output, _ = launched.communicate(timeout=120)

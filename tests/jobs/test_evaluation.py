@@ -175,6 +175,7 @@ def on_ranks(digits: Path, run_dir: Path, fault: str) -> int:
     return train_experiment(demo_experiment(digits, run_dir, *TINY, *two, *LONG, many))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "code"), [("fails", 0), ("leaves", 75)])
 def test_what_happens_to_one_rank_while_it_samples_is_what_all_do(digits, tmp_path, fault, code):
     assert run_on_ranks(2, on_ranks, digits, tmp_path, fault) == [code, code]

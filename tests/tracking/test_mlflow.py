@@ -408,9 +408,11 @@ def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeyp
     assert run.data.tags["host"] == "here"
     (artifact,) = client.list_artifacts(run.info.run_id, "samples")
     assert artifact.path == "samples/picture.png"
-    assert len(warnings_of("dtr_scale.tracking.mirror")) == 5
+    # Trackers of earlier tests may still ask servers that are gone.
+    assert sum(uri in line for line in warnings_of("dtr_scale.tracking.mirror")) == 5
 
 
+@pytest.mark.slow
 def test_an_outage_loses_nothing_and_repeats_nothing(server, tmp_path, warnings_of):
     """One server dies under a tracker that lives on, a job that ends, and the job after it."""
     living, ending = tmp_path / "living", tmp_path / "ending"

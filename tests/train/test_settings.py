@@ -86,6 +86,7 @@ def losses(digits: Path, place: Path) -> dict[str, list[float]]:
     }
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_number_of_ranks(digits, tmp_path):
     first, second = run_on_ranks(2, losses, digits, tmp_path)
     assert first == second
