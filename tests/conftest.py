@@ -13,13 +13,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.storage.folder import open_folder
+from tests.support.browser import Browser
 from tests.support.ceph import CephServer
 from tests.support.faulty_proxy import FaultyProxy
 from tests.support.hosts import connected_hosts
 from tests.support.processes import started_processes
 
 # Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.
-SERVICES = {"hosts", "image", "lab", "s3_server", "slurm"}
+SERVICES = {"browser", "hosts", "image", "lab", "s3_server", "slurm"}
 LARGE_GB = 26
 SLOW_SECONDS, LARGE_SECONDS = 900, 3600  # others have the time limit of pyproject.toml
 LEFT_OUT = pytest.StashKey[list[str]]()
@@ -105,6 +106,12 @@ def hosts():
     """Two hosts that reach each other by ssh; a test that kills one boots it again."""
     with connected_hosts(2) as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Chromium without a window."""
+    return Browser(tmp_path_factory.mktemp("browser"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Parse the commands on a trained run: sample, evaluate, cka and affinity."""
+"""Parse the commands on trained runs: sample, compare, plots, evaluate, cka and affinity."""
 
 import argparse
 import json
@@ -17,6 +17,8 @@ from dtr_scale.cli.evaluation import add_evaluate, check_overrides
 def add_runs(commands: Commands) -> None:
     """Add the commands to their groups."""
     _add_sample(commands)
+    _add_compare(commands)
+    _add_plots(commands)
     _add_cka(commands)
     _add_affinity(commands)
     add_evaluate(commands)
@@ -37,6 +39,46 @@ def _add_sample(commands: Commands) -> None:
     )
     parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
     runs(parser, _sample, overrides=True)
+
+
+def _add_compare(commands: Commands) -> None:
+    parser = commands.add(
+        "compare",
+        "look at a run",
+        "compare runs: results with what their manifests differ in, losses, settings, curves and "
+        "samples; tables here, and with --out one page and its plots",
+        "dtr-scale compare runs/demo_digits runs/demo_digits_plain --out comparison",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run directory, the id of an MLflow run, or an MLflow experiment for all its runs",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for index.html and PNGs of its plots"
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database (default: MLFLOW_TRACKING_URI, else runs/mlflow.db)",
+    )
+    runs(parser, _compare)
+
+
+def _add_plots(commands: Commands) -> None:
+    parser = commands.add(
+        "plots",
+        "look at a run",
+        "draw a run's losses, clusters, log-variances, throughput, waiting for data and routing; a "
+        "PNG each and a sheet of all",
+        "dtr-scale plots runs/demo_digits",
+    )
+    add_run_dir(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the PNGs (default: RUN_DIR/plots)"
+    )
+    runs(parser, _plots)
 
 
 def _add_cka(commands: Commands) -> None:
@@ -94,6 +136,24 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         overrides=overrides,
     )
     print(path)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.compare import compare_runs
+
+    text, page = compare_runs(
+        arguments.runs, out=arguments.out, tracking_uri=arguments.tracking_uri
+    )
+    print(text)
+    print(f"\npage: {page}" if page else "\nfor curves and samples give --out DIR")
+    return 0
+
+
+def _plots(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.plots import plot_run
+
+    print(*plot_run(arguments.run_dir, out=arguments.out), sep="\n")
     return 0
 
 

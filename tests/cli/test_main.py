@@ -18,6 +18,8 @@ COMMANDS = [
     "train",
     "health",
     "sample",
+    "compare",
+    "plots",
     "evaluate",
     "cka",
     "affinity",
