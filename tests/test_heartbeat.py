@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import PosixPath
 
 import pytest
 
@@ -90,6 +91,23 @@ def test_before_the_first_step_the_loop_may_take_any_time(tmp_path):
         assert is_renewed(path) and is_renewed(path)
         heartbeat.moved()
         wait_for(lambda: not is_renewed(path))
+
+
+class SlowDisk(PosixPath):
+    """A file that takes 0.1 s to renew."""
+
+    def touch(self, mode=0o666, exist_ok=True):
+        time.sleep(0.1)
+        super().touch(mode, exist_ok)
+
+
+def test_a_renewal_on_its_way_does_not_bring_the_file_back(tmp_path):
+    path = SlowDisk(tmp_path / "beat")
+    with Heartbeat(path, interval_seconds=0.001).beating():
+        time.sleep(0.05)
+    assert not path.exists()
+    time.sleep(0.2)
+    assert not path.exists()
 
 
 def test_a_command_beats_from_its_start_to_its_end(digits, tmp_path, popen):

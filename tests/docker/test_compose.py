@@ -23,6 +23,33 @@ def test_a_service_can_do_no_more_than_it_needs(name):
         assert not re.search("://[^/@]*:[^/@]*@", value), key
 
 
+def test_what_all_services_trust_is_written_by_one():
+    """Whoever may write there may name another authority, or another key."""
+    for volume in ("trust", "access"):
+        writers = [
+            name
+            for name, service in SERVICES.items()
+            for mount in service.get("volumes", [])
+            if mount["source"] == volume and not mount.get("read_only")
+        ]
+        assert writers == ["secrets"], volume
+
+
+def test_what_writes_has_time_to_end_well():
+    """A checkpoint, or a database; Docker's own 10 seconds are too short."""
+    times = {name: service.get("stop_grace_period") for name, service in SERVICES.items()}
+    nodes, servers = ("node-1", "node-2"), ("mlflow", "postgres", "s3")
+    expected = dict.fromkeys(nodes, "2m0s") | dict.fromkeys(servers, "30s")
+    assert {name: time for name, time in times.items() if time} == expected
+
+
+def test_a_node_may_hold_what_its_network_reads_and_its_ranks_share():
+    """RDMA locks pages, and NCCL and data workers pass on what is in /dev/shm."""
+    for node in ("node-1", "node-2"):
+        assert SERVICES[node]["ulimits"] == {"memlock": -1}
+        assert int(SERVICES[node]["shm_size"]) >= 2**31
+
+
 def test_only_mlflow_can_be_reached_and_only_from_this_machine():
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
     assert set(published) == {"mlflow"}

@@ -225,7 +225,10 @@ def test_a_pod_is_locked_down_and_writes_to_volumes_alone(name):
     assert set(mounts.values()) == volumes.keys()
     claim = volumes["shared"]["persistentVolumeClaim"]["claimName"]
     assert claim == MANIFESTS["storage"]["metadata"]["name"]
+    # A checkpoint has this time, and a rank that hangs a shorter one.
+    assert pod["terminationGracePeriodSeconds"] == 600
     if not name.endswith("-launcher"):  # it trains nothing
+        assert container["livenessProbe"]["terminationGracePeriodSeconds"] == 30
         assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
         assert container["livenessProbe"]["exec"]["command"] == ["entrypoint.sh", "health"]
         assert container["envFrom"] == [{"secretRef": {"name": "dtr-scale"}}]

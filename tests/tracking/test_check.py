@@ -2,9 +2,17 @@
 
 import socket
 import sqlite3
+import ssl
+import threading
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from dtr_scale.cli.main import main
 from dtr_scale.errors import ConfigError
@@ -16,7 +24,8 @@ DEMO = Path(__file__).parents[2] / "configs" / "demo_digits.json"
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("URI", "INSECURE_TLS", "SERVER_CERT_PATH"):
+        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}", raising=False)
     monkeypatch.setenv("NO_PROXY", "*")  # a proxy may answer in place of nobody
 
 
@@ -73,6 +82,60 @@ def test_a_file_that_holds_no_authority_is_refused_with_its_variable(monkeypatch
         pytest.raises(ConfigError, match=trust),
     ):
         check_uri(f"https://127.0.0.1:{server.getsockname()[1]}")
+
+
+@pytest.fixture
+def https_server(tmp_path):
+    """Start a server whose certificate has a time of its own; return its address and authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, form = serialization.PrivateFormat.PKCS8, serialization.Encoding.PEM
+    key_pem = key.private_bytes(form, private, serialization.NoEncryption())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+    own_address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+
+    def certificate(first_day, last_day):
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(now + timedelta(first_day))
+            .not_valid_after(now + timedelta(last_day))
+            .add_extension(own_address, critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        path = tmp_path / "authority.pem"
+        path.write_bytes(certificate.public_bytes(form))
+        (tmp_path / "server.pem").write_bytes(path.read_bytes() + key_pem)
+        return path
+
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+
+        def start(first_day, last_day):
+            authority = certificate(first_day, last_day)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(tmp_path / "server.pem")
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+            return f"https://127.0.0.1:{server.server_port}", authority
+
+        yield start
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("first_day", "last_day"), [(-2, -1), (1, 2)], ids=["over", "to come"])
+def test_a_certificate_at_the_wrong_time_is_an_outage(
+    https_server, monkeypatch, first_day, last_day
+):
+    uri, authority = https_server(first_day, last_day)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(authority))
+    check_uri(uri)
+
+
+def test_an_unknown_authority_is_refused_unless_any_is_taken(https_server, monkeypatch):
+    uri, _ = https_server(-1, 1)
+    with pytest.raises(ConfigError, match="certificate is not trusted: self-signed"):
+        check_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")  # as MLflow's client reads it
+    check_uri(uri)
 
 
 def test_a_run_is_refused_before_its_directory_is_made(tmp_path, capsys):
