@@ -45,26 +45,47 @@ def build_deepspeed_config(
     by_precision = f"engine.precision = {precision!r}"
     by_batch = f"train.global_batch_size = {global_batch_size}"
     by_micro_batch = f"train.micro_batch_size = {micro_batch_size}"
-    for path, value, origin in (
-        ("train_batch_size", global_batch_size, by_batch),
-        ("train_micro_batch_size_per_gpu", micro_batch_size, by_micro_batch),
-        (
-            "gradient_accumulation_steps",
-            grad_accum_steps,
-            f"the {grad_accum_steps} of {by_batch} in parts of {by_micro_batch} on these ranks",
-        ),
-        ("gradient_clipping", grad_clip or 0.0, f"train.grad_clip = {json.dumps(grad_clip)}"),
-        ("bf16.enabled", bf16, by_precision),
-        ("fp16.enabled", False, by_precision),
-        ("amp.enabled", False, by_precision),
-        ("torch_autocast.enabled", autocast, by_precision),
-        ("zero_optimization.stage", zero_stage, f"engine.zero_stage = {zero_stage}"),
-    ):
+    by_both = f"the {grad_accum_steps} of {by_batch} in parts of {by_micro_batch} on these ranks"
+    by_clip = f"train.grad_clip = {json.dumps(grad_clip)}"
+    by_stage = f"engine.zero_stage = {zero_stage}"
+    settings = {
+        "train_batch_size": (global_batch_size, by_batch),
+        "train_micro_batch_size_per_gpu": (micro_batch_size, by_micro_batch),
+        "gradient_accumulation_steps": (grad_accum_steps, by_both),
+        "gradient_clipping": (grad_clip or 0.0, by_clip),
+        "bf16.enabled": (bf16, by_precision),
+        "fp16.enabled": (False, by_precision),
+        "amp.enabled": (False, by_precision),
+        "torch_autocast.enabled": (autocast, by_precision),
+        "zero_optimization.stage": (zero_stage, by_stage),
+    }
+    _refuse_contradictions(section, settings)
+    _refuse_unsupported(section)
+    # Over the section, too: it may say bf16.enabled at stage 0, which trains by torch_autocast.
+    fixed = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "gradient_clipping": grad_clip or 0.0,
+        "zero_optimization": {"stage": zero_stage},
+        "bf16": {"enabled": bf16 and not autocast},
+        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
+    }
+    return _merge(_merge(_defaults(bf16, zero_stage), section), fixed)
+
+
+def _refuse_contradictions(
+    section: Mapping[str, Any], settings: Mapping[str, tuple[Any, str]]
+) -> None:
+    """Raise ConfigError where a section has another value than a setting's, which has an origin."""
+    for path, (value, origin) in settings.items():
         found = _look_up(section, path, default=value)
         if found != value:
             raise ConfigError(
                 f"{SECTION}.{path} = {json.dumps(found)} contradicts {origin}; remove one"
             )
+
+
+def _refuse_unsupported(section: Mapping[str, Any]) -> None:
     for path, (accepted, reason) in _ACCEPTED.items():
         found = _look_up(section, path, default=accepted[0])
         if found not in accepted:
@@ -73,7 +94,11 @@ def build_deepspeed_config(
                 f"{SECTION}.{path} = {json.dumps(found)} is refused: {reason}; set {choice}, or "
                 "remove it"
             )
-    defaults = {
+
+
+def _defaults(bf16: bool, zero_stage: int) -> dict[str, Any]:
+    """Return what the section may change."""
+    return {
         "zero_optimization": {
             "reduce_bucket_size": _REDUCE_BUCKET_SIZE,
             # Stage 3 would replace F.linear in the whole process and never put it back.
@@ -87,16 +112,6 @@ def build_deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32" if bf16 and zero_stage >= 2 else None},
         "steps_per_print": 2**31,
     }
-    fixed = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": grad_clip or 0.0,
-        "zero_optimization": {"stage": zero_stage},
-        "bf16": {"enabled": bf16 and not autocast},
-        "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
-    }
-    # Over the section, too: it may say bf16.enabled at stage 0, which trains by torch_autocast.
-    return _merge(_merge(defaults, section), fixed)
 
 
 def _look_up(section: Mapping[str, Any], path: str, default: Any) -> Any:  # noqa: ANN401
