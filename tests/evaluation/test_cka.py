@@ -12,28 +12,11 @@ from dtr_scale.errors import ConfigError, EvaluationError
 from dtr_scale.evaluation.cka import linear_cka, timestep_cka
 from dtr_scale.jobs.network import build_model
 from dtr_scale.randomness import keyed_generator
+from tests.support import weights
 
 TIMESTEPS = [0, 30, 99]
-DIT = {
-    "type": "dit",
-    "hidden_size": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "patch_size": 2,
-    "input_size": 8,
-    "num_classes": 10,
-    "routing": {"type": "dtr"},
-}
-ADM = {
-    "type": "adm",
-    "image_size": 8,
-    "in_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "attention_resolutions": [2],
-    "num_classes": 10,
-}
+DIT = weights.CONFIG | {"routing": {"type": "dtr"}}
+ADM = weights.ADM | {"in_channels": 4, "num_classes": 10}
 
 seeds, widths, counts = st.integers(0, 2**31), st.integers(1, 40), st.integers(4, 20)
 

@@ -5,6 +5,7 @@ import torch
 
 from dtr_scale.evaluation.flops import forward_cost
 from dtr_scale.jobs.network import build_model
+from tests.support.weights import CONFIG
 
 # Peebles & Xie (2023), table of all models at 256x256: 10^9 MACs and 10^6 parameters.
 PUBLISHED = {
@@ -24,16 +25,7 @@ ADM = {
     "num_classes": 1000,
 }
 ADM_256 = {"channel_mult": [1, 1, 2, 2, 4, 4], "attention_resolutions": [8, 16, 32]}
-TINY = {
-    "type": "dit",
-    "hidden_size": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "patch_size": 2,
-    "input_size": 8,
-    "num_classes": 10,
-}
-LENGTH, WIDTH, CHANNELS = 16, 32, 4
+LENGTH, WIDTH, CHANNELS = 16, CONFIG["hidden_size"], CONFIG["in_channels"]
 
 
 def cost_of(config, y_shape=()):
@@ -61,7 +53,7 @@ def test_the_unet_costs_what_was_published():
 
 
 def test_every_layer_is_what_it_is_by_hand():
-    layers = cost_of(TINY).layers
+    layers = cost_of(CONFIG).layers
     patch = 2 * 2 * CHANNELS
     square = WIDTH * WIDTH
     block = LENGTH * (3 + 1 + 4 + 4) * square + 2 * LENGTH**2 * WIDTH + 6 * square
@@ -85,27 +77,27 @@ def test_every_layer_is_what_it_is_by_hand():
 
 @pytest.mark.parametrize("kind", ["dtr", "random", "max_roaming"])
 def test_routing_costs_no_multiplication_that_counts(kind):
-    assert cost_of(TINY | {"routing": {"type": kind}}).total == cost_of(TINY).total
+    assert cost_of(CONFIG | {"routing": {"type": kind}}).total == cost_of(CONFIG).total
 
 
 def test_text_costs_its_attention():
     tokens, width = 5, 12
     text = {"conditioning": "text", "context_length": tokens, "context_dim": width}
-    cost = cost_of(TINY | text, (tokens, width))
-    added = cost.layers["blocks.0"].macs - cost_of(TINY).layers["blocks.0"].macs
+    cost = cost_of(CONFIG | text, (tokens, width))
+    added = cost.layers["blocks.0"].macs - cost_of(CONFIG).layers["blocks.0"].macs
     cross = 2 * LENGTH * WIDTH**2 + 2 * tokens * width * WIDTH + 2 * LENGTH * tokens * WIDTH
     assert added == cross + 3 * WIDTH**2
     assert cost.layers["blocks.0.cross_attn"].macs == cross
 
 
 def test_of_experts_a_sample_meets_one():
-    one, four = cost_of(TINY), cost_of(TINY | {"num_experts": 4})
+    one, four = cost_of(CONFIG), cost_of(CONFIG | {"num_experts": 4})
     assert four.total == (one.total.macs, 4 * one.total.num_parameters)
     assert four.layers["experts.0.blocks.2"] == one.layers["blocks.2"]
 
 
 def test_groups_are_the_parts_and_one_of_a_row():
-    groups = cost_of(TINY).groups()
+    groups = cost_of(CONFIG).groups()
     names = ["x_embedder", "t_embedder", "y_embedder", "blocks.0", "blocks", "final_layer"]
     assert list(groups) == names
     unet = ADM | {"image_size": 64, "channel_mult": [1, 2], "attention_resolutions": [2]}
