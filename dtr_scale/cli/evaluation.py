@@ -36,8 +36,9 @@ def add_evaluate(commands: Commands) -> None:
         action="append",
         choices=FEATURES,
         help="network to measure by, may be given again: inception makes FID, sFID, IS, precision "
-        "and recall; efficientnet needs no download and makes fd_efficientnet (default: "
-        "efficientnet; of a run of small pixels its pixels)",
+        "and recall; efficientnet needs no download and makes fd_efficientnet (default: of a run "
+        "what its evaluation says, else inception if its weights are here, else efficientnet; of "
+        "a run of the smallest pixels its pixels)",
     )
     parser.add_argument(
         "--inception-weights",
@@ -65,7 +66,8 @@ def add_evaluate(commands: Commands) -> None:
         "--reference",
         type=Path,
         metavar="FILE.npz",
-        help="ADM's or one's own (default for a run: its held-out split)",
+        help="ADM's or one's own (default for a run: its evaluation.reference, else its held-out "
+        "split)",
     )
 
     of_reference = parser.add_argument_group("evaluate reference")

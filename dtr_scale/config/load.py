@@ -23,6 +23,9 @@ PATHS = (
     "checkpoint.dir",
     "checkpoint.start_from",
     "tracking.uri",
+    "evaluation.reference",
+    "evaluation.inception_weights",
+    "evaluation.dinov2_weights",
 )
 """Keys whose value may be a path on this machine."""
 
@@ -118,6 +121,9 @@ def resolved(experiment: Experiment) -> dict[str, Any]:
         node = data[section] if section else data
         if node[name] is not None:
             node[name] = _absolute(node[name])
+    vae = data["evaluation"]["vae"]
+    if vae and Path(vae).is_dir():  # else it is a hub's name
+        data["evaluation"]["vae"] = _absolute(vae)
     return data
 
 

@@ -186,7 +186,7 @@ class TrackingConfig(Section):
 
 class EvaluationConfig(Section):
     every_steps: Count = 0
-    """Sample and evaluate during training; 0: never."""
+    """Sample and evaluate during training, by the averaged weights; 0: never."""
     num_samples: PositiveInt = 10_000
     cfg_scale: Annotated[float, Field(ge=1.0)] = 1.5
     cfg_channels: PositiveInt | None = None
@@ -205,6 +205,24 @@ class EvaluationConfig(Section):
     """Clip each predicted x_0 to [-1, 1]: right for pixels, wrong for latents."""
     batch_size: PositiveInt = 64
     """Samples per forward on one rank; the samples do not depend on it."""
+    loss_samples: Count = 2048
+    """Held-out draws whose loss is measured in training: fixed noise, 8 fixed timesteps per
+    cluster; 0: none."""
+    features: Annotated[
+        list[Literal["inception", "efficientnet", "dinov2"]], BeforeValidator(comma_separated)
+    ] = Field(default=[])
+    """Networks that pictures are measured by, the first of which ranks checkpoints; none named:
+    the smallest pictures by their pixels, others by inception if its weights are on this disk,
+    else by efficientnet."""
+    reference: str | None = None
+    """An .npz of `dtr-scale evaluate reference` or ADM; null: the data's held-out pictures, or
+    the training pictures where there are none."""
+    inception_weights: str | None = None
+    """torch-fidelity's .pth; null: its download, if it is on this disk."""
+    dinov2_weights: str | None = None
+    """DINOv2's .pth or .safetensors."""
+    vae: str | None = None
+    """Decodes latents; null: what encoded the data, if it is on this disk."""
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> Self:

@@ -40,7 +40,10 @@ class TimestepDraw(Protocol):
 
 
 class BatchAssembler:
-    """Puts together what places of a global batch hold. With `conditioning` "none" labels are 0."""
+    """Puts together what places of a global batch hold. With `conditioning` "none" labels are 0.
+
+    `stream_prefix` makes the draws others than those of training at the same positions.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class BatchAssembler:
         conditioning: str = "class",
         class_dropout_prob: float = 0.0,
         horizontal_flip: bool = False,
+        stream_prefix: str = "",
     ) -> None:
         assert order.shard_samples == samples.shard_samples
         self.samples = samples
@@ -63,7 +67,7 @@ class BatchAssembler:
         self._drop_prob = class_dropout_prob
         self._flip_prob = 0.5 if horizontal_flip else 0.0
         streams = ("flip", "caption", "label_drop", "posterior", "noise")
-        self._streams = {stream: KeyedStream(seed, stream) for stream in streams}
+        self._streams = {name: KeyedStream(seed, stream_prefix + name) for name in streams}
         self._null: np.ndarray | int | None = None
 
     def empty(self, *size: int) -> MicroBatch:

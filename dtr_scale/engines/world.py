@@ -66,6 +66,14 @@ class World:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def gather_to_main(self, value: Any) -> list[Any]:  # noqa: ANN401
+        """Return every rank's `value` in rank order on rank 0, nothing on the others."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.group)
+        return values or []
+
     def broadcast_object(self, value: Any) -> Any:  # noqa: ANN401
         """Return rank 0's `value` on every rank."""
         values = [value]

@@ -9,7 +9,7 @@ import logging
 import textwrap
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -41,6 +41,13 @@ class Features(NamedTuple):
     probabilities: np.ndarray | None = None
     """[n, 1008], of Inception alone"""
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Features]") -> "Features":
+        """Return the features of all pictures, part after part."""
+        pooled, *others = zip(*parts, strict=True)
+        rest = (None if each[0] is None else np.concatenate(each) for each in others)
+        return cls(np.concatenate(pooled), *rest)
+
 
 class Extractor(ABC):
     """A network without its last layer, in fp32.
@@ -59,6 +66,11 @@ class Extractor(ABC):
         self.weights_sha256 = file_sha256(weights)
         # The rounding of a convolution may depend on the batch: sizes are fixed, not an option.
         self.batch_size = 64 if device.type == "cuda" else 16
+
+    @property
+    def distance_name(self) -> str:
+        """What the Fréchet distance over these features is called."""
+        return "fid" if isinstance(self, Inception) else f"fd_{self.name}"
 
     def record(self) -> dict[str, str]:
         """Return what a manifest tells of the features."""
@@ -217,13 +229,26 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return x.clamp(0, 255)
 
 
-def _published_inception() -> Path:
-    """Return the published weights, fetched and checked if they are not in torch's cache yet."""
+def inception_is_here() -> bool:
+    """Tell whether the published weights have been fetched."""
+    try:
+        return _inception_place()[1].exists()
+    except EvaluationError:  # torch-fidelity is not installed
+        return False
+
+
+def _inception_place() -> tuple[str, Path]:
+    """Return where the published weights are fetched from, and where they are kept."""
     with _loading("Inception", None, "pip install 'dtr-scale[eval]'"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-    url = URL_INCEPTION_V3
     # Where torch-fidelity's own command keeps and finds them.
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    name = URL_INCEPTION_V3.rpartition("/")[2]
+    return URL_INCEPTION_V3, Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _published_inception() -> Path:
+    """Return the published weights, fetched and checked if they are not in torch's cache yet."""
+    url, path = _inception_place()
     if path.exists():
         if not file_sha256(path).startswith(INCEPTION_SHA256):
             raise EvaluationError(f"{path} is damaged; remove it, and it is fetched again")

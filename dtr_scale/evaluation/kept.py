@@ -28,8 +28,7 @@ _MAX_BYTES = 16 * GIB  # 50,000 samples by Inception take 0.5 GB
 
 def kept_arrays(depends_on: Any, compute: Callable[[], Arrays]) -> Arrays:  # noqa: ANN401
     """Return the arrays kept for what they depend on (JSON), or compute and keep them."""
-    key = json.dumps([_FORMAT, depends_on], sort_keys=True)
-    path = _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    path = _path(depends_on)
     try:
         make_private(path.parent)
     except DataError:  # whose fix is a key of an experiment
@@ -55,6 +54,16 @@ def kept_arrays(depends_on: Any, compute: Callable[[], Arrays]) -> Arrays:  # no
     except OSError as error:
         log.warning("%s could not be kept: %s", path, error)
     return arrays
+
+
+def is_kept(depends_on: Any) -> bool:  # noqa: ANN401
+    """Tell whether `kept_arrays` would find what depends on this (JSON)."""
+    return _path(depends_on).exists()
+
+
+def _path(depends_on: Any) -> Path:  # noqa: ANN401
+    key = json.dumps([_FORMAT, depends_on], sort_keys=True)
+    return _folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
 
 
 def _folder() -> Path:

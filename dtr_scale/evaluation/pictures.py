@@ -7,6 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -45,6 +46,10 @@ class Pictures(ABC):
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Yield all of them in their order, uint8 [n, C, H, W]."""
+
+    def share(self, batch_size: int, first: int, every: int) -> Iterator[np.ndarray]:
+        """Yield of those batches number `first` and every `every`-th after it."""
+        return islice(self.batches(batch_size), first, None, every)
 
     @abstractmethod
     def _hash(self) -> str: ...

@@ -5,7 +5,8 @@ training set, for FID and sFID, and some of its pictures, for precision and reca
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.features import Extractor, Features, Inception
-from dtr_scale.evaluation.kept import kept_arrays
+from dtr_scale.evaluation.kept import is_kept, kept_arrays
 from dtr_scale.evaluation.metrics import (
     Moments,
     RunningMoments,
@@ -24,6 +25,8 @@ from dtr_scale.evaluation.metrics import (
 )
 from dtr_scale.evaluation.pictures import ARRAY, NpzPictures, Pictures
 from dtr_scale.storage.local import replacing
+
+log = logging.getLogger(__name__)
 
 NEIGHBOURS = 3  # of precision and recall
 SPLIT_SAMPLES = 5000  # of the Inception Score
@@ -46,32 +49,39 @@ def measure(pictures: Pictures, extractor: Extractor) -> Measured:
     arrays = kept_arrays(depends_on, lambda: _measured(pictures, extractor))
     score = arrays.get("inception_score")
     return Measured(
-        Moments(arrays["mu"], arrays["sigma"]),
-        Moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None,
+        *_moments(arrays),
         arrays["pooled"],
         None if score is None else (float(score[0]), float(score[1])),
     )
 
 
 def _measured(pictures: Pictures, extractor: Extractor) -> dict[str, np.ndarray]:
-    sums = _Sums()
+    batches = _told(pictures, extractor.batch_size, extractor.name)
+    found = summary(extractor.features(batch) for batch in batches)
+    arrays = {**_arrays(found.moments, found.spatial), "pooled": found.pooled}
+    if found.inception_score is not None:
+        arrays["inception_score"] = np.array(found.inception_score)
+    return arrays
+
+
+def summary(parts: Iterable[Features]) -> Measured:
+    """Return what the metrics need to know of pictures whose features come in parts."""
+    sums = FeatureSums()
     pooled, probabilities = [], []
-    for batch in _told(pictures, extractor.batch_size, extractor.name):
-        features = extractor.features(batch)
+    for features in parts:
         sums.add(features)
         pooled.append(features.pooled)
         if features.probabilities is not None:
             probabilities.append(features.probabilities)
-    arrays = {**sums.moments(), "pooled": np.concatenate(pooled)}
+    score = None
     if probabilities:
-        splits = max(1, len(pictures) // SPLIT_SAMPLES)
+        splits = max(1, sum(map(len, pooled)) // SPLIT_SAMPLES)
         score = inception_score(np.concatenate(probabilities), splits)
-        arrays["inception_score"] = np.array(score)
-    return arrays
+    return Measured(*sums.moments(), np.concatenate(pooled), score)
 
 
-class _Sums:
-    """Moments of the features of a set of any size, by the names that ADM's files have."""
+class FeatureSums:
+    """Moments of the features of a set of any size."""
 
     def __init__(self) -> None:
         self._pooled, self._spatial = RunningMoments(), RunningMoments()
@@ -83,13 +93,22 @@ class _Sums:
             self._has_spatial = True
             self._spatial.add(features.spatial)
 
-    def moments(self) -> dict[str, np.ndarray]:
-        pooled = self._pooled.result()
-        arrays = {"mu": pooled.mean, "sigma": pooled.covariance}
-        if self._has_spatial:
-            spatial = self._spatial.result()
-            arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
-        return arrays
+    def moments(self) -> tuple[Moments, Moments | None]:
+        """Return the moments of pooled and of spatial features."""
+        return self._pooled.result(), self._spatial.result() if self._has_spatial else None
+
+
+def _arrays(pooled: Moments, spatial: Moments | None, ending: str = "") -> dict[str, np.ndarray]:
+    """Return moments by the names that ADM's files have."""
+    arrays = {f"mu{ending}": pooled.mean, f"sigma{ending}": pooled.covariance}
+    if spatial is not None:
+        arrays |= {f"mu_s{ending}": spatial.mean, f"sigma_s{ending}": spatial.covariance}
+    return arrays
+
+
+def _moments(arrays: dict[str, np.ndarray]) -> tuple[Moments, Moments | None]:
+    spatial = Moments(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
+    return Moments(arrays["mu"], arrays["sigma"]), spatial
 
 
 def _told(pictures: Pictures, batch_size: int, what: str) -> Iterator[np.ndarray]:
@@ -103,23 +122,42 @@ def _told(pictures: Pictures, batch_size: int, what: str) -> Iterator[np.ndarray
 def compare(samples: Measured, reference: "Reference", extractor: Extractor) -> dict[str, float]:
     """Return the metrics of samples against a reference.
 
-    Of Inception they are `fid`, `sfid`, `inception_score` (with `_std`), `precision` and `recall`;
-    of another extractor `fd_NAME`, `precision_NAME` and `recall_NAME`.
+    Those of `distances`, and of Inception `precision` and `recall`, of another extractor
+    `precision_NAME` and `recall_NAME`.
     """
-    inception = extractor.name == Inception.name
-    ending = "" if inception else f"_{extractor.name}"
+    ending = _ending(extractor)
+    pooled = reference.measured(extractor).pooled
+    precision, recall = precision_recall(pooled, samples.pooled, NEIGHBOURS)
+    return {
+        **distances(samples, reference, extractor),
+        f"precision{ending}": precision,
+        f"recall{ending}": recall,
+    }
+
+
+def distances(samples: Measured, reference: "Reference", extractor: Extractor) -> dict[str, float]:
+    """Return the metrics that need the moments of a reference alone.
+
+    Of Inception they are `fid`, `sfid` and `inception_score` (with `_std`), of another extractor
+    `fd_NAME`.
+    """
     moments, spatial = reference.moments(extractor)
-    distance = moments_distance(samples.moments, moments)
-    metrics = {"fid" if inception else f"fd{ending}": distance}
+    metrics = {extractor.distance_name: moments_distance(samples.moments, moments)}
     if samples.spatial is not None and spatial is not None:
         metrics["sfid"] = moments_distance(samples.spatial, spatial)
     if samples.inception_score is not None:
         metrics["inception_score"], metrics["inception_score_std"] = samples.inception_score
-    pooled = reference.measured(extractor).pooled
-    metrics[f"precision{ending}"], metrics[f"recall{ending}"] = precision_recall(
-        pooled, samples.pooled, NEIGHBOURS
-    )
     return metrics
+
+
+def warn_of_sizes(shape: Sequence[int], reference: "Reference") -> None:
+    """Tell where samples [C, H, W] and the pictures of their reference differ in size."""
+    theirs = reference.pictures.shape
+    if tuple(shape) != theirs:
+        log.warning(
+            "samples are %s, the pictures of %s are %s: a distance between sizes is another number",
+            list(shape), reference.pictures.source, list(theirs),
+        )  # fmt: skip
 
 
 class Reference:
@@ -128,15 +166,32 @@ class Reference:
     def __init__(self, pictures: Pictures) -> None:
         self.pictures = pictures
         """Those for precision and recall."""
+        self._known: dict[str, tuple[Moments, Moments | None]] = {}
 
     def measured(self, extractor: Extractor) -> Measured:
         """Return what an extractor tells of the pictures."""
         return measure(self.pictures, extractor)
 
     def moments(self, extractor: Extractor) -> tuple[Moments, Moments | None]:
-        """Return the moments of pooled and of spatial features."""
-        measured = self.measured(extractor)
-        return measured.moments, measured.spatial
+        """Return the moments of pooled and of spatial features, once they are known from disk."""
+        if extractor.name not in self._known:
+            measured = self.measured
+            self.keep_moments(extractor, lambda: measured(extractor)[:2])
+        return self._known[extractor.name]
+
+    def has_moments(self, extractor: Extractor) -> bool:
+        """Tell whether `moments` are known without a look at the pictures."""
+        return extractor.name in self._known or is_kept(self._depends_on(extractor))
+
+    def keep_moments(
+        self, extractor: Extractor, compute: Callable[[], tuple[Moments, Moments | None]]
+    ) -> None:
+        """Keep the moments of all pictures, computed unless they are known."""
+        arrays = kept_arrays(self._depends_on(extractor), lambda: _arrays(*compute()))
+        self._known[extractor.name] = _moments(arrays)
+
+    def _depends_on(self, extractor: Extractor) -> list[Any]:
+        return [self.pictures.sha256, extractor.record(), "moments"]
 
     def record(self, extractor: Extractor) -> dict[str, Any]:
         """Return what a manifest tells of the reference of an extractor's numbers."""
@@ -181,6 +236,9 @@ class ReferenceFile(Reference):
         has_spatial = not ending and "mu_s" in self._moments
         return pooled, self._stored("_s") if has_spatial else None
 
+    def has_moments(self, extractor: Extractor) -> bool:
+        return self._has_moments(extractor) or super().has_moments(extractor)
+
     def record(self, extractor: Extractor) -> dict[str, Any]:
         record = {**super().record(extractor), **self._manifest}
         if self._has_moments(extractor):
@@ -214,7 +272,7 @@ def write_reference(
     The pictures are read once. `manifest` is told of where they are from.
     """
     batch_size = max(extractor.batch_size for extractor in extractors)
-    sums = [_Sums() for _ in extractors]
+    sums = [FeatureSums() for _ in extractors]
     num_pictures = min(num_pictures, len(pictures))
     chosen = np.zeros(len(pictures), bool)
     chosen[np.arange(num_pictures) * len(pictures) // num_pictures] = True
@@ -226,8 +284,7 @@ def write_reference(
         start += len(batch)
     arrays = {ARRAY: np.concatenate(kept)}
     for extractor, of_it in zip(extractors, sums, strict=True):
-        for name, array in of_it.moments().items():
-            arrays[f"{name}{_ending(extractor)}"] = array
+        arrays |= _arrays(*of_it.moments(), _ending(extractor))
     told = {
         **manifest,
         "set_pictures": len(pictures),

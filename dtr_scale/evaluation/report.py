@@ -84,3 +84,16 @@ def write_report(run_dir: Path, metrics: dict[str, float], manifest: dict[str, A
     # Whole or not at all: half a report would end every program that compares runs.
     open_folder(run_dir).write_bytes(REPORT, content.encode())
     return run_dir / REPORT
+
+
+def is_newest_report(run_dir: Path, metrics: dict[str, float], manifest: dict[str, Any]) -> bool:
+    """Tell whether the last of the run's evaluations is this one."""
+    try:
+        *_, last = (run_dir / EVALUATIONS).read_bytes().splitlines()
+        stored = json.loads(last)
+        # As JSON gives it back: tuples have become lists.
+        return [stored["metrics"], stored["manifest"]] == json.loads(
+            json.dumps([metrics, manifest])
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False

@@ -6,21 +6,26 @@ from typing import Any
 
 from torch import Tensor
 
-from dtr_scale.data.reader import Samples
 from dtr_scale.errors import EvaluationError
-from dtr_scale.evaluation.features import Extractor
-from dtr_scale.evaluation.reference import Reference, ReferenceFile
-from dtr_scale.evaluation.report import has_pixel_metrics, pixel_report, write_report
+from dtr_scale.evaluation.report import pixel_report, write_report
 from dtr_scale.evaluation.sampling import class_labels
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.jobs.measure import Weights, build_extractors, measure_against
-from dtr_scale.jobs.pictures import DrawnPictures, ShardPictures, decoder_sha256
-from dtr_scale.jobs.sampling import sampling_settings
+from dtr_scale.jobs.measure import (
+    HELD_OUT,
+    Weights,
+    build_extractors,
+    default_features,
+    feature_weights,
+    features_manifest,
+    is_measured_by_pixels,
+    measure_against,
+    open_reference,
+    pixels_manifest,
+    samples_manifest,
+)
+from dtr_scale.jobs.pictures import DrawnPictures
 from dtr_scale.jobs.trained import TrainedRun, draw, load_run
-from dtr_scale.prepare.encode import PictureEncoder, decoder_of
-
-_HELD_OUT = "val"
-_DEFAULT_FEATURES = ("efficientnet",)  # needs no download
+from dtr_scale.prepare.encode import decoder_of
 
 
 def evaluate_run(
@@ -36,57 +41,49 @@ def evaluate_run(
     """Measure samples of a run; return metrics with their manifest, and where they are stored.
 
     Small pixels are compared with the held-out split as they are. Others, and those for which
-    `features` or a `reference` are named, are decoded and compared by features. `overrides` are
-    those of evaluation.
+    `features` or a `reference` are named, are decoded and compared by features, as in training.
+    What is not given here is as the run's evaluation says; `overrides` are those of evaluation.
     """
     run = load_run(run_dir, overrides)
     experiment = run.experiment
     if experiment.data.type == "synthetic":
         raise EvaluationError(f"{run_dir} was trained on made-up data; there is nothing to measure")
-    held_out = open_samples(experiment, _HELD_OUT)
-    num_samples = num_samples or experiment.evaluation.num_samples
-    if has_pixel_metrics(held_out) and not features and reference is None:
-        metrics, manifest = _by_pixels(run, draw(run, num_samples), held_out)
+    asked = experiment.evaluation
+    reference = reference or (Path(asked.reference) if asked.reference else None)
+    features = features or asked.features
+    num_samples = num_samples or asked.num_samples
+    if not features and reference is None and is_measured_by_pixels(experiment):
+        metrics, manifest = _by_pixels(run, draw(run, num_samples))
     else:
+        given = {name: path for name, path in (weights or {}).items() if path}
+        files = {**feature_weights(asked), **given}
         # Before samples are drawn, which takes the time: what is missing is told at once.
-        extractors = build_extractors(features or _DEFAULT_FEATURES, weights or {})
-        decoder = decoder_of(held_out.manifest, vae, extractors[0].device)
-        compared = (
-            ReferenceFile(reference)
-            if reference
-            else Reference(ShardPictures(held_out, _HELD_OUT, decoder, str(experiment.data.shards)))
-        )
-        images = draw(run, num_samples)
-        metrics, manifest = _by_features(images, decoder, compared, extractors)
+        extractors = build_extractors(features or default_features(files), files)
+        data = open_samples(experiment).manifest
+        decoder = decoder_of(data, vae or asked.vae, extractors[0].device)
+        compared = open_reference(experiment, reference, decoder)
+        samples = DrawnPictures(draw(run, num_samples), decoder, "samples")
+        metrics = measure_against(samples, compared, extractors)[0]
+        manifest = features_manifest(decoder, compared, extractors)
     # All that two results must share to be put side by side.
     manifest = {
-        **sampling_settings(experiment).manifest(),
-        "num_samples": num_samples,
-        "labels": "in turn" if experiment.model.conditioning == "class" else "held-out captions",
-        "precision": "fp32",
-        "ema": run.averages,
-        "checkpoints": run.checkpoints,
-        "step": run.step,
+        **samples_manifest(
+            experiment,
+            num_samples=num_samples,
+            precision="fp32",
+            averages=run.averages,
+            checkpoints=run.checkpoints,
+            step=run.step,
+        ),
         **manifest,
     }
     path = write_report(run_dir, metrics, manifest)
     return {"metrics": metrics, "manifest": manifest}, path
 
 
-def _by_pixels(
-    run: TrainedRun, images: Tensor, held_out: Samples
-) -> tuple[dict[str, float], dict[str, Any]]:
+def _by_pixels(run: TrainedRun, images: Tensor) -> tuple[dict[str, float], dict[str, Any]]:
+    held_out = open_samples(run.experiment, HELD_OUT)
     asked = class_labels(range(len(images)), run.network.num_classes)
     train = open_samples(run.experiment)
     metrics = pixel_report(images, asked, train=train, held_out=held_out)
-    reference = {"split": _HELD_OUT, "manifest_hash": held_out.manifest.hash(_HELD_OUT)}
-    return metrics, {"features": "pixels", "decoder": None, "reference": reference}
-
-
-def _by_features(
-    images: Tensor, decoder: PictureEncoder, reference: Reference, extractors: Sequence[Extractor]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    samples = DrawnPictures(images, decoder, "samples")
-    metrics, manifest = measure_against(samples, reference, extractors)
-    told = {"decoder": decoder_sha256(decoder), "rounding": "127.5 x + 128, cut off"}
-    return metrics, {**told, **manifest}
+    return metrics, pixels_manifest(held_out)

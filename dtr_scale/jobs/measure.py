@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 from dtr_scale import __version__
-from dtr_scale.evaluation.features import Extractor, build_extractor
+from dtr_scale.config.schema import EvaluationConfig, Experiment
+from dtr_scale.data.manifest import read_manifest
+from dtr_scale.data.reader import Samples
+from dtr_scale.evaluation.features import Extractor, build_extractor, inception_is_here
 from dtr_scale.evaluation.pictures import Pictures
 from dtr_scale.evaluation.reference import (
     NEIGHBOURS,
@@ -18,13 +21,20 @@ from dtr_scale.evaluation.reference import (
     ReferenceFile,
     compare,
     measure,
+    warn_of_sizes,
     write_reference,
 )
-from dtr_scale.jobs.pictures import open_pictures
+from dtr_scale.evaluation.report import has_pixel_metrics
+from dtr_scale.jobs.build import open_samples
+from dtr_scale.jobs.pictures import ShardPictures, decoder_sha256, open_pictures
+from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.jobs.trained import check_output
+from dtr_scale.prepare.encode import PictureEncoder
 from dtr_scale.storage.folder import open_folder
 
 log = logging.getLogger(__name__)
+
+HELD_OUT = "val"
 
 Weights = Mapping[str, Path | None]
 """Files of extractors' weights by name; None: the usual ones."""
@@ -76,15 +86,16 @@ def measure_against(
     samples: Pictures, reference: Reference, extractors: Sequence[Extractor]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Return the metrics of samples by all extractors, and what they depend on but the samples."""
-    if samples.shape != reference.pictures.shape:
-        log.warning(
-            "samples are %s, the pictures of %s are %s: a distance between sizes is another number",
-            list(samples.shape), reference.pictures.source, list(reference.pictures.shape),
-        )  # fmt: skip
+    warn_of_sizes(samples.shape, reference)
     metrics: dict[str, float] = {}
     for extractor in extractors:
         metrics |= compare(measure(samples, extractor), reference, extractor)
-    manifest = {
+    return metrics, _compared(reference, extractors)
+
+
+def _compared(reference: Reference, extractors: Sequence[Extractor]) -> dict[str, Any]:
+    """Return what a manifest tells of a comparison of features."""
+    return {
         "features": {each.name: each.record() for each in extractors},
         "reference": {each.name: reference.record(each) for each in extractors},
         "neighbours": NEIGHBOURS,
@@ -92,12 +103,85 @@ def measure_against(
         "feature_precision": "fp32",
         "dtr_scale": __version__,
     }
-    return metrics, manifest
 
 
-def build_extractors(features: Sequence[str], weights: Weights) -> list[Extractor]:
+def features_manifest(
+    decoder: PictureEncoder, reference: Reference, extractors: Sequence[Extractor]
+) -> dict[str, Any]:
+    """Return what a manifest tells of samples that are decoded and compared by features."""
+    told = {"decoder": decoder_sha256(decoder), "rounding": "127.5 x + 128, cut off"}
+    return {**told, **_compared(reference, extractors)}
+
+
+def pixels_manifest(held_out: Samples) -> dict[str, Any]:
+    """Return what a manifest tells of samples that are compared by their pixels."""
+    reference = {"split": HELD_OUT, "manifest_hash": held_out.manifest.hash(HELD_OUT)}
+    return {"features": "pixels", "decoder": None, "reference": reference}
+
+
+def samples_manifest(
+    experiment: Experiment,
+    *,
+    num_samples: int,
+    precision: str,
+    averages: Sequence[Any],
+    checkpoints: Sequence[str],
+    step: int,
+) -> dict[str, Any]:
+    """Return what a manifest tells of a run's samples."""
+    return {
+        **sampling_settings(experiment).manifest(),
+        "num_samples": num_samples,
+        "labels": "in turn" if experiment.model.conditioning == "class" else "held-out captions",
+        "precision": precision,
+        "ema": averages,
+        "checkpoints": checkpoints,
+        "step": step,
+    }
+
+
+def reference_split(experiment: Experiment) -> str:
+    """Return the split that samples are compared with: held out, or train where none is."""
+    data = experiment.data
+    assert data.shards is not None
+    manifest = read_manifest(open_folder(data.shards, data.storage_options), None)
+    return HELD_OUT if manifest.split(HELD_OUT) else "train"
+
+
+def is_measured_by_pixels(experiment: Experiment) -> bool:
+    """Tell whether samples are compared pixel by pixel unless features are asked for."""
+    if reference_split(experiment) != HELD_OUT:
+        return False
+    return has_pixel_metrics(open_samples(experiment, HELD_OUT))
+
+
+def open_reference(
+    experiment: Experiment, path: str | Path | None, decoder: PictureEncoder
+) -> Reference:
+    """Return a reference file, or the pictures of a split of the data."""
+    if path is not None:
+        return ReferenceFile(Path(path))
+    split = reference_split(experiment)
+    samples = open_samples(experiment, split)
+    return Reference(ShardPictures(samples, split, decoder, str(experiment.data.shards)))
+
+
+def feature_weights(evaluation: EvaluationConfig) -> dict[str, Path | None]:
+    """Return the files of weights that an experiment names."""
+    named = {"inception": evaluation.inception_weights, "dinov2": evaluation.dinov2_weights}
+    return {name: Path(path) if path else None for name, path in named.items()}
+
+
+def default_features(weights: Weights) -> list[str]:
+    """Return Inception where its weights are at hand, else what comes as a package."""
+    return ["inception"] if weights.get("inception") or inception_is_here() else ["efficientnet"]
+
+
+def build_extractors(
+    features: Sequence[str], weights: Weights, device: torch.device | None = None
+) -> list[Extractor]:
     """Return extractors by name, on the GPU where there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return [build_extractor(name, device, weights.get(name)) for name in dict.fromkeys(features)]
 
 

@@ -116,9 +116,13 @@ class ShardPictures(Pictures):
         return len(self._places)
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
+        return self.share(batch_size, first=0, every=1)
+
+    def share(self, batch_size: int, first: int, every: int) -> Iterator[np.ndarray]:
         decode = self._samples.manifest.decode
         try:
-            for start in range(0, len(self), batch_size):
+            # What others take is neither read nor decoded.
+            for start in range(first * batch_size, len(self), every * batch_size):
                 places = self._places[start : start + batch_size]
                 x_start = np.stack([decode(self._samples.read(*place)[0]) for place in places])
                 yield to_uint8(self._decoder.decode(torch.from_numpy(x_start))).numpy()

@@ -1,4 +1,4 @@
-"""Build what draws an experiment's samples: of a trained run, and in the middle of training."""
+"""Build what draws an experiment's samples, of a trained run and in the middle of training."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 
 from dtr_scale.config.schema import Experiment
-from dtr_scale.data.reader import SampleReader, Samples
-from dtr_scale.evaluation.report import has_pixel_metrics
 from dtr_scale.evaluation.sampling import SamplingSettings
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.train.evaluate import PeriodicEvaluation
-from dtr_scale.train.run_dir import SAMPLES, RunDirectory
-from dtr_scale.train.trainer import Trainer
 
 
 def sampling_settings(experiment: Experiment) -> SamplingSettings:
@@ -51,48 +46,3 @@ def sampling_conditions(
         return torch.from_numpy(np.stack(tokens))
 
     return texts, torch.from_numpy(samples.null_condition())
-
-
-def build_evaluation(
-    experiment: Experiment,
-    trainer: Trainer,
-    run_dir: RunDirectory | None,
-    leave_reason: Callable[[], str | None] = lambda: None,
-) -> PeriodicEvaluation:
-    """Return what samples in the middle of training; rank 0 alone has a `run_dir` to write to.
-
-    Raises ConfigError or DataError now for what would fail at the first evaluation.
-    """
-    evaluation = experiment.evaluation
-    conditions, null_condition = None, None
-    if evaluation.every_steps:
-        conditions, null_condition = sampling_conditions(experiment)
-    periodic = PeriodicEvaluation(
-        world=trainer.world,
-        engine=trainer.engine,
-        ema=trainer.ema,
-        settings=sampling_settings(experiment),
-        num_samples=evaluation.num_samples,
-        batch_size=evaluation.batch_size,
-        conditions=conditions,
-        null_condition=null_condition,
-        # Rank 0 alone measures; all ranks draw.
-        held_out=_held_out(experiment, trainer) if run_dir else None,
-        folder=run_dir.path / SAMPLES if run_dir else None,
-        leave_reason=leave_reason,
-    )
-    if evaluation.every_steps:
-        # What would fail at the first evaluation, hours from here, fails at the start.
-        periodic.check()
-    return periodic
-
-
-def _held_out(experiment: Experiment, trainer: Trainer) -> Samples | None:
-    """Return the split that samples are compared with, if they will and can be."""
-    wanted = experiment.evaluation.every_steps and experiment.data.type == "latents"
-    if not wanted or not has_pixel_metrics(trainer.loader.samples):
-        return None
-    held_out = open_samples(experiment, "val")
-    if isinstance(held_out, SampleReader):
-        held_out.check_sizes()
-    return held_out

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
@@ -15,12 +14,13 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
 from dtr_scale.heartbeat import Heartbeat
 from dtr_scale.jobs.build import build_trainer
+from dtr_scale.jobs.in_training import build_evaluation
 from dtr_scale.jobs.resume import resume_or_start
-from dtr_scale.jobs.sampling import build_evaluation
 from dtr_scale.jobs.tracking import build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Journal, Record
+from dtr_scale.train.evaluate import Result
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
 from dtr_scale.train.trainer import Trainer
@@ -61,19 +61,19 @@ def train_experiment(
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
         stack.callback(trainer.checkpoints.close)
-        with world.agree():
-            # Before a run begins, or an earlier one is set aside: it may be refused.
-            evaluate = build_evaluation(experiment, trainer, run_dir, lambda: leave.reason)
+        # Before a run begins, or an earlier one is set aside: it may be refused.
+        evaluate = build_evaluation(experiment, trainer, run_dir, lambda: leave.reason)
         resume_or_start(trainer, experiment, world, run_dir)
         records = stack.enter_context(_records(trainer, experiment, world, run_dir))
-        evaluate.on_result = records.write_evaluation
         # Before the first step: its compilation takes minutes, which a lost node may not have.
         reason = next(filter(None, world.all_gather_object(leave.reason)), None)
         # From here on a time limit counts: each start takes the run a step further.
         leave.enter_loop(experiment.train.max_minutes, asked=heartbeat.moved)
-        # The last job may have been killed, or asked to leave, after it saved and before this.
-        if not reason and trainer.evaluation_is_due and not evaluate.has_result(trainer.step):
-            reason = evaluate.make_up(trainer.step)
+        if evaluate and not reason:
+            evaluate.on_result = records.write_evaluation
+            # The last job may have been killed, or asked to leave, after it saved and before this.
+            if evaluate.is_due_again(trainer.step) and trainer.evaluation_is_due:
+                reason = evaluate.make_up(trainer.step)
         reason = reason or trainer.run(leave, log=records.write, evaluate=evaluate)
         records.end("preempted" if reason else "finished", reason or "")
         # The ranks wait here until rank 0 has written the end, still watched: if that fails, they
@@ -90,7 +90,7 @@ class _Records:
 
     def write(self, record: Record) -> None: ...
 
-    def write_evaluation(self, step: int, figures: Record, picture: Path) -> None: ...
+    def write_evaluation(self, result: Result) -> None: ...
 
     def end(self, outcome: str, reason: str) -> None: ...
 
@@ -117,9 +117,10 @@ class _MainRecords(_Records):
         self._tracker.log(record)
         self._progress.show(record)
 
-    def write_evaluation(self, step: int, figures: Record, picture: Path) -> None:
-        self._trainer.checkpoints.note(step, figures)  # for checkpoint.keep_best
-        self._tracker.log_evaluation(step, figures, picture)
+    def write_evaluation(self, result: Result) -> None:
+        self._trainer.checkpoints.note(result.step, result.figures)  # for checkpoint.keep_best
+        if result.picture is not None:
+            self._tracker.log_evaluation(result.step, result.figures, result.picture)
 
     def end(self, outcome: str, reason: str) -> None:
         """Write how the run ended, first of all where launch scripts look for it.

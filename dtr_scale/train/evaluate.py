@@ -1,93 +1,90 @@
 """Sample and measure in the middle of training, with the averaged weights, on all ranks."""
 
-import contextlib
-import io
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from dtr_scale.data.reader import Samples
 from dtr_scale.engines.base import Engine
-from dtr_scale.engines.world import World
-from dtr_scale.evaluation.report import pixel_frechet_distance, read_all
-from dtr_scale.evaluation.sampling import (
-    SamplingSettings,
-    draw_samples,
-    grid_columns,
-    save_grid,
-)
+from dtr_scale.evaluation.batchwise import BatchMeasure
+from dtr_scale.evaluation.features import Extractor
+from dtr_scale.evaluation.reference import FeatureSums, Reference
+from dtr_scale.evaluation.report import is_newest_report, write_report
+from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
+from dtr_scale.train.held_out import LOSS, HeldOutLoss
+from dtr_scale.train.kept_batches import KeptBatches, remove_others
+from dtr_scale.train.rounds import CutOffError, FailedError, Rounds, message
 
 log = logging.getLogger(__name__)
 
-_GRID_ROWS = 8
+
+class Result(NamedTuple):
+    """What an evaluation has found, on rank 0."""
+
+    step: int
+    figures: Record
+    metric: str | None
+    """Which of the figures checkpoints are compared by; less is better."""
+    manifest: dict[str, Any]
+    picture: Path | None
 
 
-class _CutOffError(Exception):
-    """Some rank asks to leave; raised on all ranks at the same sampling step."""
-
-
-class _FailedError(Exception):
-    """Some rank has failed, as the message tells; raised on all ranks at the same step."""
-
-
-class _Drawn(NamedTuple):
-    images: torch.Tensor
-    """All samples [num_samples, C, H, W]; fewer where the drawing was cut off."""
-    num_batches: int
-    """Batches drawn on each rank by this job; others may have been kept by an earlier one."""
+class _Outcome(NamedTuple):
     cut_off: str | None
-    """The reason, if the drawing was cut off."""
+    """The reason, if it was cut off."""
+    num_batches: int
+    """Batches drawn by this job, on rank 0; others may have been kept by an earlier one."""
 
 
 class PeriodicEvaluation:
-    """Called with a step on every rank; rank 0 writes pictures and figures, if it has a folder.
+    """Called with a step on every rank; rank 0 writes pictures and numbers, if it has a run.
 
-    Pictures of small pixel data are compared with the held-out split; latents are kept as they
-    are (`step_*.npz`), to be decoded and measured where a decoder is at hand. An evaluation that
-    fails is told and never ends the run; only a rank that fails alone inside a network whose
-    weights are sharded does, since the others wait for it in a collective.
+    Batch k holds samples kB to (k+1)B - 1 whatever the number of ranks, and whole batches are dealt
+    to ranks, which decode them and compute their features. What rank 0 gathers is kept in the
+    folder of samples until the evaluation is complete: the next start goes on with it (`make_up`).
 
-    One that is cut off by a request to leave keeps the samples it has drawn, and the next start
-    goes on with them (`make_up`).
+    An evaluation that fails is told and never ends the run; only a rank that fails alone inside a
+    network whose weights are sharded does, since the others wait for it in a collective.
     """
 
     def __init__(
         self,
         *,
-        world: World,
+        rounds: Rounds,
         engine: Engine,
         ema: Ema,
         settings: SamplingSettings,
         num_samples: int,
         batch_size: int,
         conditions: Callable[[range], torch.Tensor] | None,
-        held_out: Samples | None,
-        folder: Path | None,
-        null_condition: torch.Tensor | None = None,
-        leave_reason: Callable[[], str | None] = lambda: None,
+        null_condition: torch.Tensor | None,
+        measure: BatchMeasure,
+        held_out_loss: HeldOutLoss | None,
+        manifest: Callable[[int], dict[str, Any]],
+        run_dir: Path | None,
+        samples_dir: Path | None,
     ) -> None:
-        self.on_result: Callable[[int, Record, Path], None] = lambda step, figures, picture: None
-        """Called on rank 0 with a step, its figures and the picture of its samples."""
-        self._world = world
+        self.on_result: Callable[[Result], None] = lambda result: None
+        """Called on rank 0 with what an evaluation has found, when that is on disk."""
+        self._rounds = rounds
         self._engine = engine
         self._ema = ema
         self._settings = settings
         self._num_samples = num_samples
-        self._batch_size = batch_size
+        self._batch_size = min(batch_size, num_samples)  # of which the last one is filled up
         self._conditions = conditions
         self._null_condition = null_condition
-        self._held_out = held_out
-        self._folder = folder
-        self._leave_reason = leave_reason
+        self._measure = measure
+        self._held_out_loss = held_out_loss
+        self._manifest = manifest
+        self._run_dir = run_dir
+        self._samples_dir = samples_dir
 
     def check(self) -> None:
         """Raise now, on the way to the first step, what is wrong with the settings."""
@@ -95,7 +92,19 @@ class PeriodicEvaluation:
 
     def __call__(self, step: int) -> str | None:
         """Evaluate a step; return why that was cut off, None where it was not."""
-        return self._evaluate(step).cut_off
+        kept = self._kept(step)
+        if kept:
+            kept.remove()  # of a branch that was left when a run went back
+        return self._evaluate(step, kept).cut_off
+
+    def is_due_again(self, step: int) -> bool:
+        """Tell every rank whether an earlier job saved a step and did not evaluate it."""
+        missing = False
+        if self._samples_dir is not None and (kept := self._kept(step)):
+            remove_others(self._samples_dir, step)
+            # What is kept of a step is removed when all else is written.
+            missing = kept.exist or not any(self._samples_dir.glob(f"step_{step:08d}.*"))
+        return self._rounds.world.broadcast_object(missing)
 
     def make_up(self, step: int) -> str | None:
         """Evaluate a step that an earlier job could not; return why that was cut off, or None.
@@ -104,83 +113,67 @@ class PeriodicEvaluation:
         evaluation is given up: with a time limit that is too short for it, each start would do
         nothing else, and the run would never advance.
         """
-        drawn = self._evaluate(step)
-        if drawn.cut_off and not drawn.num_batches:
-            self._forget(step)
-            if self._folder:
-                log.warning("step %d: no time for its evaluation, which is given up", step)
-            return None
-        return drawn.cut_off
-
-    def _evaluate(self, step: int) -> _Drawn:
-        try:
-            drawn = self._draw(step)
-        except _FailedError as error:
-            if self._world.is_main:
-                log.warning("step %d: evaluation failed, training goes on: %s", step, error)
-            return _Drawn(torch.empty(0), 0, None)
-        if self._folder is not None and not drawn.cut_off:
-            try:
-                self._publish(step, drawn.images, self._network.num_classes, self._folder)
-            except Exception as error:  # no figure is worth the run
-                log.warning(
-                    "step %d: evaluation failed, training goes on: %s", step, _message(error)
-                )
-            self._forget(step)
-        return drawn
-
-    def _draw(self, step: int) -> _Drawn:
-        """Draw what is missing of a step's samples; _FailedError if that fails.
-
-        As many on every rank: sharded weights are gathered by all ranks together. What is too
-        much is drawn and dropped.
-        """
-        world = self._world
-        share = -(-self._num_samples // world.world_size)
-        # Batches have fixed members: the rounding of a matrix product depends on its rows.
-        batches = [
-            range(i, min(i + self._batch_size, share)) for i in range(0, share, self._batch_size)
-        ]
         kept = self._kept(step)
-        # Rank 0 alone reads what was kept. All must skip the same batches: they meet at every
-        # sampling step.
-        before = world.broadcast_object(0 if kept is None else kept.shape[1])
-        drawn: list[torch.Tensor] = [torch.empty(0, *self._shape)]
-        cut_off, first = False, world.rank * share
-        # On every rank, in and out: bringing sharded weights up to date is a collective.
-        with self._ema.swapped_in():
-            try:
-                self._draw_together(
-                    (range(first + b.start, first + b.stop) for b in batches if b.stop > before),
-                    step,
-                    drawn,
-                )
-            except _CutOffError:
-                cut_off = True
-        parts = torch.stack(world.all_gather_object(torch.cat(drawn)))  # [W, drawn, C, H, W]
-        parts = parts if kept is None else torch.cat([kept, parts], dim=1)
-        reason = None
-        if cut_off:
-            reason = next(filter(None, world.all_gather_object(self._leave_reason())))
-            if len(drawn) > 1:  # else what is kept of it, if anything, is stored already
-                self._keep(step, parts)
-        return _Drawn(parts.flatten(0, 1)[: self._num_samples], len(drawn) - 1, reason)
+        if kept:
+            kept.load()
+        outcome = self._evaluate(step, kept)
+        given_up = self._rounds.world.broadcast_object(
+            bool(outcome.cut_off) and not outcome.num_batches
+        )
+        if not given_up:
+            return outcome.cut_off
+        if kept:
+            kept.remove()
+            log.warning("step %d: no time for its evaluation, which is given up", step)
+        return None
 
-    def _draw_together(
-        self, batches: Iterable[range], step: int, drawn: list[torch.Tensor]
-    ) -> None:
-        """Draw batches in step with the other ranks; raise what one of them raises on all."""
-        failure: str | None = None
+    def _evaluate(self, step: int, kept: KeptBatches | None) -> _Outcome:
+        """Evaluate a step; `kept` is None on all ranks but the first."""
+        kept = kept or KeptBatches(None, step, {})
+        losses: dict[str, float] = {}
         try:
-            for batch in batches:
-                drawn.append(self._draw_batch(batch, step))
-        except (_CutOffError, _FailedError):
-            raise
-        except Exception as error:
-            # The others meet it at their next sampling step, or here after their last.
-            failure = _message(error)
-        # Without a failure, too: it answers a rank that failed in its last step.
-        self._agree(failure)
+            # On every rank, in and out: bringing sharded weights up to date is a collective.
+            with self._ema.swapped_in():
+                if self._held_out_loss:
+                    masks = step - 1
+                    losses = self._held_out_loss.measure(self._network, self._rounds, masks)
+                self._draw(step, kept)
+            self._prepare_reference()
+            metrics = self._rounds.on_main(lambda: self._measure.metrics(kept.joined()))
+        except CutOffError:
+            if kept.batches:
+                log.info(
+                    "step %d: evaluation cut off; %d batches are kept for the next start",
+                    step, len(kept.batches),
+                )  # fmt: skip
+            return _Outcome(self._rounds.leave_reason(), kept.num_added)
+        except FailedError as error:
+            if self._rounds.world.is_main:
+                self._tell_failure(step, str(error))
+        else:
+            self._finish(step, {**losses, **(metrics or {})}, kept)
+        kept.remove()
+        return _Outcome(None, kept.num_added)
+
+    def _draw(self, step: int, kept: KeptBatches) -> None:
+        """Draw the batches that are missing, as many on every rank; rank 0 keeps them."""
+        world = self._rounds.world
+        numbers = range(-(-self._num_samples // self._batch_size))
+        # Rank 0 alone knows what is kept. All must draw the same batches.
+        missing = world.broadcast_object([n for n in numbers if n not in kept.batches])
+        for i in range(0, len(missing), world.world_size):
+            # Past the last one a rank draws it again, and nobody counts that.
+            mine = missing[min(i + world.rank, len(missing) - 1)]
+            counts = i + world.rank < len(missing)
+            arrays = {}
+            with self._rounds.joint():
+                start = mine * self._batch_size
+                x_start = self._draw_batch(range(start, start + self._batch_size), step)
+                indices = range(start, min(start + self._batch_size, self._num_samples))
+                if counts:
+                    arrays = self._measure.reduce(x_start[: len(indices)], indices)
+            for number, found in zip(missing[i:], self._rounds.gathered(arrays), strict=False):
+                kept.add(number, found)
 
     def _draw_batch(self, batch: range, step: int) -> torch.Tensor:
         return draw_samples(
@@ -191,25 +184,72 @@ class PeriodicEvaluation:
             conditions=self._conditions,
             null_condition=self._null_condition,
             step=step - 1,  # the masks that were trained last, if they roam
-            progress=self._in_step,
+            progress=self._rounds.steps,
         )
 
-    def _in_step(self, steps: Iterable[int]) -> Iterator[int]:
-        # Not between batches alone: one may take longer than a scheduler's patience.
-        for step in steps:
-            self._agree()
-            yield step
+    def _prepare_reference(self) -> None:
+        """Compute the reference's moments together, the first time that they are needed."""
+        reference, world = self._measure.reference, self._rounds.world
+        if reference is None:
+            return
+        for extractor in self._measure.extractors:
+            known = False
+            with self._rounds.joint():
+                known = world.is_main and reference.has_moments(extractor)
+            if not world.broadcast_object(known):
+                if world.is_main:
+                    log.info(
+                        "computing the moments of %s by %s, once",
+                        reference.pictures.source, extractor.name,
+                    )  # fmt: skip
+                sums = self._summed(reference, extractor)
+                with self._rounds.joint():
+                    if world.is_main:
+                        reference.keep_moments(extractor, sums.moments)
 
-    def _agree(self, failure: str | None = None) -> None:
-        """Raise on all ranks if one has failed or asks to leave: all draw the same steps."""
-        wishes = torch.tensor([failure is not None, self._leave_reason() is not None])
-        # The host waits here at every sampling step; only so can all ranks stop at the same one.
-        failed, leaving = self._world.all_reduce_sum(wishes.float().to(self._world.device)).tolist()
-        if failed:
-            failures = self._world.all_gather_object(failure)
-            raise _FailedError(next(filter(None, failures)))
-        if leaving:
-            raise _CutOffError
+    def _summed(self, reference: Reference, extractor: Extractor) -> FeatureSums:
+        """Return on rank 0 the sums over all pictures, whose batches are dealt to all ranks."""
+        world, sums = self._rounds.world, FeatureSums()
+        size = extractor.batch_size
+        mine = reference.pictures.share(size, world.rank, world.world_size)
+        num_batches = -(-len(reference.pictures) // size)
+        for _ in range(0, num_batches, world.world_size):
+            features = None
+            with self._rounds.joint():
+                if (pictures := next(mine, None)) is not None:
+                    features = extractor.features(pictures)
+            for found in self._rounds.gathered(features):
+                if found is not None:
+                    sums.add(found)
+        return sums
+
+    def _finish(self, step: int, figures: Record, kept: KeptBatches) -> None:
+        """Publish on rank 0 what was found; a failure there is told."""
+        if self._run_dir is None or self._samples_dir is None:
+            return
+        try:
+            self._publish(step, figures, kept, self._run_dir, self._samples_dir)
+        except Exception as error:  # no figure is worth the run
+            self._tell_failure(step, message(error))
+
+    def _publish(
+        self, step: int, figures: Record, kept: KeptBatches, run_dir: Path, samples_dir: Path
+    ) -> None:
+        measure, manifest = self._measure, self._manifest(step)
+        path = samples_dir / f"step_{step:08d}{measure.ending}"
+        open_folder(samples_dir).write_bytes(path.name, measure.picture(kept.joined()))
+        # A job may have been killed after it wrote this, and before it removed what it had kept.
+        if figures and not is_newest_report(run_dir, figures, manifest):
+            write_report(run_dir, figures, manifest)
+        told = "".join(f"{key} {value:.4g}, " for key, value in _headline(figures).items())
+        log.info("step %d: %ssamples in %s", step, told, path)
+        metric = measure.metric or (LOSS if self._held_out_loss else None)
+        picture = path if path.suffix == ".png" else None
+        # After the files are written: MLflow's thread reads them.
+        self.on_result(Result(step, figures, metric, manifest, picture))
+
+    def _tell_failure(self, step: int, reason: str) -> None:
+        log.warning("step %d: evaluation failed, training goes on: %s", step, reason)
 
     @property
     def _network(self) -> Denoiser:
@@ -217,72 +257,14 @@ class PeriodicEvaluation:
         assert isinstance(network, Denoiser)
         return network
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        network = self._network
-        return network.in_channels, network.input_size, network.input_size
-
-    def _kept(self, step: int) -> torch.Tensor | None:
-        """Return what an earlier job has drawn of a step [W, n, C, H, W]; None on other ranks."""
-        if self._folder is None:
+    def _kept(self, step: int) -> KeptBatches | None:
+        """Return what is kept of a step, on rank 0 of a run."""
+        if self._samples_dir is None:
             return None
-        try:
-            with np.load(self._folder / _kept_name(step)) as kept:
-                return torch.from_numpy(kept["parts"]) if kept["plan"] == self._plan else None
-        except Exception:  # whatever it is, drawing again is better; the other ranks wait
-            return None
-
-    def _keep(self, step: int, parts: torch.Tensor) -> None:
-        if self._folder is None:
-            return
-        file = io.BytesIO()
-        np.savez(file, parts=parts.numpy(), plan=np.array(self._plan))
-        try:
-            open_folder(self._folder).write_bytes(_kept_name(step), file.getbuffer())
-        except OSError as error:
-            log.warning("step %d: the samples drawn so far are not kept: %s", step, error)
-            return
-        count = parts.shape[0] * parts.shape[1]
-        log.info("step %d: evaluation cut off; %d samples are kept for the next start", step, count)
-
-    def _forget(self, step: int) -> None:
-        if self._folder is not None:
-            with contextlib.suppress(OSError):
-                (self._folder / _kept_name(step)).unlink(missing_ok=True)
-
-    @property
-    def _plan(self) -> str:
-        """The settings and the ranks' shares under which samples were kept; others do not fit."""
-        places = [self._world.world_size, self._num_samples, self._batch_size]
-        return json.dumps([*places, self._settings.manifest()])
-
-    def has_result(self, step: int) -> bool:
-        """Tell every rank whether there are samples of a step: they are stored last and whole."""
-        found = self._folder is not None and any(self._folder.glob(f"step_{step:08d}.*"))
-        return self._world.broadcast_object(found)
-
-    def _publish(self, step: int, images: torch.Tensor, num_classes: int, folder: Path) -> None:
-        samples = io.BytesIO()
-        if self._held_out is None:
-            name = f"step_{step:08d}.npz"
-            np.savez(samples, latents=images.numpy())
-            open_folder(folder).write_bytes(name, samples.getbuffer())
-            log.info("step %d: %d latents sampled to %s", step, len(images), folder / name)
-            return
-        reference, _ = read_all(self._held_out)
-        distance = pixel_frechet_distance(images, reference)
-        name, columns = f"step_{step:08d}.png", grid_columns(num_classes)
-        save_grid(samples, images[: _GRID_ROWS * columns], columns=columns)
-        open_folder(folder).write_bytes(name, samples.getbuffer())
-        picture = folder / name
-        log.info("step %d: pixel_frechet_distance %.3f, samples in %s", step, distance, picture)
-        # After the picture is written: MLflow's thread reads the file.
-        self.on_result(step, {"pixel_frechet_distance": distance}, picture)
+        plan = {"batch_size": self._batch_size, **self._manifest(step)}
+        return KeptBatches(self._samples_dir, step, plan)
 
 
-def _kept_name(step: int) -> str:
-    return f".step_{step:08d}.kept.npz"
-
-
-def _message(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _headline(figures: Record) -> Record:
+    """Return the figures that a line of the log has room for."""
+    return {key: value for key, value in figures.items() if "_cluster_" not in key}

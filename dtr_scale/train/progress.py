@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -32,6 +33,13 @@ class Stopwatch:
         batch = next(batches)
         self._waited += time.perf_counter() - before
         return batch
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leave out what takes place meanwhile and is no training."""
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
 
     def count(self, samples: int) -> None:
         self._samples += samples

@@ -153,7 +153,7 @@ class Trainer:
         leave: LeaveRequest,
         *,
         log: Callable[[Record], None],
-        evaluate: Callable[[int], str | None],
+        evaluate: Callable[[int], str | None] | None = None,
     ) -> str | None:
         """Train until `max_steps`, or until any rank asks to leave; return why it left, or None.
 
@@ -181,7 +181,11 @@ class Trainer:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
             # Not at any last step: ten thousand samples may cost more than a short run.
-            if self.evaluation_is_due and (reason := evaluate(self.step)):
+            reason = None
+            if evaluate and self.evaluation_is_due:
+                with self._watch.stopped():
+                    reason = evaluate(self.step)
+            if reason:
                 self.checkpoints.wait()
                 self._save_for_certain(result)
                 return reason

@@ -14,10 +14,12 @@ import torch
 
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, EngineError
+from dtr_scale.evaluation.batchwise import BatchMeasure
 from dtr_scale.jobs.build import build_network, build_trainer
 from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.evaluate import PeriodicEvaluation
+from dtr_scale.train.rounds import Rounds
 from tests.support.engine_jobs import (
     HALF,
     HALF_WAY,
@@ -40,6 +42,8 @@ EXPERTS = ("--model.num_experts=3",)
 EVALUATING = (
     "--evaluation.every_steps=5",
     "--evaluation.num_samples=5",
+    "--evaluation.batch_size=4",
+    "--evaluation.loss_samples=8",
     "--evaluation.num_sampling_steps=2",
 )
 OFFLOADED = {
@@ -116,15 +120,19 @@ def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarra
     folder.mkdir(exist_ok=True)
     for num_samples in (5, 1):
         evaluate = PeriodicEvaluation(
-            world=world,
+            rounds=Rounds(world, lambda: None),
             engine=trainer.engine,
             ema=trainer.ema,
             settings=sampling_settings(experiment),
             num_samples=num_samples,
             batch_size=2,
             conditions=None,
-            held_out=None,
-            folder=folder if world.is_main else None,
+            null_condition=None,
+            measure=BatchMeasure(decode=None, num_classes=10),
+            held_out_loss=None,
+            manifest=lambda step: {"step": step},
+            run_dir=place if world.is_main else None,
+            samples_dir=folder if world.is_main else None,
         )
         evaluate(num_samples)
     files = sorted(folder.iterdir(), reverse=True) if world.is_main else []

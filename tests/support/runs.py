@@ -9,7 +9,7 @@ from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.jobs.build import build_trainer
-from dtr_scale.jobs.sampling import build_evaluation
+from dtr_scale.jobs.in_training import build_evaluation
 from dtr_scale.jobs.train import train_experiment
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
@@ -48,7 +48,7 @@ def tiny(digits: Path | str, run_dir: Path, *overrides: str) -> int:
 
 
 def run_trainer(
-    trainer: Trainer, evaluate: Callable[[int], str | None] = lambda step: None
+    trainer: Trainer, evaluate: Callable[[int], str | None] | None = None
 ) -> list[Record]:
     """Run a trainer to its end and return the records of its steps."""
     records: list[Record] = []
