@@ -1,12 +1,12 @@
 """Ranks that a real SLURM starts: the steps of `srun`, and jobs that come back."""
 
-import json
-import time
+import re
 
 import pytest
 
 from dtr_scale.launchers import first_host
-from tests.support.runs import DEMO, SMALL, journal, train
+from tests.support.processes import wait_for
+from tests.support.runs import DEMO, SMALL, journal, status, steps_in, train
 from tests.support.slurm import slurm_cluster
 
 FP32 = (*SMALL, "--engine.precision=fp32")
@@ -50,22 +50,6 @@ def known_ranks(slurm, *options):
     return sorted(line.removeprefix("rank: ") for line in printed.splitlines() if "rank: " in line)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def wait_for_step(run_dir, step):
-    path = run_dir / "journal.jsonl"
-    wait_for(lambda: path.exists() and path.read_text(encoding="utf-8").count("\n") >= step)
-
-
-def status(run_dir):
-    return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-
-
 def job_has(slurm, job, field):
     return f"{field} " in slurm.run("scontrol", "show", "job", job)
 
@@ -101,29 +85,42 @@ def test_two_tasks_write_the_journal_of_one_process(slurm, digits, tmp_path):
     assert len(list(saved)) == 2, "each rank has its part"
 
 
-def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, digits, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """The journal of 50 steps of one process."""
+    run_dir = tmp_path_factory.mktemp("undisturbed")
+    assert train(digits, run_dir, "--train.max_steps=50") == 0
+    return journal(run_dir)
+
+
+@pytest.mark.parametrize("reason", ["SIGUSR1", "SIGTERM"], ids=["time limit", "preemption"])
+def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, undisturbed, tmp_path, reason):
     """USR1 to every process of the job, data workers too; SLURM sends it before the time limit.
 
-    What it was asked to do at its first start, to begin afresh, is not done again.
+    SLURM itself sends TERM to the ranks when a job of higher priority wants their nodes.
+    What the job was asked to do at its first start, to begin afresh, is not done again.
     """
-    run_dir = tmp_path / "run"
+    run_dir, output = tmp_path / "run", tmp_path / "output"
     never = "--checkpoint.resume=never"
-    job = submit("--train.max_steps=100", "--data.num_workers=1", never)
-    wait_for_step(run_dir, 3)
-    slurm.run("scancel", "--full", "--signal=USR1", job)
-    wait_for(lambda: status(run_dir)["outcome"] == "preempted")
-    left = status(run_dir)
-    assert (left["reason"], left["step"] < 100) == ("SIGUSR1", True)
+    job = submit("--train.max_steps=50", "--data.num_workers=1", never)
+    wait_for(lambda: steps_in(run_dir) >= 3)
+    if reason == "SIGUSR1":
+        slurm.run("scancel", "--full", "--signal=USR1", job)
+    else:
+        urgent = ("--partition=urgent", "--nodes=2", "--gpus-per-node=2")
+        # It waits for the nodes, which are given to it well before the time of grace is over.
+        slurm.run("srun", *urgent, "true", timeout_seconds=40)
     wait_for(lambda: job_has(slurm, job, "JobState=COMPLETED"))
     assert job_has(slurm, job, "Restarts=1")
     assert status(run_dir)["outcome"] == "finished"
-    output = (tmp_path / "output").read_text(encoding="utf-8")
-    assert f"resumed {run_dir}/checkpoints/step_{left['step']:08d}" in output
-    assert "Traceback" not in output and "warning" not in output.lower(), output
-    assert train(digits, tmp_path / "through", "--train.max_steps=100") == 0
-    found, expected = journal(run_dir), journal(tmp_path / "through")
-    assert [record["step"] for record in found] == list(range(1, 101))
-    for ours, theirs in zip(found, expected, strict=True):
+    told = output.read_text(encoding="utf-8")
+    ((found_reason, step),) = re.findall(r"leaving on request \((\w+)\) at step (\d+);", told)
+    assert (found_reason, int(step) < 50) == (reason, True)
+    assert f"resumed {run_dir}/checkpoints/step_{int(step):08d}" in told
+    assert "Traceback" not in told and "warning" not in told.lower(), told
+    found = journal(run_dir)
+    assert [record["step"] for record in found] == list(range(1, 51))
+    for ours, theirs in zip(found, undisturbed, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
@@ -131,7 +128,7 @@ def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, digits, tmp_p
 @pytest.mark.parametrize("how", [(), ("--batch", "--signal=TERM")], ids=["all", "script"])
 def test_a_cancelled_job_saves_and_stays_away(slurm, submit, tmp_path, how):
     job = submit("--train.max_steps=100000")
-    wait_for_step(tmp_path / "run", 3)
+    wait_for(lambda: steps_in(tmp_path / "run") >= 3)
     slurm.run("scancel", *how, job)
     wait_for(lambda: not slurm.run("squeue", "--noheader", f"--jobs={job}"))
     assert job_has(slurm, job, "Restarts=0")

@@ -83,6 +83,12 @@ def status(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
 
 
+def steps_in(run_dir: Path) -> int:
+    """Return how many records a run's journal holds by now."""
+    path = run_dir / "journal.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def kept(run_dir: Path) -> list[int]:
     """Return the steps whose checkpoints a run has kept."""
     return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*"))

@@ -1,5 +1,7 @@
 """A real SLURM cluster on this machine: a controller and two nodes of four cores and two GPUs.
 
+A job in the partition `urgent` has those in the other one requeued, after a minute of grace.
+
 The nodes are two daemons beside each other; cores and GPUs are only counted.
 """
 
@@ -47,7 +49,10 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs=4 Gres=gpu:2
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
-PartitionName=main Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2
 """
 
 
@@ -117,7 +122,9 @@ class SlurmCluster:
         )
 
     def _is_up(self) -> bool:
-        return self._run(["sinfo", "-hN", "-o", "%T"], 2).stdout.split() == ["idle", "idle"]
+        # A node stands there once for each partition.
+        states = self._run(["sinfo", "-hN", "--partition=main", "-o", "%T"], 2).stdout.split()
+        return states == ["idle", "idle"]
 
     def _start(self, *command: str) -> None:
         with (self._folder / f"{command[0]}.out").open("ab") as log:
