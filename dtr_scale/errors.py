@@ -9,7 +9,8 @@ DtrScaleError
 ├── EngineError       devices, launchers, DeepSpeed
 │   ├── DivergenceError
 │   └── PeerError
-└── EvaluationError   sampling and metrics
+├── EvaluationError   sampling and metrics
+└── TrackingError     MLflow, where a command is there for it alone
 
 Every message says what, where, the value, what is accepted and the fix, in one line.
 The command line prints it without a traceback and exits with the error's `exit_code`.
@@ -72,3 +73,9 @@ class PeerError(EngineError):
 
 class EvaluationError(DtrScaleError):
     """Samples or metrics cannot be computed."""
+
+
+class TrackingError(DtrScaleError):
+    """MLflow does not answer a command that is there for it alone."""
+
+    exit_code = 1

@@ -105,6 +105,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # Before torch is imported: a mistake is told at once.
     check_overrides(arguments, overrides)
     from dtr_scale.jobs.evaluate import evaluate_run
+    from dtr_scale.jobs.tracking import send_findings
 
     report, path = evaluate_run(
         Path(arguments.what[0]),
@@ -117,6 +118,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     )
     _tell(arguments, report)
     print(f"report: {path}")
+    send_findings(Path(arguments.what[0]))
     return 0
 
 
