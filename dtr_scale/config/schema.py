@@ -181,8 +181,7 @@ class TrackingConfig(Section):
     type: Literal["mlflow", "none"] = "mlflow"
     experiment: str = "dtr-scale"
     uri: str | None = None
-    """MLflow tracking server or database; default: MLFLOW_TRACKING_URI, else mlflow.db beside the
-    run's directory."""
+    """MLflow tracking server; default: MLFLOW_TRACKING_URI, else mlflow.db in the run directory."""
 
 
 class EvaluationConfig(Section):
@@ -205,7 +204,7 @@ class EvaluationConfig(Section):
     clip_denoised: bool = False
     """Clip each predicted x_0 to [-1, 1]: right for pixels, wrong for latents."""
     batch_size: PositiveInt = 64
-    """Samples per forward on one rank; the samples do not depend on it."""
+    """Samples per forward on one rank; the samples' last digits depend on it."""
     loss_samples: Count = 2048
     """Held-out draws whose loss is measured in training: fixed noise, 8 fixed timesteps per
     cluster; 0: none."""
@@ -224,6 +223,11 @@ class EvaluationConfig(Section):
     """DINOv2's .pth or .safetensors."""
     vae: str | None = None
     """Decodes latents; null: what encoded the data, if it is on this disk."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """Classes of samples: each equally often, in turn, or drawn by the sample's own index."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """Of `dtr-scale sample` and `evaluate`; auto: bf16 on a GPU, fp32 on a CPU. In training samples
+    are drawn as the engine computes."""
 
     @model_validator(mode="after")
     def _interval_is_one(self) -> Self:

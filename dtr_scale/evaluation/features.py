@@ -21,6 +21,7 @@ from torch.nn import functional
 from dtr_scale.data.manifest import one_line
 from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.pictures import file_sha256
+from dtr_scale.evaluation.precision import products_in
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Extractor(ABC):
                 "give pictures uint8 [n, 1 or 3, H, W]"
             )
         x = torch.from_numpy(np.array(images, order="C")).to(self.device)
-        with torch.inference_mode(), _full_precision(self.device):
+        with torch.inference_mode(), products_in("fp32", self.device):
             return self._features(x.expand(-1, 3, -1, -1))
 
     @abstractmethod
@@ -283,24 +284,3 @@ def _loading(what: str, path: Path | None, accepted: str) -> Iterator[None]:
             f"{what}{where} cannot be loaded ({type(error).__name__}: {reason}); "
             f"accepted: {accepted}"
         ) from error
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in fp32 whatever the process has allowed: TF32 and autocast move FID."""
-    of_torch: Any = torch.backends  # whose types know not all of these
-    backends = (
-        of_torch.cuda.matmul,
-        of_torch.cudnn.conv,
-        of_torch.mkldnn.matmul,  # on a CPU "high" and "medium" may mean bf16
-        of_torch.mkldnn.conv,
-    )
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -1,15 +1,17 @@
-"""Hold pictures as evaluation reads them: uint8, batch by batch, of files of any size."""
+"""Read and write sets of pictures, uint8, batch by batch: of any size, never all in memory."""
 
 import contextlib
 import hashlib
+import os
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor
 
 from dtr_scale.errors import EvaluationError
 
-ARRAY = "arr_0"  # numpy's name of what is given to `savez` without one, and so ADM's
+ARRAY, LABELS = "arr_0", "arr_1"
+"""numpy's names of what is given to `savez` without any, and so ADM's."""
+ROUNDING = "127.5 x + 128, cut off"  # what manifests tell of `to_uint8`
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -136,3 +140,51 @@ def file_sha256(path: Path) -> str:
     """Return the hash of a file, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_npz(
+    file: BinaryIO,
+    batches: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    dtype: str,
+    labels: np.ndarray | None,
+    *,
+    name: str = ARRAY,
+) -> None:
+    """Write batches [n, ...] as one array of `shape`, and labels int64 [N] beside it.
+
+    The bytes are those of `np.savez(file, all_batches, labels)`.
+    """
+    with zipfile.ZipFile(file, "w") as archive:  # stored, not compressed: readers can seek
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+            header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)  # pyright: ignore
+            for batch in batches:
+                member.write(np.ascontiguousarray(batch, dtype).data)
+        if labels is not None:
+            with archive.open(f"{LABELS}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, labels, allow_pickle=False)
+
+
+def rgb(pictures: np.ndarray) -> np.ndarray:
+    """Return uint8 [n, H, W, 3] of pictures with one channel or three."""
+    return pictures if pictures.shape[3] == 3 else pictures.repeat(3, axis=3)
+
+
+def write_pngs(folder: Path, batches: Iterable[np.ndarray]) -> None:
+    """Write pictures uint8 [n, H, W, C] as 000000.png, 000001.png, ... in a folder."""
+    from PIL import Image
+
+    def write(number: int, picture: np.ndarray) -> None:
+        Image.fromarray(picture.squeeze(-1) if picture.shape[2] == 1 else picture).save(
+            folder / f"{number:06d}.png"
+        )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    first = 0
+    # Pillow compresses outside of the GIL.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for batch in batches:
+            numbers = range(first, first + len(batch))
+            list(threads.map(write, numbers, batch))
+            first += len(batch)

@@ -1,6 +1,6 @@
 """Draw samples of a trained network: sample i is a function of (seed, i), whoever draws it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dtr_scale.diffusion.guidance import cfg_model
+from dtr_scale.diffusion.guidance import ConditionalFn, cfg_model
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.samplers import (
     ModelFn,
@@ -21,7 +21,7 @@ from dtr_scale.diffusion.samplers import (
 from dtr_scale.errors import ConfigError
 from dtr_scale.evaluation.pictures import to_uint8
 from dtr_scale.models.denoiser import Denoiser
-from dtr_scale.randomness import keyed_generator
+from dtr_scale.randomness import KeyedStream
 
 _GRID_PIXELS = 48  # small pictures are enlarged to about this
 
@@ -31,7 +31,7 @@ class SamplingSettings:
     """Settings of a sampler, part of the manifest of every published number.
 
     `sampler` is "ddpm", "ddim" (the one that `eta` is for) or "dpm_solver"; `cfg_channels` and
-    `cfg_interval` are those of `cfg_model`.
+    `cfg_interval` are those of `cfg_model`; `labels` are those of `sample_labels`.
     """
 
     noise_schedule: str
@@ -44,6 +44,7 @@ class SamplingSettings:
     seed: int
     eta: float = 0.0
     cfg_interval: tuple[int, int] | None = None
+    labels: str = "balanced"
 
     def manifest(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,7 +56,9 @@ class KeyedNoise:
     def __init__(
         self, seed: int, indices: range, shape: tuple[int, ...], device: torch.device
     ) -> None:
-        self._seed = seed
+        self._streams = {
+            name: KeyedStream(seed, name) for name in ("sampling.start", "sampling.step")
+        }
         self._indices = indices
         self._shape = shape
         self._device = device
@@ -67,15 +70,14 @@ class KeyedNoise:
     def __getitem__(self, step: int) -> Tensor:
         return self._draw("sampling.step", step)
 
-    def _draw(self, stream: str, salt: int) -> Tensor:
+    def _draw(self, name: str, salt: int) -> Tensor:
         # By numpy on the CPU, one generator per sample: the same on every device and in any batch.
-        draws = [
-            keyed_generator(self._seed, stream, index, salt).standard_normal(
-                self._shape, dtype=np.float32
-            )
-            for index in self._indices
-        ]
-        return torch.from_numpy(np.stack(draws)).to(self._device)
+        # Pinned memory is copied while the GPU computes, so that the next draw does not wait.
+        is_cuda = self._device.type == "cuda"
+        noise = torch.empty(len(self._indices), *self._shape, pin_memory=is_cuda)
+        for index, draw in zip(self._indices, noise.numpy(), strict=True):
+            self._streams[name].at(index, salt).standard_normal(out=draw, dtype=np.float32)
+        return noise.to(self._device, non_blocking=True)
 
 
 def class_labels(indices: range, num_classes: int) -> Tensor:
@@ -83,7 +85,98 @@ def class_labels(indices: range, num_classes: int) -> Tensor:
     return torch.tensor([index % num_classes for index in indices])
 
 
-@torch.no_grad()
+def sample_labels(settings: SamplingSettings, indices: range, num_classes: int) -> Tensor:
+    """Return the class asked for of each sample, int64 [n].
+
+    Balanced labels go round (`class_labels`); random ones are drawn by (seed, index).
+    """
+    if settings.labels == "balanced":
+        return class_labels(indices, num_classes)
+    drawn = KeyedStream(settings.seed, "sampling.label").uniform(np.array(indices))
+    return torch.from_numpy((drawn * num_classes).astype(np.int64))
+
+
+class Sampler:
+    """Draws samples of a network by batches that the caller chooses.
+
+    `conditions` returns labels int [n] or text tokens [n, L, D] of given samples; without it they
+    are `sample_labels`. `null_condition` is that of `cfg_model`. `step` is the training step, for
+    masks that change with it. Raises ConfigError for guidance that the network or its channels do
+    not allow.
+    """
+
+    def __init__(
+        self,
+        network: Denoiser,
+        settings: SamplingSettings,
+        *,
+        conditions: Callable[[range], Tensor] | None = None,
+        null_condition: Tensor | None = None,
+        step: int | None = None,
+    ) -> None:
+        self._diffusion = GaussianDiffusion(
+            settings.noise_schedule,
+            settings.num_timesteps,
+            timestep_respacing=str(settings.num_sampling_steps),
+            learn_sigma=network.learn_sigma,
+        )
+        self._settings = settings
+        self._network = network
+        self._plain = _AtOneTimestep(network)
+        self._guided = cfg_model(
+            self._plain,
+            settings.cfg_scale,
+            settings.cfg_channels,
+            settings.cfg_interval,
+            null_condition,
+        )
+        self._conditions = conditions or (
+            lambda indices: sample_labels(settings, indices, network.num_classes)
+        )
+        self._step = step
+
+    @property
+    def num_steps(self) -> int:
+        """How many sampling steps a batch takes."""
+        return self._diffusion.num_timesteps
+
+    @torch.no_grad()
+    def draw(self, indices: range, progress: Progress | None = None) -> Tensor:
+        """Return samples `indices` as fp32 [n, C, H, W] on the CPU."""
+        network = self._network
+        shape = (network.in_channels, network.input_size, network.input_size)
+        device = next(network.parameters()).device
+        noise = KeyedNoise(self._settings.seed, indices, shape, device)
+        y = self._conditions(indices).to(device)
+        model_fns = self._model_fns()
+
+        def model_fn(x: Tensor, t: Tensor) -> Tensor:
+            return next(model_fns)(x, t, y, self._step)
+
+        # To the CPU batch by batch: the device holds one batch, whatever the number of samples.
+        return _sample(model_fn, self._diffusion, self._settings, noise, progress).cpu()
+
+    def _model_fns(self) -> Iterator[ConditionalFn]:
+        """Yield what each sampling step asks: outside the interval of guidance half the work."""
+        # By the timesteps on the host: to ask the device for its own, the host would wait for it.
+        first, stop = self._settings.cfg_interval or (0, float("inf"))
+        for t in reversed(self._diffusion.timestep_map):
+            yield self._guided if first <= t < stop else self._plain
+
+
+class _AtOneTimestep:
+    """A network that is told the timestep of a batch once: all samples share one mask."""
+
+    def __init__(self, network: Denoiser) -> None:
+        self._network = network
+        self.in_channels = network.in_channels
+        self.class_dropout_prob = network.class_dropout_prob
+        self.null_like = network.null_like
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        return self._network(x, t[:1], y, step)
+
+
 def draw_samples(
     network: Denoiser,
     settings: SamplingSettings,
@@ -95,43 +188,14 @@ def draw_samples(
     step: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Return samples `indices` as fp32 [n, C, H, W] on the CPU, the same for any batch_size.
-
-    `conditions` returns labels int [n] or text tokens [n, L, D] of given samples; without it the
-    classes go round. `null_condition` is that of `cfg_model`. `step` is the training step, for
-    masks that change with it. Raises ConfigError for guidance that the network or its channels do
-    not allow.
-    """
-    diffusion = GaussianDiffusion(
-        settings.noise_schedule,
-        settings.num_timesteps,
-        timestep_respacing=str(settings.num_sampling_steps),
-        learn_sigma=network.learn_sigma,
+    """Return samples `indices` as fp32 [n, C, H, W] on the CPU, drawn in batches by a `Sampler`."""
+    sampler = Sampler(
+        network, settings, conditions=conditions, null_condition=null_condition, step=step
     )
-    guided = cfg_model(
-        network,
-        settings.cfg_scale,
-        settings.cfg_channels,
-        settings.cfg_interval,
-        null_condition,
-    )
-    shape = (network.in_channels, network.input_size, network.input_size)
-    device = next(network.parameters()).device
     # A start for `cat`: a trial of the settings asks for no samples at all.
-    batches: list[Tensor] = [torch.empty(0, *shape)]
-    for first in range(0, len(indices), batch_size):
-        batch = indices[first : first + batch_size]
-        asked = conditions(batch) if conditions else class_labels(batch, network.num_classes)
-        noise = KeyedNoise(settings.seed, batch, shape, device)
-
-        asked = asked.to(device)
-
-        def model_fn(x: Tensor, t: Tensor, y: Tensor = asked) -> Tensor:
-            return guided(x, t, y, step)
-
-        # To the CPU batch by batch: the device holds one batch, whatever the number of samples.
-        batches.append(_sample(model_fn, diffusion, settings, noise, progress).cpu())
-    return torch.cat(batches)
+    nothing = torch.empty(0, network.in_channels, network.input_size, network.input_size)
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    return torch.cat([nothing, *(sampler.draw(batch, progress) for batch in batches)])
 
 
 def _sample(
@@ -162,16 +226,21 @@ def grid_columns(num_classes: int) -> int:
 
 def save_grid(file: Path | BinaryIO, images: Tensor, *, columns: int) -> None:
     """Write images [n, C, H, W] in [-1, 1], one or three channels, as one PNG, row by row."""
+    save_level_grid(file, to_uint8(images), columns=columns)
+
+
+def save_level_grid(file: Path | BinaryIO, levels: Tensor, *, columns: int) -> None:
+    """Write pictures uint8 [n, C, H, W], one or three channels, as one PNG, row by row."""
     from PIL import Image
 
-    n, channels, height, width = images.shape
+    n, channels, height, width = levels.shape
     rows = -(-n // columns)
-    levels = to_uint8(images)
-    sheet = torch.zeros(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
+    shape = channels, rows * (height + 1) + 1, columns * (width + 1) + 1
+    sheet = torch.zeros(shape, dtype=torch.uint8)
     for i, image in enumerate(levels):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         sheet[:, top : top + height, left : left + width] = image
-    pixels = sheet.to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
+    pixels = sheet.permute(1, 2, 0).squeeze(-1).numpy()
     enlarged = max(1, _GRID_PIXELS // height)
     picture = Image.fromarray(pixels)
     size = (picture.width * enlarged, picture.height * enlarged)

@@ -13,7 +13,7 @@ from dtr_scale.config.schema import EvaluationConfig, Experiment
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.reader import Samples
 from dtr_scale.evaluation.features import Extractor, build_extractor, inception_is_here
-from dtr_scale.evaluation.pictures import Pictures
+from dtr_scale.evaluation.pictures import ROUNDING, Pictures
 from dtr_scale.evaluation.reference import (
     NEIGHBOURS,
     SPLIT_SAMPLES,
@@ -109,7 +109,7 @@ def features_manifest(
     decoder: PictureEncoder, reference: Reference, extractors: Sequence[Extractor]
 ) -> dict[str, Any]:
     """Return what a manifest tells of samples that are decoded and compared by features."""
-    told = {"decoder": decoder_sha256(decoder), "rounding": "127.5 x + 128, cut off"}
+    told = {"decoder": decoder_sha256(decoder), "rounding": ROUNDING}
     return {**told, **_compared(reference, extractors)}
 
 
@@ -129,10 +129,11 @@ def samples_manifest(
     step: int,
 ) -> dict[str, Any]:
     """Return what a manifest tells of a run's samples."""
+    told = {"class": experiment.evaluation.labels, "text": "held-out captions"}
     return {
         **sampling_settings(experiment).manifest(),
         "num_samples": num_samples,
-        "labels": "in turn" if experiment.model.conditioning == "class" else "held-out captions",
+        "labels": told.get(experiment.model.conditioning, "none"),
         "precision": precision,
         "ema": averages,
         "checkpoints": checkpoints,

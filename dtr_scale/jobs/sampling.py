@@ -25,6 +25,7 @@ def sampling_settings(experiment: Experiment) -> SamplingSettings:
         seed=experiment.train.seed,
         eta=evaluation.eta,
         cfg_interval=evaluation.cfg_interval,
+        labels=evaluation.labels,
     )
 
 

@@ -43,9 +43,9 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
         """Return [N, out_channels, H, W] in the weights' dtype.
 
-        x [N, C, H, W] is a noised sample, t int [N] its original timestep, y its label int [N] or
-        its text tokens [N, context_length, context_dim] (see `null_like` for none). `step` is the
-        training step, for masks that change with it.
+        x [N, C, H, W] is a noised sample, t int [N] its original timestep, or [1] that of all, y
+        its label int [N] or its text tokens [N, context_length, context_dim] (see `null_like` for
+        none). `step` is the training step, for masks that change with it.
         """
 
     @abstractmethod

@@ -223,7 +223,8 @@ class DiT(Denoiser):
         x, t = x.to(self.x_embedder.proj.weight.dtype), t.long()
         z = self.x_embedder(x)
         z = z + self.pos_embed.to(z.dtype)
-        c, context = self.t_embedder(t), None
+        # By sample, even of one timestep: a product of one row would round apart from one of N.
+        c, context = self.t_embedder(t.expand(len(x))), None
         # Text enters by cross-attention; adaLN is regressed from the timestep alone (appendix C).
         if self.conditioning == "text":
             context = self.y_embedder(y.to(z.dtype))

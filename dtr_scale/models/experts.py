@@ -42,6 +42,7 @@ class MultiExperts(Denoiser):
         ]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
+        t = t.expand(len(x))
         outputs: list[Tensor] = []
         places: list[Tensor] = []
         for expert, timesteps in zip(self.experts, self.timesteps, strict=True):

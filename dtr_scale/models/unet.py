@@ -238,7 +238,9 @@ class ADM(Denoiser):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, step: int | None = None) -> Tensor:
         h, t = x.to(next(self.parameters()).dtype), t.long()
-        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(h.dtype))
+        # By sample, even of one timestep: a product of one row would round apart from one of N.
+        sinusoids = timestep_embedding(t.expand(len(x)), self.model_channels)
+        emb = self.time_embed(sinusoids.to(h.dtype))
         if self.conditioning == "class":
             emb = emb + self.label_emb(y.long())
         masks = iter(self.routing(t, step))  # taken in the order of `blocks`

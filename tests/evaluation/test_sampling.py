@@ -243,7 +243,7 @@ def test_the_manifest_holds_every_setting():
     assert SETTINGS.manifest() == {
         "noise_schedule": "cosine", "num_timesteps": 1000, "sampler": "ddpm",
         "num_sampling_steps": 4, "cfg_scale": 2.0, "cfg_channels": None,
-        "clip_denoised": True, "seed": 3, "eta": 0.0, "cfg_interval": None,
+        "clip_denoised": True, "seed": 3, "eta": 0.0, "cfg_interval": None, "labels": "balanced",
     }  # fmt: skip
 
 
