@@ -9,8 +9,8 @@ DtrScaleError
 ├── EngineError       devices, launchers, DeepSpeed
 │   ├── DivergenceError
 │   └── PeerError
-├── EvaluationError   sampling and metrics
-└── TrackingError     MLflow, where a command is there for it alone
+└── EvaluationError   sampling and metrics
+    └── UnfinishedError
 
 Every message says what, where, the value, what is accepted and the fix, in one line.
 The command line prints it without a traceback and exits with the error's `exit_code`.
@@ -75,7 +75,9 @@ class EvaluationError(DtrScaleError):
     """Samples or metrics cannot be computed."""
 
 
-class TrackingError(DtrScaleError):
-    """MLflow does not answer a command that is there for it alone."""
+class UnfinishedError(EvaluationError):
+    """A job was asked to leave before its end, for the reason given; the same command goes on."""
 
-    exit_code = 1
+    exit_code = 75
+    on_every_rank = True
+    reported = True

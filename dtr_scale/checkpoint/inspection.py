@@ -18,14 +18,16 @@ _Read = TypeVar("_Read")
 _POSITION = ("step", "samples_seen", "optimizer_step", "world_size", "version", "torch")
 
 
-def find_checkpoint(place: str, step: int | None = None) -> CheckpointReader:
+def find_checkpoint(
+    place: str, step: int | None = None, storage_options: Mapping[str, Any] | None = None
+) -> CheckpointReader:
     """Return a checkpoint whose files are there in full: see `read_newest`."""
 
     def checked(reader: CheckpointReader) -> CheckpointReader:
         reader.check_sizes()
         return reader
 
-    return read_newest(place, checked, step)
+    return read_newest(place, checked, step, storage_options)
 
 
 def read_newest(

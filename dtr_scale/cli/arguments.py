@@ -102,6 +102,21 @@ def add_run_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="what train wrote")
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Add which weights of a run are wanted."""
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument(
+        "--ema",
+        metavar="DECAY",
+        help="a decay that was kept, power_WIDTH, or none for the weights themselves (default: "
+        "train.ema_decay)",
+    )
+    average.add_argument("--sigma-rel", type=width, help="relative width to make, 0.01 to 0.28")
+    parser.add_argument(
+        "--step", type=positive_integer, help="of the checkpoint (default: the newest)"
+    )
+
+
 def unknown_argument(parser: Parser, argument: str, accepted: list[str]) -> ConfigError:
     """Return the error for an argument that a command does not have, naming what was meant."""
     name = argument.partition("=")[0]

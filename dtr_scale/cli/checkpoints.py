@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from dtr_scale.cli.arguments import Commands, actions, positive_integer, runs, width
+from dtr_scale.cli.arguments import Commands, actions, add_weights, positive_integer, runs
 
 
 def add_checkpoints(commands: Commands) -> None:
@@ -49,17 +49,7 @@ def _add_export(commands: Commands) -> None:
     parser.add_argument(
         "place", metavar="RUN", help="a run directory, a checkpoint.dir or one step_* folder"
     )
-    average = parser.add_mutually_exclusive_group()
-    average.add_argument(
-        "--ema",
-        metavar="DECAY",
-        help="a decay that was kept, power_WIDTH, or none for the weights themselves (default: "
-        "train.ema_decay)",
-    )
-    average.add_argument("--sigma-rel", type=width, help="relative width to make, 0.01 to 0.28")
-    parser.add_argument(
-        "--step", type=positive_integer, help="of the checkpoint (default: the newest)"
-    )
+    add_weights(parser)
     parser.add_argument(
         "--to",
         dest="target",

@@ -6,11 +6,13 @@ from typing import Any
 
 from dtr_scale.cli.arguments import (
     Commands,
+    add_weights,
     positive_integer,
     runs,
     split_name,
     unknown_argument,
 )
+from dtr_scale.launchers import launched_rank
 
 FEATURES = ("efficientnet", "inception", "dinov2")  # of `dtr_scale.evaluation.features`
 REFERENCE = "reference"
@@ -22,7 +24,8 @@ def add_evaluate(commands: Commands) -> None:
         "evaluate",
         "measure",
         "measure samples of a run's newest checkpoint, or anybody's pictures, against real ones; "
-        "of a run evaluation.* and data.storage_options.* can be overridden",
+        "of a run evaluation.* and data.storage_options.* can be overridden; under torchrun, "
+        "deepspeed or srun all ranks draw its samples, and what was killed goes on",
         "dtr-scale evaluate runs/demo_digits --num-samples 500 --evaluation.sampler=dpm_solver",
     )
     parser.usage = (
@@ -70,6 +73,8 @@ def add_evaluate(commands: Commands) -> None:
         "split)",
     )
 
+    add_weights(parser)
+
     of_reference = parser.add_argument_group("evaluate reference")
     of_reference.add_argument("--out", type=Path, metavar="FILE.npz", help="file to write")
     of_reference.add_argument(
@@ -81,7 +86,7 @@ def add_evaluate(commands: Commands) -> None:
         default=10_000,
         help="pictures to keep for precision and recall; moments are of all",
     )
-    runs(parser, _evaluate, overrides=True)
+    runs(parser, _evaluate, overrides=True, on_ranks=True)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -104,8 +109,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # Before torch is imported: a mistake is told at once.
     check_overrides(arguments, overrides)
+    from dtr_scale.jobs.averages import Choice
     from dtr_scale.jobs.evaluate import evaluate_run
-    from dtr_scale.jobs.tracking import send_findings
 
     report, path = evaluate_run(
         Path(arguments.what[0]),
@@ -114,11 +119,12 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         features=arguments.features or (),
         weights=_weights(arguments),
         vae=arguments.vae,
+        choice=Choice(arguments.ema, arguments.sigma_rel, arguments.step),
         overrides=overrides,
     )
-    _tell(arguments, report)
-    print(f"report: {path}")
-    send_findings(Path(arguments.what[0]))
+    if launched_rank() == 0:  # which alone has measured
+        _tell(arguments, report)
+        print(f"report: {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Parse the commands on trained runs: sample, compare, plots, cka, affinity and tracking."""
+"""Parse the commands on trained runs: sample, compare, plots, evaluate, cka and affinity."""
 
 import argparse
 import json
@@ -7,12 +7,14 @@ from pathlib import Path
 
 from dtr_scale.cli.arguments import (
     Commands,
-    actions,
     add_run_dir,
+    add_weights,
     positive_integer,
     runs,
 )
 from dtr_scale.cli.evaluation import add_evaluate, check_overrides
+from dtr_scale.launchers import launched_rank
+from dtr_scale.signals import LeaveRequest
 
 
 def add_runs(commands: Commands) -> None:
@@ -22,44 +24,46 @@ def add_runs(commands: Commands) -> None:
     _add_plots(commands)
     _add_cka(commands)
     _add_affinity(commands)
-    _add_tracking(commands)
     add_evaluate(commands)
-
-
-def _add_tracking(commands: Commands) -> None:
-    parser = commands.add(
-        "tracking",
-        "look at a run",
-        "send MLflow what it has missed of a run: metrics, evaluations, pictures; a run that goes "
-        "on does so by itself",
-        "dtr-scale tracking sync runs/demo_digits\n"
-        "  dtr-scale tracking sync runs/demo_digits --uri http://mlflow:5000",
-    )
-    sync = actions(parser).add_parser("sync", help="send what MLflow does not have")
-    add_run_dir(sync)
-    sync.add_argument(
-        "--uri",
-        help="MLflow's address (default: the run's, with its password from "
-        "MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD)",
-    )
-    runs(sync, _sync)
 
 
 def _add_sample(commands: Commands) -> None:
     parser = commands.add(
         "sample",
         "look at a run",
-        "draw samples from a run's newest checkpoint (averaged weights) into a picture; "
-        "evaluation.* and data.storage_options.* can be overridden",
-        "dtr-scale sample runs/demo_digits --num-samples 100 --evaluation.cfg_scale=2",
+        "draw samples from a run's newest checkpoint (averaged weights) into pictures; under "
+        "torchrun, deepspeed or srun all ranks draw; started again, it goes on where it was "
+        "killed; evaluation.* and data.storage_options.* can be overridden",
+        "torchrun --nproc_per_node 8 launch/sample.py runs/dit_l --num-samples 50000 --out x.npz\n"
+        "  dtr-scale sample runs/demo_digits --num-samples 100 --evaluation.cfg_scale=2",
     )
     add_run_dir(parser)
     _add_num_samples(parser)
     parser.add_argument(
-        "--out", type=Path, help="PNG, .npz of latents (default: RUN_DIR/samples/grid.png)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="an .npz as ADM's, with a picture of the first samples and a manifest beside it, or a "
+        ".png of all (default: RUN_DIR/samples/grid.png)",
+    )
+    parser.add_argument("--pngs", type=Path, metavar="FOLDER", help="a PNG for each sample as well")
+    parser.add_argument(
+        "--latents", action="store_true", help="store latents as they are, in the .npz"
     )
     parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
-    runs(parser, _sample, overrides=True)
+    add_weights(parser)
+    text = parser.add_argument_group("models of text")
+    text.add_argument(
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="a caption a line; sample i is of line i (default: the held-out split's)",
+    )
+    text.add_argument(
+        "--text-encoder", metavar="NAME", help="open_clip's or a folder (default: the data's)"
+    )
+    text.add_argument("--text-pretrained", metavar="WEIGHTS", default="openai", help="its weights")
+    runs(parser, _sample, overrides=True, on_ranks=True)
 
 
 def _add_compare(commands: Commands) -> None:
@@ -147,17 +151,31 @@ def _add_num_timesteps(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # Before torch is imported: a mistake is told at once.
     check_overrides(arguments, overrides)
-    from dtr_scale.jobs.sample import sample_run
+    if arguments.text_encoder is not None and arguments.captions is None:
+        arguments.parser.error("--text-encoder is for --captions FILE")
+    leave = LeaveRequest()
+    with leave.listening():
+        from dtr_scale.jobs.averages import Choice
+        from dtr_scale.jobs.conditions import Captions
+        from dtr_scale.jobs.sample import sample_run
 
-    path = sample_run(
-        arguments.run_dir,
-        num_samples=arguments.num_samples,
-        out=arguments.out,
-        vae=arguments.vae,
-        overrides=overrides,
-    )
-    print(path)
-    _tell_mlflow(arguments.run_dir)
+        captions = None
+        if file := arguments.captions:
+            captions = Captions(file, arguments.text_encoder, arguments.text_pretrained)
+        path = sample_run(
+            arguments.run_dir,
+            num_samples=arguments.num_samples,
+            out=arguments.out,
+            pngs=arguments.pngs,
+            latents=arguments.latents,
+            vae=arguments.vae,
+            choice=Choice(arguments.ema, arguments.sigma_rel, arguments.step),
+            captions=captions,
+            overrides=overrides,
+            leave=leave,
+        )
+    if launched_rank() == 0:
+        print(path)
     return 0
 
 
@@ -179,19 +197,6 @@ def _plots(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sync(arguments: argparse.Namespace) -> int:
-    from dtr_scale.jobs.tracking import sync_run
-
-    print(sync_run(arguments.run_dir, arguments.uri))
-    return 0
-
-
-def _tell_mlflow(run_dir: Path) -> None:
-    from dtr_scale.jobs.tracking import send_findings
-
-    send_findings(run_dir)
-
-
 def _cka(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.analyse import cka_run
 
@@ -203,7 +208,6 @@ def _cka(arguments: argparse.Namespace) -> int:
         debiased=not arguments.biased,
     )
     print(*paths, sep="\n")
-    _tell_mlflow(arguments.run_dir)
     return 0
 
 
@@ -219,5 +223,4 @@ def _affinity(arguments: argparse.Namespace) -> int:
     # stdout holds nothing but the JSON, so that it can be piped into a file.
     print(json.dumps({"objective": objective}))
     print(*paths, sep="\n", file=sys.stderr)
-    _tell_mlflow(arguments.run_dir)
     return 0

@@ -51,6 +51,12 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Write rank 0's `tensor` into that of every rank."""
+        if self.world_size > 1:
+            # By its bytes: gloo sends no bools.
+            dist.broadcast(tensor.view(torch.uint8), src=0, group=self.group)
+
     def barrier(self) -> None:
         if self.world_size > 1:
             device_ids = [self.device.index] if self.device.type == "cuda" else None

@@ -47,7 +47,7 @@ def pixel_frechet_distance(images: Tensor | np.ndarray, reference: np.ndarray) -
 
 
 def pixel_report(
-    images: Tensor, asked: Tensor, *, train: Samples, held_out: Samples
+    images: Tensor | np.ndarray, asked: Tensor, *, train: Samples, held_out: Samples
 ) -> dict[str, float]:
     """Return the metrics of samples of a data set of small pictures, and of its own training set.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dtr_scale.data.manifest import MANIFEST_NAME, data_errors, read_manifest
 from dtr_scale.data.reader import SampleReader, Samples
@@ -132,28 +131,6 @@ class ShardPictures(Pictures):
     def _hash(self) -> str:
         told = [self._samples.manifest.hash(self._split), decoder_sha256(self._decoder)]
         return hashlib.sha256(f"{told}".encode()).hexdigest()
-
-
-class DrawnPictures(Pictures):
-    """The samples of a run, x_start [N, C, H, W], decoded as they are read."""
-
-    def __init__(self, x_start: Tensor, decoder: PictureEncoder, source: str) -> None:
-        self.source = source
-        self._x_start = x_start
-        self._decoder = decoder
-        self.shape = next(self.batches(1)).shape[1:]
-
-    def __len__(self) -> int:
-        return len(self._x_start)
-
-    def batches(self, batch_size: int) -> Iterator[np.ndarray]:
-        for part in self._x_start.split(batch_size):
-            yield to_uint8(self._decoder.decode(part)).numpy()
-
-    def _hash(self) -> str:
-        digest = hashlib.sha256(f"{self._x_start.shape} {decoder_sha256(self._decoder)}".encode())
-        digest.update(self._x_start.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 def decoder_sha256(decoder: PictureEncoder) -> str | None:

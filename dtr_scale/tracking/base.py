@@ -1,23 +1,24 @@
-"""Define the interface of a tracker, which mirrors what a run writes to its directory."""
+"""Define the interface of a tracker, which mirrors a run's journal and its evaluations."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 from dtr_scale.tracking.journal import Record
 
 
 class Tracker(ABC):
-    """A mirror of a run directory. No method blocks training or raises if a server is away."""
+    """A mirror of the journal. No method blocks training or raises because a server is away."""
 
     @abstractmethod
     def log(self, record: Record) -> None:
         """Take note that `record` was written to the journal."""
 
     @abstractmethod
-    def look(self) -> None:
-        """Take note that there is something else: a checkpoint, an evaluation, a picture."""
+    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None:
+        """Show what was measured and sampled at a step."""
 
     @abstractmethod
-    def finish(self) -> None:
+    def finish(self, outcome: str, checkpoint_url: str | None) -> None:
         """Bring the mirror up to date, within reason, and close it."""
 
 
@@ -26,6 +27,6 @@ class NullTracker(Tracker):
 
     def log(self, record: Record) -> None: ...
 
-    def look(self) -> None: ...
+    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self, outcome: str, checkpoint_url: str | None) -> None: ...

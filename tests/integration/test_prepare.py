@@ -133,7 +133,7 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
     assert main(draw) == 0
     with Image.open(run_dir / "samples" / "grid.png") as picture:
         assert picture.mode == "RGB"
-    assert main([*draw, "--out", str(tmp_path / "latents.npz")]) == 0
+    assert main([*draw, "--latents", "--out", str(tmp_path / "latents.npz")]) == 0
     assert np.load(tmp_path / "latents.npz")["latents"].shape == (20, 4, 8, 8)
     vae.rename(tmp_path / "elsewhere")
     assert main([*draw, "--out", str(tmp_path / "grid.png")]) == 2

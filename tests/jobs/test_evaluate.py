@@ -101,19 +101,6 @@ def test_a_run_can_be_looked_at_without_its_data(run_dir, tmp_path, capsys, monk
     assert load_run(copy).step == 4
 
 
-def test_an_interruption_leaves_no_half_of_a_picture(run_dir, tmp_path, monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("dtr_scale.jobs.sample.draw", interrupted)
-    out = tmp_path / "new.png"
-    assert main(["sample", str(run_dir), "--out", str(out)]) == 130
-    assert not list(tmp_path.iterdir())
-    out.write_bytes(b"older")
-    assert main(["sample", str(run_dir), "--out", str(out)]) == 130
-    assert out.read_bytes() == b"older"
-
-
 def test_a_run_is_measured_from_any_folder(digits, tmp_path, monkeypatch):
     (tmp_path / "digits").symlink_to(digits)
     monkeypatch.chdir(tmp_path)

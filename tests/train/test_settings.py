@@ -158,9 +158,11 @@ def test_latents_are_sampled_into_an_npz_by_any_sampler(digits, tmp_path):
         drawn.append(np.load(path)["latents"])
         assert drawn[-1].shape == (3, 4, 8, 8)
     assert not np.array_equal(drawn[0], drawn[1])
-    for out in (tmp_path / "x.png", tmp_path, tmp_path / "config.json" / "x.npz"):
+    for out in (tmp_path / "x.txt", tmp_path, tmp_path / "config.json" / "x.npz"):
         with pytest.raises(ConfigError, match="--out="):
             sample_run(tmp_path, num_samples=3, out=out)
+    with pytest.raises(ConfigError, match="made-up data has no decoder; give --vae"):
+        sample_run(tmp_path, num_samples=3, out=tmp_path / "x.npz")
 
 
 @pytest.mark.parametrize("file", range(4))

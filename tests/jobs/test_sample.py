@@ -1,0 +1,374 @@
+"""Samples are the same bytes on any number of ranks, also when their drawing was cut off."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dtr_scale.cli.main import main
+from dtr_scale.errors import UnfinishedError
+from dtr_scale.evaluation.pictures import NpzPictures, to_uint8
+from dtr_scale.evaluation.sampling import Sampler, class_labels, draw_samples
+from dtr_scale.evaluation.stored import StoredBatches
+from dtr_scale.jobs.averages import Choice, find_average
+from dtr_scale.jobs.sample import sample_run
+from dtr_scale.jobs.sampling import sampling_settings
+from dtr_scale.jobs.trained import load_run
+from tests.support.pictures import small_clip
+from tests.support.ranks import exit_codes, run_on_ranks
+from tests.support.runs import ROOT, train
+
+SMALL = (
+    "--train.global_batch_size=16", "--train.micro_batch_size=16", "--train.max_steps=4",
+    "--checkpoint.every_steps=2", "--checkpoint.keep_last=9", "--evaluation.every_steps=0",
+    "--train.ema_sigma_rel=[0.05, 0.1]", "--train.lr=1e-2",
+)  # fmt: skip
+STEPS, BATCH = "--evaluation.num_sampling_steps=4", "--evaluation.batch_size=32"
+FAST = (STEPS, BATCH)
+
+
+@pytest.fixture(scope="module")
+def run_dir(digits, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sampled") / "run"
+    assert train(digits, path, *SMALL) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(run_dir, tmp_path_factory):
+    """500 samples drawn by one process; the path of their .npz."""
+    out = tmp_path_factory.mktemp("whole") / "samples.npz"
+    assert main(["sample", str(run_dir), "--num-samples", "500", "--out", str(out), *FAST]) == 0
+    return out
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["sample", *map(str, arguments)]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_files_hold_what_adm_writes(run_dir, whole):
+    with np.load(whole) as stored:
+        assert stored.files == ["arr_0", "arr_1"]
+        pictures, labels = stored["arr_0"], stored["arr_1"]
+    assert (pictures.shape, pictures.dtype) == ((500, 8, 8, 3), np.uint8)
+    assert (labels.dtype, np.bincount(labels).tolist()) == (np.int64, [50] * 10)
+    assert NpzPictures(whole).shape == (3, 8, 8)
+    # numpy itself would have written these bytes.
+    np.savez(whole.parent / "numpy", pictures, labels)
+    assert (whole.parent / "numpy.npz").read_bytes() == whole.read_bytes()
+    (whole.parent / "numpy.npz").unlink()
+    assert names(whole.parent) == {"samples.npz", "samples.png", "samples.json"}
+
+    run = load_run(run_dir, FAST)
+    settings = sampling_settings(run.experiment)
+    x_start = draw_samples(run.network, settings, range(32), batch_size=32, step=run.mask_step)
+    grey = to_uint8(x_start).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(pictures[:32], grey.repeat(3, axis=3))
+    with Image.open(whole.with_suffix(".png")) as grid:
+        assert grid.size == ((10 * 9 + 1) * 6, (8 * 9 + 1) * 6)  # eight rows, a column per class
+
+
+def test_the_manifest_tells_what_the_samples_depend_on(run_dir, whole):
+    manifest = json.loads(whole.with_suffix(".json").read_text())
+    settings = sampling_settings(load_run(run_dir, FAST).experiment).manifest()
+    assert {key: manifest[key] for key in settings} == settings
+    told = {
+        "num_samples": 500, "batch_size": 32, "precision": "fp32", "compiled": False, "step": 4,
+        "device": "cpu", "decoder": None, "rounding": "127.5 x + 128, cut off",
+        "labels": "balanced",
+    }  # fmt: skip
+    assert {key: manifest[key] for key in told} == told
+    assert manifest["ema"] == [[{"from_step": 0, "decay": 0.995}]]
+    assert len(manifest["weights_sha256"]) == 64
+
+
+def test_a_sample_depends_on_its_index_alone(run_dir, whole, tmp_path):
+    """A batch that is not full is drawn in full: matrix products round by their rows."""
+    out = sample_run(run_dir, num_samples=33, out=tmp_path / "few.npz", overrides=FAST)
+    with np.load(out) as few, np.load(whole) as many:
+        np.testing.assert_array_equal(few["arr_0"], many["arr_0"][:33])
+
+
+def sample_on_rank(run_dir: Path, out: Path, kill_after: int | None) -> None:
+    """Runs on each rank; the last one is killed, with no time to tell, after some batches."""
+    if kill_after is not None and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        calls, draw = itertools.count(), Sampler.draw
+
+        def killed(self, indices, progress=None):
+            if next(calls) == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return draw(self, indices, progress)
+
+        Sampler.draw = killed
+    sample_run(run_dir, num_samples=500, out=out, overrides=FAST)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_draws_the_same_bytes_also_after_a_kill(run_dir, whole, tmp_path):
+    """16 batches: 2 ranks, then 3; a rank is killed in each, and 2 ranks go on to the end."""
+    two, cut = tmp_path / "two.npz", tmp_path / "cut.npz"
+    run_on_ranks(2, sample_on_rank, run_dir, two, None)
+    assert two.read_bytes() == whole.read_bytes()
+    parts = StoredBatches(tmp_path / "cut.npz.parts", 500, 32)
+    # One alone, three, then two: each goes on with what the ones before have stored.
+    for world_size, at_least in ((1, 3), (3, 6)):
+        codes = exit_codes(world_size, sample_on_rank, run_dir, cut, 3 if world_size == 1 else 1)
+        assert codes[-1] == -signal.SIGKILL
+        assert all(code == 1 for code in codes[:-1]), "the others do not wait for it"
+        missing = len(parts.missing())
+        assert 0 < missing <= 16 - at_least
+    run_on_ranks(2, sample_on_rank, run_dir, cut, None)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert cut.with_suffix(".json").read_bytes() == whole.with_suffix(".json").read_bytes()
+    assert names(tmp_path) == {f"{n}.{e}" for n in ("two", "cut") for e in ("npz", "png", "json")}
+
+
+def asked_to_leave(monkeypatch, batch):
+    """SIGTERM comes in the middle of a batch."""
+    calls, draw = itertools.count(), Sampler.draw
+
+    def leaving(self, indices, progress=None):
+        if next(calls) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, indices, progress)
+
+    monkeypatch.setattr(Sampler, "draw", leaving)
+
+
+def test_a_request_to_leave_is_heard_and_the_same_command_goes_on(
+    run_dir, whole, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "samples.npz"
+    command = ["sample", str(run_dir), "--num-samples", "500", "--out", str(out), *FAST]
+    with monkeypatch.context() as patch:
+        asked_to_leave(patch, 2)
+        assert main(command) == 75
+    told = "leaving on request (SIGTERM): 2 of 16 batches are stored in"
+    assert told in (err := capsys.readouterr().err) and "the same command goes on" in err
+    assert names(tmp_path) == {"samples.npz.parts"}
+    # Cut by a failing disk: it is drawn again.
+    cut = tmp_path / "samples.npz.parts" / "batch_000001.npz"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    assert main(command) == 0
+    assert "going on: 1 of 16 batches are stored" in capsys.readouterr().err
+    assert out.read_bytes() == whole.read_bytes()
+    assert "samples.npz.parts" not in names(tmp_path)
+
+
+def test_a_flipped_bit_is_found_and_drawn_again(run_dir, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "samples.npz"
+    command = ["sample", str(run_dir), "--num-samples", "500", "--out", str(out), *FAST]
+    with monkeypatch.context() as patch:
+        asked_to_leave(patch, 2)
+        assert main(command) == 75
+    batch = tmp_path / "samples.npz.parts" / "batch_000000.npz"
+    content = bytearray(batch.read_bytes())
+    content[len(content) // 2] ^= 1
+    batch.write_bytes(content)
+    assert main(command) == 1
+    assert "batch_000000.npz is damaged and was removed" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(command) == 0
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_unfinished_samples_of_other_settings_are_refused(run_dir, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "samples.npz"
+    command = [run_dir, "--num-samples", 100, "--out", out, *FAST]
+    with monkeypatch.context() as patch:
+        asked_to_leave(patch, 1)
+        assert main(["sample", *map(str, command)]) == 75
+    line = refused(capsys, *command, "--evaluation.cfg_scale=2", "--evaluation.cfg_interval=[1,9]")
+    assert "cfg_scale was 3.0 and is 2.0, cfg_interval was null and is [1, 9]; give the" in line
+    assert "num_samples was 100 and is 90" in refused(
+        capsys, run_dir, "--num-samples", 90, "--out", out, *FAST
+    )
+    assert 'weights_sha256 was "' in refused(capsys, *command, "--ema", "none")
+    # Without a name nothing is lost that somebody waits for.
+    with monkeypatch.context() as patch:
+        asked_to_leave(patch, 1)
+        with pytest.raises(UnfinishedError):
+            sample_run(run_dir, num_samples=100, overrides=FAST)
+    sample_run(run_dir, num_samples=32, overrides=[*FAST, "--evaluation.cfg_scale=2"])
+    assert "grid.png.parts" not in names(run_dir / "samples")
+
+
+def test_a_run_that_has_trained_on_goes_on_with_its_older_weights(digits, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    few = {"num_samples": 64, "overrides": FAST}
+    assert train(digits, run_dir, *SMALL, "--train.max_steps=2") == 0
+    expected = sample_run(run_dir, out=tmp_path / "expected.npz", **few).read_bytes()
+    with monkeypatch.context() as patch:
+        asked_to_leave(patch, 1)
+        with pytest.raises(UnfinishedError):
+            sample_run(run_dir, out=tmp_path / "cut.npz", **few)
+    assert train(digits, run_dir, *SMALL) == 0
+    newer = sample_run(run_dir, out=tmp_path / "newer.npz", **few).read_bytes()
+    assert newer != expected
+    assert sample_run(run_dir, out=tmp_path / "cut.npz", **few).read_bytes() == expected
+    of_step = sample_run(run_dir, out=tmp_path / "step.npz", choice=Choice(step=2), **few)
+    assert of_step.read_bytes() == expected
+
+
+@pytest.mark.parametrize("choice", [Choice("none"), Choice("power_0.1"), Choice(sigma_rel=0.08)])
+def test_any_weights_are_sampled(run_dir, tmp_path, choice):
+    out = sample_run(run_dir, num_samples=2, out=tmp_path / "x.npz", choice=choice, overrides=FAST)
+    manifest = json.loads(out.with_suffix(".json").read_text())
+    found = find_average(str(run_dir), choice)
+    assert manifest["ema"] == json.loads(json.dumps(found.records))
+    assert (manifest["ema"] == [None]) == (choice.ema == "none")
+    run = load_run(run_dir, FAST, choice)
+    for name, weight in run.network.state_dict().items():
+        assert torch.equal(weight, found.weights[name])
+    assert (
+        manifest["weights_sha256"]
+        != json.loads(
+            sample_run(run_dir, num_samples=2, out=tmp_path / "ema.npz", overrides=FAST)
+            .with_suffix(".json")
+            .read_text()
+        )["weights_sha256"]
+    )
+
+
+def test_labels_are_balanced_or_drawn_by_the_index(run_dir, tmp_path):
+    random = [*FAST, "--evaluation.labels=random"]
+    out = sample_run(run_dir, num_samples=200, out=tmp_path / "random.npz", overrides=random)
+    labels = np.load(out)["arr_1"]
+    assert json.loads(out.with_suffix(".json").read_text())["labels"] == "random"
+    counts = np.bincount(labels, minlength=10)
+    assert len(set(counts.tolist())) > 1 and counts.min() > 5 and counts.max() < 40
+
+    def x_start(*overrides):
+        path = tmp_path / "latents.npz"
+        sample_run(run_dir, num_samples=50, out=path, latents=True, overrides=[*FAST, *overrides])
+        with np.load(path) as stored:
+            return stored["latents"], stored["arr_1"]
+
+    fewer, labels_of_fewer = x_start("--evaluation.labels=random")
+    np.testing.assert_array_equal(labels_of_fewer, labels[:50])
+    assert (fewer.shape, fewer.dtype) == ((50, 1, 8, 8), np.float32)
+    # The labels are those that the network was asked for.
+    balanced, in_turn = x_start()
+    np.testing.assert_array_equal(in_turn, class_labels(range(50), 10))
+    same = labels_of_fewer == in_turn
+    np.testing.assert_array_equal((fewer == balanced).all((1, 2, 3)), same)
+
+
+def test_each_sample_can_be_a_png(run_dir, whole, tmp_path, capsys):
+    place = tmp_path / "pngs"
+    sheet = tmp_path / "x.png"
+    sample_run(run_dir, num_samples=34, out=sheet, pngs=place, overrides=FAST)
+    assert sorted(names(place)) == [f"{i:06d}.png" for i in range(34)]
+    expected = np.load(whole)["arr_0"]
+    for i in (0, 33):
+        with Image.open(place / f"{i:06d}.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), expected[i, :, :, 0])
+    with Image.open(sheet) as grid:
+        assert grid.size == ((10 * 9 + 1) * 6, (4 * 9 + 1) * 6), "all of them"
+    assert "not empty; give a new folder" in refused(capsys, run_dir, "--pngs", place, *FAST)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "x.jpg"], "give a file that ends in .npz or .png"),
+        (["--latents", "--out", "x.png"], "--latents are no pictures; give --out FILE.npz"),
+        (["--captions", "x.txt"], "is for models of text, this one has"),
+        (["--ema", "0.3"], "--ema=0.3: "),
+        (["--step", "3"], "has no checkpoint of that step"),
+        (["--evaluation.precision=tf32"], "evaluation.precision = 'tf32' needs a GPU"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    run_dir, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, run_dir, *arguments)
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+def test_bf16_is_near_fp32_and_told(run_dir, whole, tmp_path):
+    overrides = [*FAST, "--evaluation.precision=bf16"]
+    out = sample_run(run_dir, num_samples=32, out=tmp_path / "bf16.npz", overrides=overrides)
+    assert json.loads(out.with_suffix(".json").read_text())["precision"] == "bf16"
+    difference = np.load(out)["arr_0"].astype(int) - np.load(whole)["arr_0"][:32]
+    assert 0 < np.abs(difference).mean() < 4, "levels of 256"
+
+
+TEXT = {
+    "type": "dit", "hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2, "input_size": 8,
+    "in_channels": 3, "conditioning": "text", "context_length": 77, "context_dim": 32,
+    "class_dropout_prob": 0.1,
+}  # fmt: skip
+
+
+def test_captions_of_a_file_are_drawn(tmp_path, capsys):
+    run_dir, clip = tmp_path / "run", small_clip(tmp_path / "clip")
+    text = ("--data.type=synthetic", f"--model={json.dumps(TEXT)}")
+    assert train("none", run_dir, *SMALL, *text) == 0
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a cat\n\n a dog\na cat\n")
+    six = ["--num-samples", 6, "--evaluation.batch_size=6", STEPS, "--latents"]
+    given = ["--captions", captions, *six]
+    line = refused(capsys, run_dir, *given, "--out", tmp_path / "x.npz")
+    assert "names no text encoder; give --text-encoder" in line
+    command = [run_dir, *given, "--text-encoder", clip, "--out", tmp_path / "x.npz"]
+    assert main(["sample", *map(str, command)]) == 0
+    with np.load(tmp_path / "x.npz") as stored:
+        assert stored.files == ["latents"], "texts are no labels"
+        first = stored["latents"]
+    told = json.loads((tmp_path / "x.json").read_text())["labels"]
+    assert told.startswith("3 captions, sha256 ")
+    captions.write_text("a cat\na horse\na cat\n")
+    assert main(["sample", *map(str, command)]) == 0
+    same = (np.load(tmp_path / "x.npz")["latents"] == first).all((1, 2, 3))
+    assert same.tolist() == [True, False, True] * 2
+    captions.write_text("\n")
+    assert "has no captions; write one a line" in refused(capsys, *command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_launchers_start_the_ranks(run_dir, whole, tmp_path, launcher):
+    """SIGTERM in the middle, then again to the end: the bytes of one process."""
+    out = tmp_path / "samples.npz"
+    started_by = {
+        "torchrun": [str(ROOT / "launch" / "torchrun.py"), "--nproc_per_node", "2"],
+        "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"],
+    }
+    command = [
+        sys.executable, *started_by[launcher], str(ROOT / "launch" / "sample.py"), str(run_dir),
+        "--num-samples", "500", "--out", str(out), *FAST,
+    ]  # fmt: skip
+    if launcher == "torchrun":
+        slow = [*command, "--evaluation.num_sampling_steps=200"]
+        started = subprocess.Popen(slow, start_new_session=True, cwd=ROOT)
+        parts = StoredBatches(tmp_path / "samples.npz.parts", 500, 32)
+        while len(parts.missing()) > 14 and started.poll() is None:
+            time.sleep(0.1)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 75
+        command = slow
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(str(out)) == 1, "rank 0 alone speaks"
+    if launcher == "deepspeed":
+        assert out.read_bytes() == whole.read_bytes()
+    else:
+        assert "going on: " in done.stderr
+        assert np.load(out)["arr_0"].shape == (500, 8, 8, 3)
