@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import class_folders, small_autoencoder, tar_of
+from tests.support.processes import wait_for
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ["imagefolder", "coco", "ffhq", "webdataset", "digits"]
@@ -246,13 +246,6 @@ def test_a_rank_that_is_not_the_last_says_so(source, tmp_path, monkeypatch, caps
     assert capsys.readouterr().out.startswith("train: 64 samples in 2 shards\n")
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(source, vae_path, tmp_path_factory):
     """The command's arguments, and every file that it writes when nothing happens to it."""
@@ -274,7 +267,7 @@ def test_a_stopped_process_goes_on(number, undisturbed, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(tmp_path / "train-000000.record.json", process)
+    wait_for((tmp_path / "train-000000.record.json").exists, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (75 if number != signal.SIGKILL else -signal.SIGKILL)

@@ -5,15 +5,15 @@ The last test is the whole: shards and checkpoints on S3, MLflow over PostgreSQL
 
 import contextlib
 import signal
-import time
 
 import pytest
 
 from dtr_scale.jobs.train import train_experiment
 from tests.support.ceph import CephServer
 from tests.support.mlflow_server import mlflow_server
+from tests.support.processes import wait_for
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import DEMO, SMALL, demo_experiment, journal, status, train
+from tests.support.runs import DEMO, SMALL, demo_experiment, journal, status, steps_in, train
 
 FP32 = (*SMALL, "--engine.precision=fp32", "--checkpoint.every_steps=10")
 STEPS_60 = "--train.max_steps=60"
@@ -46,20 +46,6 @@ def by_ssh(hosts, tmp_path):
         )  # fmt: skip
 
     return start
-
-
-def wait_for(condition, *launchers):
-    deadline = time.monotonic() + 120
-    while not condition():
-        for launcher in launchers:
-            assert launcher.poll() is None, launcher.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def steps_in(run_dir):
-    path = run_dir / "journal.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def ranks_on(host):

@@ -1,12 +1,10 @@
 """The command that users type, with the real launcher and several processes."""
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -15,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, TIMINGS, journal, train
+from tests.support.processes import free_port, wait_for
+from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, TIMINGS, journal, status, steps_in, train
 
 DEEPSPEED = Path(sysconfig.get_path("scripts")) / "deepspeed"
 STEPS = ("--train.max_steps=20", "--train.log_every=1")
@@ -23,40 +22,24 @@ STEPS_500 = ("--train.max_steps=500", "--train.global_batch_size=16")
 
 
 @pytest.fixture
-def launch(digits, tmp_path):
+def launch(digits, popen):
     """Start `deepspeed launch/train.py` on the demo, or plain Python where `ranks` is 0.
 
-    `script` comes before the command. Whatever is left of it is killed at the end.
+    `script` comes before the command.
     """
-    started = []
 
     def start(run_dir, *overrides, ranks=2, config=DEMO, script=()):
-        with socket.socket() as probe:  # other jobs of this machine may have the default port
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        several = [str(DEEPSPEED), "--num_gpus", str(ranks), "--master_port", str(port)]
+        # Other jobs of this machine may have the default port.
+        port = ("--master_port", str(free_port()))
+        several = [str(DEEPSPEED), "--num_gpus", str(ranks), *port]
         launcher = several if ranks else [sys.executable]
         command = [
             *script, *launcher, "launch/train.py", "--config", str(config),
             f"--data.shards={digits}", f"--run_dir={run_dir}", *overrides,
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        return popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with process:
-            pass  # closes its output and waits
+    return start
 
 
 def ranks_of(launcher):
@@ -67,26 +50,6 @@ def ranks_of(launcher):
     ).stdout.splitlines()  # fmt: skip
     lines = [line.split(None, 1) for line in listed]
     return [int(pid) for pid, args in lines if "--local_rank=" in args]
-
-
-def journal_length(run_dir):
-    path = run_dir / "journal.jsonl"
-    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def wait_for_step(run_dir, step):
-    wait_for(lambda: journal_length(run_dir) >= step)
-
-
-def status(run_dir):
-    return json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -115,7 +78,7 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(digits, tmp_path, launch):
     often = (*SMALL, *SINGLE, *STEPS_500, "--checkpoint.every_steps=7", "--tracking.type=mlflow")
     run_dir = tmp_path / "run"
     killed = launch(run_dir, *often, ranks=0)
-    wait_for(lambda: (run_dir / "mlflow.json").exists() and journal_length(run_dir) > 12)
+    wait_for(lambda: (run_dir / "mlflow.json").exists() and steps_in(run_dir) > 12, killed)
     # A moment that is nobody's: in the middle of a step, a save, or a message to MLflow.
     time.sleep(random.random())
     os.killpg(killed.pid, signal.SIGKILL)
@@ -140,7 +103,7 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(digits, tmp_path, launch):
 def test_one_rank_asked_to_leave_takes_all_along(tmp_path, launch):
     run_dir = tmp_path / "run"
     launched = launch(run_dir, *SMALL, "--train.max_steps=100000")
-    wait_for_step(run_dir, 3)
+    wait_for(lambda: steps_in(run_dir) >= 3, launched)
     os.kill(max(ranks_of(launched)), signal.SIGTERM)
     output, _ = launched.communicate(timeout=120)
     assert launched.returncode == 75, output
@@ -163,7 +126,7 @@ def test_ranks_leave_when_their_launcher_is_gone(tmp_path, launch, script, numbe
     """SIGTERM to the `deepspeed` command, which hands nothing on; kill -9 of a launch script."""
     run_dir = tmp_path / "run"
     launched = launch(run_dir, *SMALL, "--train.max_steps=100000", script=script)
-    wait_for_step(run_dir, 3)
+    wait_for(lambda: steps_in(run_dir) >= 3, launched)
     launched.send_signal(number)
     output, _ = launched.communicate(timeout=120)  # the ranks have it, too
     assert launched.returncode == -number

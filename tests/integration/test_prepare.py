@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest
 from dtr_scale.storage.folder import Folder, open_folder
 from tests.support.pictures import captioned, emoji, fashion_folders, small_autoencoder, small_clip
+from tests.support.processes import free_port, wait_for
 from tests.support.runs import ROOT, journal, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's own
@@ -34,10 +34,7 @@ def data(*arguments: object) -> int:
 
 def torchrun(ranks: int, *arguments: object) -> subprocess.Popen[str]:
     """Start `torchrun launch/prepare.py` in a process group of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options = ["--nproc_per_node", str(ranks), "--master_port", str(port)]
+    options = ["--nproc_per_node", str(ranks), "--master_port", str(free_port())]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options, "launch/prepare.py"]
         + [str(argument) for argument in arguments],
@@ -77,10 +74,7 @@ def test_two_ranks_of_torchrun_write_what_one_writes(tmp_path, capsys):
     out = open_folder(tmp_path / "out")
 
     ranks = torchrun(2, *arguments, "--out", out.url)
-    deadline = time.monotonic() + 60
-    while not any(name.endswith(".record.json") for name in out.names()):
-        assert ranks.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: any(name.endswith(".record.json") for name in out.names()), ranks)
     os.killpg(ranks.pid, signal.SIGKILL)
     ranks.communicate()
     assert "manifest.json" not in out.names()

@@ -4,18 +4,15 @@ There is no cluster here. What Kubernetes, JobSet and Trainer make of a manifest
 `pods` and `action`.
 """
 
-import contextlib
 import copy
 import functools
 import operator
 import os
 import re
 import signal
-import socket
-import subprocess
 import sysconfig
-import time
 from pathlib import Path
+from subprocess import STDOUT
 from typing import Any
 
 import kubernetes_validate
@@ -27,7 +24,8 @@ from kubeflow_trainer_api import models
 from dtr_scale.config.load import load_experiment
 from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.train import EXIT_FAILED, EXIT_REQUEUE, train_experiment
-from tests.support.runs import ROOT, journal, status
+from tests.support.processes import free_port, wait_for
+from tests.support.runs import ROOT, journal, status, steps_in
 
 MANIFESTS = {
     path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -300,16 +298,13 @@ def test_deepspeeds_nodes_wait_for_the_launcher_on_the_images_port():
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, popen):
     """Start a manifest's pods as processes of this machine, one rank each."""
-    started = []
 
     def start(manifest, *overrides, only=None):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
         here = {
-            "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port,
+            "PET_NPROC_PER_NODE": "1", "PET_MASTER_ADDR": "127.0.0.1",
+            "PET_MASTER_PORT": str(free_port()),
         }  # fmt: skip
         own = (f"--run_dir={tmp_path}/run", f"--checkpoint.dir={tmp_path}/checkpoints")
         words = [*arguments(manifest), *TINY, "--engine.shard=1", *own, *overrides]
@@ -318,27 +313,13 @@ def start(tmp_path):
         for i, pod in enumerate(pods(manifest)):
             if only in (None, i):
                 with (tmp_path / f"pod_{i}.log").open("a") as log:
+                    environment = os.environ | pod | here | {"PATH": path}
                     processes.append(
-                        subprocess.Popen(
-                            words, cwd=ROOT, env=os.environ | pod | here | {"PATH": path},
-                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                        )
-                    )  # fmt: skip
-        started.extend(processes)
+                        popen(words, cwd=ROOT, env=environment, stdout=log, stderr=STDOUT)
+                    )
         return processes
 
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    return start
 
 
 @pytest.mark.slow
@@ -346,7 +327,7 @@ def test_a_preempted_pod_takes_all_along_and_the_run_goes_on(tmp_path, start):
     """Two pods of the TrainJob; one gets SIGTERM, as at a node's drain, and all start again."""
     trainjob, run_dir = MANIFESTS["trainjob-torch"], tmp_path / "run"
     preempted = start(trainjob, "--train.max_steps=100000")
-    wait_for(lambda: (run_dir / "journal.jsonl").exists() and len(journal(run_dir)) > 2)
+    wait_for(lambda: steps_in(run_dir) > 2, *preempted)
     preempted[1].terminate()
     assert [pod.wait(120) for pod in preempted] == [EXIT_REQUEUE] * 2
     left = status(run_dir)
@@ -394,6 +375,6 @@ def test_a_mistake_and_a_pod_that_is_still_alone_have_exit_codes_of_their_own(tm
     pair = start(jobset, "--engine.zero_stge=1")
     assert [pod.wait(120) for pod in pair] == [ConfigError.exit_code] * 2
     assert "did you mean engine.zero_stage?" in (tmp_path / "pod_0.log").read_text()
-    wait_for(hears_signals)
+    wait_for(hears_signals, alone)
     alone.terminate()
     assert alone.wait(60) == EXIT_REQUEUE

@@ -2,18 +2,16 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import sysconfig
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
 from dtr_scale.jobs.train import EXIT_REQUEUE
+from tests.support.processes import PATIENCE_SECONDS, free_port
 from tests.support.runs import ROOT, journal
 
 TASK = yaml.safe_load((ROOT / "launch" / "skypilot.yaml").read_text(encoding="utf-8"))
@@ -72,11 +70,9 @@ def test_skypilot_reads_the_task_as_it_is_meant(skypilot):
 
 
 @pytest.mark.slow
-def test_the_nodes_command_line_trains(tmp_path):
+def test_the_nodes_command_line_trains(tmp_path, popen):
     """The task's script on two nodes that are processes here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     tiny = (
         f"--run_dir={tmp_path}/run --checkpoint.dir=null --data.num_workers=0 --tracking.type=none "
         "--data.type=synthetic --train.max_steps=2 --train.log_every=1 --engine.compile=false "
@@ -84,9 +80,9 @@ def test_the_nodes_command_line_trains(tmp_path):
         "--train.micro_batch_size=4 --evaluation.every_steps=0"
     )
     nodes = [
-        subprocess.Popen(
+        popen(
             ["bash", "-c", TASK["run"].replace("29500", port)],
-            cwd=ROOT, start_new_session=True, env=os.environ | TASK["envs"] | {
+            cwd=ROOT, env=os.environ | TASK["envs"] | {
                 "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(rank),
                 "SKYPILOT_NUM_GPUS_PER_NODE": "1", "SKYPILOT_NODE_IPS": "127.0.0.1\n192.0.2.1",
                 "PATH": PATH, "CONFIG": "configs/demo_digits.json", "OVERRIDES": tiny,
@@ -94,11 +90,5 @@ def test_the_nodes_command_line_trains(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    try:
-        assert [node.wait(120) for node in nodes] == [0, 0]
-    finally:
-        for node in nodes:
-            with suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+    assert [node.wait(PATIENCE_SECONDS) for node in nodes] == [0, 0]
     assert [record["step"] for record in journal(tmp_path / "run")] == [1, 2]
