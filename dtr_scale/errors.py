@@ -9,8 +9,9 @@ DtrScaleError
 ├── EngineError       devices, launchers, DeepSpeed
 │   ├── DivergenceError
 │   └── PeerError
-└── EvaluationError   sampling and metrics
-    └── UnfinishedError
+├── EvaluationError   sampling and metrics
+│   └── UnfinishedError
+└── TrackingError     MLflow, where a command is there for it alone
 
 Every message says what, where, the value, what is accepted and the fix, in one line.
 The command line prints it without a traceback and exits with the error's `exit_code`.
@@ -81,3 +82,9 @@ class UnfinishedError(EvaluationError):
     exit_code = 75
     on_every_rank = True
     reported = True
+
+
+class TrackingError(DtrScaleError):
+    """MLflow does not answer a command that is there for it alone."""
+
+    exit_code = 1

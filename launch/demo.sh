@@ -19,4 +19,4 @@ echo
 echo "commands: source .venv/bin/activate"
 echo "picture:  $run/samples/grid.png"
 echo "numbers:  $run/evaluation.json, $run/journal.jsonl"
-echo "MLflow:   mlflow server --backend-store-uri sqlite:///$run/mlflow.db"
+echo "MLflow:   cd runs && mlflow server"

@@ -219,6 +219,15 @@ class Lease:
         return json.dumps(content, indent=2).encode() + b"\n"
 
 
+def is_held(folder: Folder, name: str) -> bool:
+    """Tell whether a job holds a folder; also where it is on a host that cannot be seen."""
+    try:
+        found = folder.read_json(name)
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "job" in found and _is_alive(found) is not False
+
+
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     here = {"host": socket.gethostname(), "pid": pid, "started": _start_time(pid)}

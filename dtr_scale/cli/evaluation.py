@@ -111,6 +111,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     check_overrides(arguments, overrides)
     from dtr_scale.jobs.averages import Choice
     from dtr_scale.jobs.evaluate import evaluate_run
+    from dtr_scale.jobs.tracking import send_findings
 
     report, path = evaluate_run(
         Path(arguments.what[0]),
@@ -125,6 +126,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if launched_rank() == 0:  # which alone has measured
         _tell(arguments, report)
         print(f"report: {path}")
+        send_findings(Path(arguments.what[0]))
     return 0
 
 

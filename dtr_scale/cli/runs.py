@@ -1,4 +1,4 @@
-"""Parse the commands on trained runs: sample, compare, plots, evaluate, cka and affinity."""
+"""Parse the commands on trained runs: sample, compare, plots, cka, affinity and tracking."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dtr_scale.cli.arguments import (
     Commands,
+    actions,
     add_run_dir,
     add_weights,
     positive_integer,
@@ -24,7 +25,27 @@ def add_runs(commands: Commands) -> None:
     _add_plots(commands)
     _add_cka(commands)
     _add_affinity(commands)
+    _add_tracking(commands)
     add_evaluate(commands)
+
+
+def _add_tracking(commands: Commands) -> None:
+    parser = commands.add(
+        "tracking",
+        "look at a run",
+        "send MLflow what it has missed of a run: metrics, evaluations, pictures; a run that goes "
+        "on does so by itself",
+        "dtr-scale tracking sync runs/demo_digits\n"
+        "  dtr-scale tracking sync runs/demo_digits --uri http://mlflow:5000",
+    )
+    sync = actions(parser).add_parser("sync", help="send what MLflow does not have")
+    add_run_dir(sync)
+    sync.add_argument(
+        "--uri",
+        help="MLflow's address (default: the run's, with its password from "
+        "MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD)",
+    )
+    runs(sync, _sync)
 
 
 def _add_sample(commands: Commands) -> None:
@@ -176,6 +197,7 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
     if launched_rank() == 0:
         print(path)
+        _tell_mlflow(arguments.run_dir)
     return 0
 
 
@@ -197,6 +219,19 @@ def _plots(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sync(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.tracking import sync_run
+
+    print(sync_run(arguments.run_dir, arguments.uri))
+    return 0
+
+
+def _tell_mlflow(run_dir: Path) -> None:
+    from dtr_scale.jobs.tracking import send_findings
+
+    send_findings(run_dir)
+
+
 def _cka(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.analyse import cka_run
 
@@ -208,6 +243,7 @@ def _cka(arguments: argparse.Namespace) -> int:
         debiased=not arguments.biased,
     )
     print(*paths, sep="\n")
+    _tell_mlflow(arguments.run_dir)
     return 0
 
 
@@ -223,4 +259,5 @@ def _affinity(arguments: argparse.Namespace) -> int:
     # stdout holds nothing but the JSON, so that it can be piped into a file.
     print(json.dumps({"objective": objective}))
     print(*paths, sep="\n", file=sys.stderr)
+    _tell_mlflow(arguments.run_dir)
     return 0

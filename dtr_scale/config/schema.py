@@ -181,7 +181,8 @@ class TrackingConfig(Section):
     type: Literal["mlflow", "none"] = "mlflow"
     experiment: str = "dtr-scale"
     uri: str | None = None
-    """MLflow tracking server; default: MLFLOW_TRACKING_URI, else mlflow.db in the run directory."""
+    """MLflow tracking server or database; default: MLFLOW_TRACKING_URI, else mlflow.db beside the
+    run's directory."""
 
 
 class EvaluationConfig(Section):

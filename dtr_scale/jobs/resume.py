@@ -15,7 +15,7 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.launchers import launch_name, restart_count
 from dtr_scale.tracking.journal import last_step
-from dtr_scale.train.run_dir import RunDirectory
+from dtr_scale.train.run_dir import TRAINING, RunDirectory
 from dtr_scale.train.state import compare_probes
 from dtr_scale.train.trainer import Trainer
 
@@ -167,6 +167,8 @@ def _set_aside(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory |
         )
     if place := run_dir.set_aside():
         log.info("fresh start: the earlier run was moved to %s", place)
+    # Left by a run that has saved nothing: this one is another training.
+    trainer.checkpoints.folder.remove(TRAINING)
     # After it: a start that ends before leaves it to the next one.
     run_dir.checkpoint_lease.tell_begun(launch_name())
 

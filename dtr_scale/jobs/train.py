@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,16 +13,19 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
+from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.heartbeat import Heartbeat
 from dtr_scale.jobs.build import build_trainer
+from dtr_scale.jobs.description import attempt_facts
 from dtr_scale.jobs.in_training import build_evaluation
 from dtr_scale.jobs.resume import resume_or_start
-from dtr_scale.jobs.tracking import build_tracker, check_tracking
+from dtr_scale.jobs.tracking import build_system_metrics, build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.signals import LeaveRequest
+from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_attempt
 from dtr_scale.tracking.journal import Journal, Record
 from dtr_scale.train.evaluate import Result
-from dtr_scale.train.progress import Progress
+from dtr_scale.train.progress import GpuHours, Progress
 from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
 from dtr_scale.train.trainer import Trainer
 
@@ -47,10 +51,11 @@ def train_experiment(
             # First of all: a request that comes while everything is built is heard, too.
             stack.enter_context(leave.listening())
         world = _join(experiment)
+        cost = None
         with world.agree():
             # Before the run directory is made, which a wrong address would leave behind.
             if world.is_main:
-                check_tracking(experiment)
+                cost = check_tracking(experiment)
         # Left in reverse: what writes to the run directory is closed before its lease is given up.
         run_dir = stack.enter_context(_run_directory(experiment, world, heartbeat))
         job = world.broadcast_object(run_dir.job if run_dir else None)
@@ -64,7 +69,7 @@ def train_experiment(
         # Before a run begins, or an earlier one is set aside: it may be refused.
         evaluate = build_evaluation(experiment, trainer, run_dir, lambda: leave.reason)
         resume_or_start(trainer, experiment, world, run_dir)
-        records = stack.enter_context(_records(trainer, experiment, world, run_dir))
+        records = stack.enter_context(_records(trainer, experiment, world, run_dir, cost))
         # Before the first step: its compilation takes minutes, which a lost node may not have.
         reason = next(filter(None, world.all_gather_object(leave.reason)), None)
         # From here on a time limit counts: each start takes the run a step further.
@@ -88,6 +93,9 @@ def train_experiment(
 class _Records:
     """What rank 0 writes of a run: journal, tracker, progress, status; nothing on other ranks."""
 
+    training: str | None = None
+    """The id of a training that is tracked."""
+
     def write(self, record: Record) -> None: ...
 
     def write_evaluation(self, result: Result) -> None: ...
@@ -97,21 +105,35 @@ class _Records:
 
 class _MainRecords(_Records):
     def __init__(
-        self, trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory
+        self,
+        trainer: Trainer,
+        experiment: Experiment,
+        world: World,
+        run_dir: RunDirectory,
+        cost: LayerCost | None,
+        hosts: list[str],
     ) -> None:
         self._trainer = trainer
         self._path = run_dir.path
         run_dir.write_config(resolved(experiment))
         write_status(run_dir.path, "running", step=trainer.step)
+        if run_dir.journal.exists():
+            # Before the journal is opened, which is the last that the job before has written.
+            last_sign = run_dir.journal.stat().st_mtime
+            close_open_attempt(run_dir.path, run_dir.status_before, last_sign)
         self._journal = Journal(run_dir.journal, step=trainer.step)
-        self._tracker = build_tracker(experiment, world, run_dir, step=trainer.step)
+        facts = attempt_facts(world.world_size, hosts, world.device.type)
+        self._attempt = begin_attempt(run_dir.path, step=trainer.step, **facts)
+        self._gpu_hours = GpuHours(run_dir.journal, trainer.state.samples_seen, world.world_size)
+        self._tracker, self.training = build_tracker(experiment, world, run_dir, trainer, cost)
         # A journal never ends before its checkpoint, and status.json knows of every checkpoint: a
         # start that misses it is refused.
         trainer.checkpoints.before_commit = self._journal.sync
-        trainer.checkpoints.on_saved = partial(write_saved_step, run_dir.path)
+        trainer.checkpoints.on_saved = self._note_saved
         self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
 
     def write(self, record: Record) -> None:
+        record = self._gpu_hours.added_to(record)
         # The journal is the record of a run; MLflow is its mirror and may be away.
         self._journal.write(record)
         self._tracker.log(record)
@@ -119,8 +141,7 @@ class _MainRecords(_Records):
 
     def write_evaluation(self, result: Result) -> None:
         self._trainer.checkpoints.note(result.step, result.figures)  # for checkpoint.keep_best
-        if result.picture is not None:
-            self._tracker.log_evaluation(result.step, result.figures, result.picture)
+        self._tracker.look()
 
     def end(self, outcome: str, reason: str) -> None:
         """Write how the run ended, first of all where launch scripts look for it.
@@ -141,34 +162,47 @@ class _MainRecords(_Records):
                 f"the end of the run cannot be written to {self._path}: {error.strerror}; make "
                 f"room and start it again; it has a checkpoint of step {self._trainer.saved_step}"
             ) from None
+        self.close(outcome, reason)
         checkpoint = None
         if self._trainer.saved_step is not None:
             checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
-        self.close(outcome, checkpoint)
         told = f"leaving on request ({reason})" if reason else outcome
         log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint or "none yet")
 
-    def close(self, outcome: str, checkpoint: str | None) -> None:
+    def close(self, outcome: str, reason: str) -> None:
         self._progress.close()
         with contextlib.suppress(OSError):  # told already, when its records were kept in memory
             self._journal.close()
-        self._tracker.finish(outcome, checkpoint)
+        step = self._trainer.step
+        end_attempt(self._path, self._attempt, outcome=outcome, reason=reason, step=step)
+        self._tracker.finish()
+
+    def _note_saved(self, step: int) -> None:
+        write_saved_step(self._path, step)
+        self._tracker.look()
 
 
 @contextmanager
 def _records(
-    trainer: Trainer, experiment: Experiment, world: World, run_dir: RunDirectory | None
+    trainer: Trainer,
+    experiment: Experiment,
+    world: World,
+    run_dir: RunDirectory | None,
+    cost: LayerCost | None,
 ) -> Iterator[_Records]:
     """Open rank 0's records, with one verdict for all ranks; close them if the run fails."""
     records = _Records()
+    hosts = world.all_gather_object(socket.gethostname())
     with world.agree():
         if run_dir:
-            records = _MainRecords(trainer, experiment, world, run_dir)
+            records = _MainRecords(trainer, experiment, world, run_dir, cost, hosts)
+    # On every rank, for its node: each finds the MLflow run by the training's id.
+    build_system_metrics(experiment, world, world.broadcast_object(records.training))
     try:
         yield records
-    except BaseException:
+    except BaseException as error:
         if isinstance(records, _MainRecords):
-            records.close("failed", None)
+            records.close("failed", failure_reason(error))
         raise
 
 
@@ -222,7 +256,7 @@ def _failures_told(fail: Callable[[str], bool], peers: PeerWatch) -> Iterator[No
             told.reported = not fail(failure.reason)
             end_at_exit(told.exit_code)
             raise told from None
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = failure_reason(error)
         # What `agree` has raised on every rank is told by rank 0 alone.
         if launched_rank() == 0 or not getattr(error, "on_every_rank", False):
             fail(reason)  # before the peers know, who would tell it otherwise
@@ -232,6 +266,11 @@ def _failures_told(fail: Callable[[str], bool], peers: PeerWatch) -> Iterator[No
         if launched_world_size() > 1:
             end_at_exit(exit_code)
         raise
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return an error in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _end_without_a_trace(heartbeat: Heartbeat, message: str) -> None:

@@ -1,24 +1,23 @@
-"""Define the interface of a tracker, which mirrors a run's journal and its evaluations."""
+"""Define the interface of a tracker, which mirrors what a run writes to its directory."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 from dtr_scale.tracking.journal import Record
 
 
 class Tracker(ABC):
-    """A mirror of the journal. No method blocks training or raises because a server is away."""
+    """A mirror of a run directory. No method blocks training or raises if a server is away."""
 
     @abstractmethod
     def log(self, record: Record) -> None:
         """Take note that `record` was written to the journal."""
 
     @abstractmethod
-    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None:
-        """Show what was measured and sampled at a step."""
+    def look(self) -> None:
+        """Take note that there is something else: a checkpoint, an evaluation, a picture."""
 
     @abstractmethod
-    def finish(self, outcome: str, checkpoint_url: str | None) -> None:
+    def finish(self) -> None:
         """Bring the mirror up to date, within reason, and close it."""
 
 
@@ -27,6 +26,6 @@ class NullTracker(Tracker):
 
     def log(self, record: Record) -> None: ...
 
-    def log_evaluation(self, step: int, metrics: Record, picture: Path) -> None: ...
+    def look(self) -> None: ...
 
-    def finish(self, outcome: str, checkpoint_url: str | None) -> None: ...
+    def finish(self) -> None: ...

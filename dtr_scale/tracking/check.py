@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.tracking.mlflow import open_client
 from dtr_scale.tracking.uri import shown_uri, without_secrets
 
 _ACCEPTED = "give http(s)://HOST:PORT, sqlite:///FILE, or a database whose driver is installed"
@@ -34,6 +33,8 @@ def check_uri(configured: str | None) -> None:
         elif scheme in _DATABASES:
             _check_database(uri)
         else:
+            from dtr_scale.tracking.mlflow import open_client
+
             open_client(uri)
     except Exception as error:  # of SQLAlchemy, drivers, the file system, MLflow
         reason = without_secrets(str(error).partition("\n")[0], uri)[:200].strip()

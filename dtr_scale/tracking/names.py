@@ -1,11 +1,61 @@
-"""Turn any key into a name that MLflow takes for a metric, a param or a tag."""
+"""Name metrics, params and tags as MLflow shows them: metrics in sections, and nothing it refuses.
+
+The journal keeps flat keys. The tables below say where each stands in MLflow, whose charts are
+grouped by what comes before a metric's "/".
+"""
 
 import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
 
+LOSS = "train/loss"
+
+_METRICS = {
+    "loss": LOSS,
+    "objective": "train/objective",
+    "mse": "train/mse",
+    "vb": "train/vb",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "samples_per_second": "perf/samples_per_second",
+    "data_wait_fraction": "perf/data_wait_fraction",
+    "mfu": "perf/mfu",
+    # Axes that a chart can have instead of steps.
+    "samples_seen": "samples_seen",
+    "gpu_hours": "gpu_hours",
+}
+_NUMBERED_METRICS = {"loss_cluster_": "clusters/loss_", "uw_log_var_": "uw/log_var_"}
+_SHORT_EVALUATIONS = {"inception_score": "is", "inception_score_std": "is_std"}
+EVALUATED, SYSTEM = "eval/", "system/"
+
 _MOST_CHARACTERS = 250  # MLflow's own limit
+
+
+def metric_name(key: str) -> str:
+    """Return where a key of the journal stands in MLflow; one that is not in the table in train/.
+
+    >>> metric_name("loss"), metric_name("uw_log_var_3")
+    ('train/loss', 'uw/log_var_3')
+    """
+    for start, name in _NUMBERED_METRICS.items():
+        if key.startswith(start):
+            return name + key.removeprefix(start)
+    return _METRICS.get(key, f"train/{key}")
+
+
+def evaluation_name(key: str, num_samples: int | None) -> str:
+    """Return where a number of an evaluation stands in MLflow, with the samples it was made of.
+
+    >>> evaluation_name("fid", 10_000), evaluation_name("inception_score", 50_000)
+    ('eval/fid_10k', 'eval/is_50k')
+    """
+    name = _SHORT_EVALUATIONS.get(key, key)
+    # A loss is of real samples; and some keys tell their number themselves.
+    if num_samples and "loss" not in key and not re.search(r"[^A-Za-z]\d+k?$", key):
+        thousands, rest = divmod(num_samples, 1000)
+        name += f"_{num_samples}" if rest else f"_{thousands}k"
+    return EVALUATED + name
 
 
 def valid_names(entries: Mapping[str, Any]) -> dict[str, Any]:

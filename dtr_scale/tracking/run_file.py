@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dtr_scale.storage.folder import open_folder
-from dtr_scale.tracking.uri import is_own_database, shown_uri
+from dtr_scale.tracking.uri import is_default_database, shown_uri
 
 log = logging.getLogger(__name__)
 
@@ -34,5 +34,5 @@ def write_run_file(run_dir: Path, uri: str, content: dict[str, Any]) -> None:
 
 
 def _stored_uri(run_dir: Path, uri: str) -> str | None:
-    # The run's own database goes with its directory, wherever that is moved.
-    return None if is_own_database(uri, run_dir) else shown_uri(uri)
+    # The database beside the runs goes with them, wherever they are moved.
+    return None if is_default_database(uri, run_dir) else shown_uri(uri)

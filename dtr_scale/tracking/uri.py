@@ -1,23 +1,48 @@
 """Choose MLflow's address, and leave its password out of what is shown and stored."""
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, quote_plus, unquote
 
 from dtr_scale.logs import without_password
 
+DATABASE, ARTIFACTS = "mlflow.db", "mlartifacts"
+"""The names that `mlflow server` looks for in its working directory."""
+_OF_A_RUN = re.compile(r"expert_\d+|replaced_\w+")  # folders of a run directory that are runs
+
 
 def tracking_uri(configured: str | None, run_dir: Path) -> str:
-    """Return the configured server, else the environment's, else a sqlite file of the run."""
-    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _own_database(run_dir)
+    """Return the configured server, else the environment's, else a sqlite file beside the runs."""
+    return configured or os.environ.get("MLFLOW_TRACKING_URI") or _default_database(run_dir)
 
 
-def is_own_database(uri: str, run_dir: Path) -> bool:
-    return uri == _own_database(run_dir)
+def is_default_database(uri: str, run_dir: Path) -> bool:
+    return uri == _default_database(run_dir)
 
 
-def _own_database(run_dir: Path) -> str:
-    return f"sqlite:///{(run_dir / 'mlflow.db').resolve()}"
+def artifact_home(uri: str, run_dir: Path) -> Path | None:
+    """Return where pictures and files of a database's runs lie; None for a server, which knows.
+
+    Beside a sqlite file, else beside the runs.
+    """
+    if uri.startswith("sqlite:///"):
+        return Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent / ARTIFACTS
+    return None if uri.startswith(("http:", "https:")) else _home(run_dir) / ARTIFACTS
+
+
+def _default_database(run_dir: Path) -> str:
+    return f"sqlite:///{_home(run_dir) / DATABASE}"
+
+
+def _home(run_dir: Path) -> Path:
+    """Return the folder that a run directory lies in, or itself where nothing else can."""
+    place = run_dir.absolute()
+    while _OF_A_RUN.fullmatch(place.name):
+        place = place.parent
+    # A volume may be mounted at the run directory itself. The parent may have yet to be made.
+    parent = next((p for p in place.parents if p.exists()), place)
+    return place.parent if os.access(parent, os.W_OK) else place
 
 
 def shown_uri(uri: str) -> str:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from dtr_scale.data.batch import MicroBatch
-from dtr_scale.tracking.journal import Record
+from dtr_scale.tracking.journal import Record, read_journal
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,27 @@ class Stopwatch:
         }
         self.restart()
         return figures
+
+
+class GpuHours:
+    """Hours times ranks that the journal's steps have taken, over all jobs of a run.
+
+    Steps that were lost with a kill and made again count once: it is an axis to compare runs on.
+    """
+
+    def __init__(self, journal: Path, samples_seen: int, world_size: int) -> None:
+        # On a new host there is no journal of the steps before.
+        last = next(reversed(list(read_journal(journal))), {"samples_seen": samples_seen})
+        self._hours = last.get("gpu_hours", 0.0)
+        self._samples_seen = last["samples_seen"]
+        self._world_size = world_size
+
+    def added_to(self, record: Record) -> Record:
+        """Return a record with the hours up to its step."""
+        samples = record["samples_seen"] - self._samples_seen
+        self._samples_seen = record["samples_seen"]
+        self._hours += samples / record["samples_per_second"] * self._world_size / 3600
+        return {**record, "gpu_hours": self._hours}
 
 
 class Progress:

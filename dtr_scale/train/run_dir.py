@@ -14,7 +14,10 @@ from typing import Any
 from dtr_scale.checkpoint.lease import Lease
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.storage.folder import Folder, open_folder
+from dtr_scale.tracking.attempts import ATTEMPTS
+from dtr_scale.tracking.description import DESCRIPTION
 from dtr_scale.tracking.journal import last_step
+from dtr_scale.tracking.run_file import RUN_FILE
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,8 @@ CONFIG, STATUS, JOURNAL, LOCK = "config.json", "status.json", "journal.jsonl", "
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 OWNER = "owner.json"
 """In the folder of the checkpoints, what LOCK is in the run directory."""
+TRAINING = "training.json"
+"""Beside it: the id by which MLflow knows the training, wherever it goes on."""
 # LOCK stays where it is: it belongs to the job, whichever run is in the directory.
 _OF_ONE_RUN = (
     CONFIG,
@@ -29,7 +34,9 @@ _OF_ONE_RUN = (
     JOURNAL,
     CHECKPOINTS,
     SAMPLES,
-    "mlflow.json",
+    ATTEMPTS,
+    DESCRIPTION,
+    RUN_FILE,
     "evaluation.json",
     "evaluations.jsonl",
 )
@@ -55,6 +62,8 @@ class RunDirectory:
             self._run_lease = self._take(open_folder(path), LOCK, key="run_dir")
         self.saved_step = _saved_step(path)
         """Step of the newest checkpoint that earlier jobs have told of, if any."""
+        self.status_before = _status(path)
+        """What the job before has told of its end; {} if there was none."""
         with self._writing():
             write_status(path, "running")
 
@@ -96,7 +105,7 @@ class RunDirectory:
 
         Returns where it is now, a run directory of its own; None if nothing had been trained.
         """
-        checkpoints = set(open_folder(self.path / CHECKPOINTS).names()) - {OWNER}
+        checkpoints = set(open_folder(self.path / CHECKPOINTS).names()) - {OWNER, TRAINING}
         if not (self.path / JOURNAL).exists() and not checkpoints:
             return None
         present = [name for name in _OF_ONE_RUN if (self.path / name).exists()]
@@ -157,10 +166,14 @@ def write_status(
 
 
 def _saved_step(run_path: Path) -> int | None:
+    return _status(run_path).get("saved_step")
+
+
+def _status(run_path: Path) -> dict[str, Any]:
     try:
-        return _read_object(run_path / STATUS).get("saved_step")
+        return _read_object(run_path / STATUS)
     except OSError:
-        return None
+        return {}
 
 
 def write_saved_step(run_path: Path, step: int) -> None:

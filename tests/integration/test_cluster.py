@@ -163,9 +163,13 @@ def test_a_run_outlives_its_hosts(hosts, servers, by_ssh, digits, tmp_path, undi
 
     client = MlflowClient(servers["MLFLOW_TRACKING_URI"])
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    (logged,) = client.search_runs(experiments)
+    attempts = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    (logged,) = [run for run in attempts if "dtr_scale.attempt" not in run.data.tags]
+    attempts.remove(logged)
     assert logged.info.status == "FINISHED"
-    losses = client.get_metric_history(logged.info.run_id, "loss")
+    told = [(run.info.status, run.data.tags["world_size"]) for run in attempts]
+    assert told == [("FAILED", "2"), ("KILLED", "2"), ("FINISHED", "1")]
+    losses = client.get_metric_history(logged.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in losses] == [
         (record["step"], record["loss"]) for record in found
     ]

@@ -93,9 +93,9 @@ def test_a_killed_run_goes_on_in_the_same_mlflow_run(digits, tmp_path, launch):
     assert journal(run_dir) == journal(tmp_path / "through")
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{run_dir}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert client.get_run(before["run_id"]).info.status == "FINISHED"
-    logged = [point.step for point in client.get_metric_history(before["run_id"], "loss")]
+    logged = [point.step for point in client.get_metric_history(before["run_id"], "train/loss")]
     assert logged == list(range(1, 501)), "each step once"
 
 

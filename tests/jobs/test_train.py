@@ -36,7 +36,7 @@ def test_the_journal_has_the_agreed_keys(digits, tmp_path):
         record = json.loads(line)
         assert list(record) == [
             "step", "samples_seen", "loss", "objective", "mse", "vb", *clusters,
-            "lr", "grad_norm", "samples_per_second", "data_wait_fraction",
+            "lr", "grad_norm", "samples_per_second", "data_wait_fraction", "gpu_hours",
         ]  # fmt: skip
         assert record["samples_seen"] == 32 * record["step"]
         assert record["loss"] == record["mse"] + record["vb"]

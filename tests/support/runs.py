@@ -17,7 +17,7 @@ from dtr_scale.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo_digits.json"
-TIMINGS = {"samples_per_second", "data_wait_fraction"}
+TIMINGS = {"samples_per_second", "data_wait_fraction", "gpu_hours"}
 SMALL = (
     "--model.hidden_size=32",
     "--model.depth=2",

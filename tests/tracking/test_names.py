@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param_name
 
-from dtr_scale.tracking.names import valid_names
+from dtr_scale.tracking.names import evaluation_name, metric_name, valid_names
 
 
 def test_a_name_keeps_what_mlflow_takes():
@@ -23,3 +23,17 @@ def test_mlflow_takes_every_valid_name_and_none_is_lost(entries):
     for name in names:
         _validate_param_name(name)
     assert valid_names(names) == names
+
+
+def test_metrics_stand_in_sections():
+    keys = ("loss", "loss_cluster_7", "uw_log_var_3", "mfu", "gpu_hours", "something_new")
+    assert [metric_name(key) for key in keys] == [
+        "train/loss", "clusters/loss_7", "uw/log_var_3", "perf/mfu", "gpu_hours",
+        "train/something_new",
+    ]  # fmt: skip
+    told = [("fid", 10_000), ("inception_score", 50_000), ("fd_dinov2", 500), ("fid_30k", 10_000)]
+    assert [evaluation_name(*each) for each in told] == [
+        "eval/fid_10k", "eval/is_50k", "eval/fd_dinov2_500", "eval/fid_30k"
+    ]  # fmt: skip
+    assert evaluation_name("held_out_loss", 500) == "eval/held_out_loss"
+    assert evaluation_name("fid", None) == "eval/fid"

@@ -90,6 +90,7 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path):
     files = {
         "config.json": "{}", "status.json": "{}", "journal.jsonl": '{"step": 1}\n',
         "mlflow.json": "{}", "evaluation.json": "{}", "evaluations.jsonl": "{}",
+        "attempts.jsonl": "{}", "tracking.json": "{}",
         "samples/step_00000001.png": "png",
         "checkpoints/step_00000001/index.json": "{}",
     }  # fmt: skip

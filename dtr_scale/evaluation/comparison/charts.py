@@ -10,14 +10,16 @@ from dtr_scale.evaluation.comparison.curves import Curve, journal_curves
 from dtr_scale.evaluation.comparison.plots import Chart
 from dtr_scale.evaluation.comparison.record import AXES, Evaluation, RunRecord, letters
 from dtr_scale.evaluation.comparison.results import (
+    HELD_OUT_LOSS,
     curve_metrics,
+    held_out_clusters,
     manifest_differences,
     metric_curves,
     not_comparable,
 )
 
 _MOST_METRICS = 8
-LOG_VAR, CLUSTER_LOSS, HELD_OUT_CLUSTER = "uw_log_var", "loss_cluster", "eval_loss_cluster"
+LOG_VAR, CLUSTER_LOSS = "uw_log_var", "loss_cluster"
 
 
 class ChartSet(NamedTuple):
@@ -39,10 +41,8 @@ class Panels(NamedTuple):
     note: str
 
 
-_LOSSES = {
-    "loss": Chart("Training loss", [], unit="mse + vb", late=True, spread=True),
-    "eval_loss": Chart("Held-out loss", [], unit="mse + vb", late=True, points=True),
-}
+_LOSSES = {"loss": Chart("Training loss", [], unit="mse + vb", late=True, spread=True)}
+_HELD_OUT = Chart("Held-out loss", [], unit="mse + vb", late=True, points=True)
 _SPEEDS = {
     "samples_per_second": Chart("Throughput", [], unit="samples/s"),
     "data_wait_fraction": Chart("Waiting for data", [], unit="share of the time"),
@@ -73,7 +73,10 @@ def cluster_panels(runs: Sequence[RunRecord]) -> list[Panels]:
         Panels(
             "held_out_clusters",
             "Held-out loss by cluster",
-            _per_cluster(runs, HELD_OUT_CLUSTER, Chart("", [], late=True, points=True)),
+            [
+                _metric_set(runs, metric, _HELD_OUT._replace(title=f"cluster {k}", unit=""))
+                for k, metric in enumerate(held_out_clusters(curve_metrics(runs)))
+            ],
             "At the same noise at every evaluation.",
         ),
         Panels(
@@ -90,9 +93,7 @@ def _journal_sets(runs: Sequence[RunRecord], charts: dict[str, Chart]) -> list[C
     return [
         ChartSet(
             _plain(chart.title),
-            _against_each_axis(
-                chart, [journal_curves(runs, key, axis, raw=chart.points) for axis in AXES]
-            ),
+            _against_each_axis(chart, [journal_curves(runs, key, axis) for axis in AXES]),
         )
         for key, chart in charts.items()
     ]
@@ -101,7 +102,7 @@ def _journal_sets(runs: Sequence[RunRecord], charts: dict[str, Chart]) -> list[C
 def _per_cluster(runs: Sequence[RunRecord], prefix: str, chart: Chart) -> list[ChartSet]:
     sets = []
     for k in cluster_numbers(runs, prefix):
-        curves = [journal_curves(runs, f"{prefix}_{k}", axis, raw=chart.points) for axis in AXES]
+        curves = [journal_curves(runs, f"{prefix}_{k}", axis) for axis in AXES]
         if prefix == LOG_VAR:
             curves = [[c._replace(y=np.exp(-c.y)) for c in of_axis] for of_axis in curves]
         titled = chart._replace(title=f"cluster {k}")
@@ -118,21 +119,31 @@ def cluster_numbers(runs: Sequence[RunRecord], prefix: str) -> list[int]:
 
 def metric_charts(runs: Sequence[RunRecord]) -> list[ChartSet]:
     """Return the numbers of evaluations that were made at two steps or more."""
-    sets = []
-    for metric in curve_metrics(runs)[:_MOST_METRICS]:
-        series = metric_curves(runs, metric)
-        curves: list[list[Curve]] = [[] for _ in AXES]
-        for index, (run, points) in enumerate(zip(runs, series, strict=True)):
-            known = [each for each in points if each.step is not None]
-            steps = np.array([float(each.step or 0) for each in known])
-            y = np.array([float(each.metrics[metric]) for each in known])
-            for of_axis, axis in zip(curves, AXES, strict=True):
-                if known and (x := run.at(axis, steps)) is not None:
-                    of_axis.append(Curve(index, x, y))
-        chart = Chart(metric, [], log=True, points=True)
-        caution = _caution([each[-1] if each else None for each in series])
-        sets.append(ChartSet(_plain(metric), _against_each_axis(chart, curves), caution))
-    return sets
+    names = curve_metrics(runs)
+    clusters = held_out_clusters(names)
+    shown = sorted((n for n in names if n not in clusters), key=lambda n: n != HELD_OUT_LOSS)
+    return [
+        _metric_set(
+            runs,
+            metric,
+            _HELD_OUT if metric == HELD_OUT_LOSS else Chart(metric, [], log=True, points=True),
+        )
+        for metric in shown[:_MOST_METRICS]
+    ]
+
+
+def _metric_set(runs: Sequence[RunRecord], metric: str, chart: Chart) -> ChartSet:
+    series = metric_curves(runs, metric)
+    curves: list[list[Curve]] = [[] for _ in AXES]
+    for index, (run, points) in enumerate(zip(runs, series, strict=True)):
+        known = [each for each in points if each.step is not None]
+        steps = np.array([float(each.step or 0) for each in known])
+        y = np.array([float(each.metrics[metric]) for each in known])
+        for of_axis, axis in zip(curves, AXES, strict=True):
+            if known and (x := run.at(axis, steps)) is not None:
+                of_axis.append(Curve(index, x, y))
+    caution = _caution([each[-1] if each else None for each in series])
+    return ChartSet(_plain(metric), _against_each_axis(chart, curves), caution)
 
 
 def _caution(chosen: Sequence[Evaluation | None]) -> str:

@@ -25,22 +25,12 @@ class Curve(NamedTuple):
     """The standard deviation of what a point is the mean of."""
 
 
-def journal_curves(
-    runs: Sequence[RunRecord], key: str, axis: str, *, raw: bool = False
-) -> list[Curve]:
-    """Return a figure of the journals against an axis; runs without it are left out.
-
-    It is smoothed, unless it is `raw`: of few steps, and not noisy.
-    """
+def journal_curves(runs: Sequence[RunRecord], key: str, axis: str) -> list[Curve]:
+    """Return a figure of the journals against an axis, smoothed; runs without it are left out."""
     curves = []
     for index, run in enumerate(runs):
         x, y = run.column(axis), run.column(key)
-        if x is None or y is None or not np.isfinite(y).any():
-            continue
-        if raw:
-            known = np.isfinite(y)
-            curves.append(Curve(index, x[known], y[known]))
-        else:
+        if x is not None and y is not None and np.isfinite(y).any():
             curves.append(thinned(index, x, y))
     return curves
 
@@ -84,12 +74,3 @@ def mean_before(run: RunRecord, key: str, step: int) -> float:
     values = values[(run.journal["step"] <= step) & np.isfinite(values)]
     count = max(1, round(len(values) * SMOOTHED_SHARE))
     return float(values[-count:].mean()) if len(values) else float("nan")
-
-
-def value_at(run: RunRecord, key: str, step: int) -> float:
-    """Return a figure of a step itself; nan if there is none."""
-    values = run.column(key)
-    if values is None:
-        return float("nan")
-    found = values[(run.journal["step"] == step) & np.isfinite(values)]
-    return float(found[-1]) if len(found) else float("nan")

@@ -22,6 +22,8 @@ _DASHES = ("solid", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 INK, RULE = "#1d2228", "#d5dadf"
 _PANEL = (3.7, 2.5)  # inches: read on a phone without zooming, two beside each other on a desk
 _PNG_DPI = 150
+_LINE = 0.17  # inches of height of a line below the panels
+_MOST_MARKS = 20
 EARLY_SHARE = 0.1
 """Part of a run whose high losses would press all later ones flat: the frame does not fit it."""
 _SPIKES = 1.0  # percent of a curve's points that may leave the frame as well
@@ -124,7 +126,9 @@ def _draw_curve(ax: "Axes", curve: Curve, chart: Chart) -> None:
         low, high = curve.y - curve.deviation, curve.y + curve.deviation
         band = ax.fill_between(curve.x, low, high, color=color, alpha=0.16, linewidth=0)
         band.set_gid(f"{group} spread")
-    marker = "o" if chart.points or len(curve.x) == 1 else None
+    # Many marks would cover the dashes that tell the runs apart.
+    few = chart.points and max(len(each.x) for each in chart.curves) <= _MOST_MARKS
+    marker = "o" if few or len(curve.x) == 1 else None
     (line,) = ax.plot(
         curve.x, curve.y, color=color, linestyle=dash, linewidth=1.6, marker=marker, markersize=3.5
     )
@@ -140,9 +144,19 @@ def _set_limits(ax: "Axes", chart: Chart) -> None:
     if chart.log and low > 0 and high > 10 * low:
         ax.set_yscale("log")
         ax.set_ylim(low / 1.15, high * 1.15)
+        _plain_numbers(ax)
     else:
         pad = 0.12 * (high - low) or 0.05 * abs(high) or 1.0
         ax.set_ylim(low - pad, high + pad)
+
+
+def _plain_numbers(ax: "Axes") -> None:
+    """Write 0.5 and 20 along a logarithmic axis, not 5 x 10^-1 and 2 x 10^1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _late(curve: Curve) -> np.ndarray:
@@ -151,7 +165,7 @@ def _late(curve: Curve) -> np.ndarray:
     late = late[np.isfinite(late)]
     if len(late) < 2:
         return curve.y
-    return np.clip(late, None, np.percentile(late, 100 - _SPIKES))
+    return np.clip(late, None, np.percentile(late, 100 - _SPIKES, method="lower"))
 
 
 def _style(ax: "Axes", chart: Chart) -> None:
@@ -177,7 +191,7 @@ def _name_ends(ax: "Axes", curves: Sequence[Curve], names: Sequence[str]) -> Non
     ends = [ax.transData.transform((curve.x[-1], curve.y[-1])) for curve in curves]
     order = sorted(range(len(curves)), key=lambda index: float(ends[index][1]))
     bottom, top = ax.transAxes.transform((0, 0))[1], ax.transAxes.transform((0, 1))[1]
-    heights = _spread_out([float(ends[i][1]) for i in order], 8.5 * ax.figure.dpi / 72, bottom, top)
+    heights = _spread_out([float(ends[i][1]) for i in order], 10 * ax.figure.dpi / 72, bottom, top)
     for index, height in zip(order, heights, strict=True):
         curve = curves[index]
         text = ax.annotate(
@@ -212,6 +226,8 @@ def drawings_png(drawings: Sequence[Drawing], below: str, columns: int = 1) -> b
     """Return charts and masks as one PNG, `columns` beside each other, above some lines of text."""
     rows = math.ceil(len(drawings) / columns)
     figure, axes = new_figure(rows, min(columns, len(drawings)))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + _LINE * len(below.splitlines()))
     for ax, drawing in zip(axes, drawings, strict=False):
         draw(ax, drawing)
     for ax in axes[len(drawings) :]:

@@ -11,6 +11,8 @@ from typing import Any
 
 from dtr_scale.evaluation.comparison.record import UNKNOWN, Evaluation, RunRecord
 
+HELD_OUT_LOSS = "eval_loss"
+"""Of an evaluation; `eval_loss_cluster_3` is that of a cluster."""
 _OF_A_CHECKPOINT = {
     "checkpoint",
     "checkpoints",
@@ -94,6 +96,12 @@ def curve_metrics(runs: Sequence[RunRecord]) -> list[str]:
     return [n for n in names if any(len(points) > 1 for points in metric_curves(runs, n))]
 
 
+def held_out_clusters(metrics: Iterable[str]) -> list[str]:
+    """Return the held-out losses of the clusters among some metrics, in their order."""
+    found = [name for name in metrics if name.startswith(f"{HELD_OUT_LOSS}_cluster_")]
+    return sorted(found, key=lambda name: int(name.rpartition("_")[2]))
+
+
 def manifest_differences(chosen: Sequence[Evaluation | None]) -> dict[str, list[str]]:
     """Return what the manifests of some evaluations differ in, the checkpoint left out.
 
@@ -123,9 +131,7 @@ def not_comparable(what: str, keys: Iterable[str]) -> str:
 def _different(runs: Sequence[RunRecord], seen: set[tuple[int, str]]) -> list[Block]:
     """Return blocks of the metrics that some run has under no shared manifest."""
     by_choice: dict[tuple[int, ...], Block] = {}
-    for metric in dict.fromkeys(
-        n for run in runs for each in run.evaluations for n in each.metrics
-    ):
+    for metric in _metric_names(each for run in runs for each in run.evaluations):
         series = metric_curves(runs, metric)
         having = [index for index, points in enumerate(series) if points]
         if all((index, metric) in seen for index in having):
@@ -158,7 +164,9 @@ def _ranked(runs: Sequence[RunRecord], metric: str) -> list[str]:
 
 
 def _metric_names(chosen: Iterable[Evaluation | None]) -> list[str]:
-    return list(dict.fromkeys(name for each in chosen if each for name in each.metrics))
+    names = list(dict.fromkeys(name for each in chosen if each for name in each.metrics))
+    clusters = held_out_clusters(names)
+    return [name for name in names if name not in clusters]  # those have charts of their own
 
 
 def _key(evaluation: Evaluation) -> str:

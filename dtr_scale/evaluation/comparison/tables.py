@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from dtr_scale.evaluation.comparison.curves import last_common_step, mean_before, value_at
+from dtr_scale.evaluation.comparison.curves import last_common_step, mean_before
 from dtr_scale.evaluation.comparison.record import Evaluation, RunRecord, letters
 from dtr_scale.evaluation.comparison.results import (
     Block,
@@ -45,7 +45,7 @@ def comparison_tables(runs: Sequence[RunRecord]) -> list[Table]:
     return [
         runs_table(runs),
         *_results_tables(runs),
-        *_loss_tables(runs, loss_cautions(differences)),
+        _loss_table(runs, loss_cautions(differences)),
         settings_table(runs, differences),
     ]
 
@@ -132,32 +132,13 @@ def _results_table(block: Block, num_runs: int, manifest: str) -> Table:
     )
 
 
-def _loss_tables(runs: Sequence[RunRecord], cautions: Sequence[str]) -> list[Table]:
+def _loss_table(runs: Sequence[RunRecord], cautions: Sequence[str]) -> Table:
     step = last_common_step(runs)
-    rows = []
-    for name, key in (("loss", "loss"), ("held-out loss", "eval_loss")):
-        at, values = step, [mean_before(run, key, step) for run in runs]
-        if key == "eval_loss":
-            at = _last_shared(runs, key)
-            values = [value_at(run, key, at) for run in runs]
-        if any(map(math.isfinite, values)):
-            told = with_changes(values, told=not cautions)
-            rows.append([f"{name} at step {at:,}", *told])
+    values = [mean_before(run, "loss", step) for run in runs]
+    rows = [[f"loss at step {step:,}", *with_changes(values, told=not cautions)]]
     note = "Loss: the mean of mse + vb over the records before that step (2.5% of them)."
     caution = not_comparable("the runs", cautions) if cautions else ""
-    table = Table("Loss at the same step", ["", *letters(len(runs))], rows, note, caution)
-    return [table] if rows else []
-
-
-def _last_shared(runs: Sequence[RunRecord], key: str) -> int:
-    """Return the last step at which all runs that have a figure have it."""
-    steps = []
-    for run in runs:
-        values = run.column(key)
-        if values is not None:
-            known = [math.isfinite(value) for value in values]
-            steps.append({int(step) for step in run.journal["step"][known]})
-    return max(set.intersection(*steps), default=0) if steps else 0
+    return Table("Loss at the same step", ["", *letters(len(runs))], rows, note, caution)
 
 
 def with_changes(values: Sequence[float], *, told: bool = True) -> list[str]:

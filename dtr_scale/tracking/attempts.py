@@ -1,0 +1,139 @@
+"""Keep a run's attempts in attempts.jsonl: a line when a job begins, and one when it ends.
+
+An attempt is one job of a run, from its start to its end or its death.
+"""
+
+import json
+import logging
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = "attempts.jsonl"
+KILLED = "killed"
+"""The outcome of an attempt that could not tell how it ended."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One job of a run."""
+
+    id: str
+    start: datetime
+    step: int
+    """The step that it went on from."""
+    facts: Mapping[str, Any]
+    """Where and how it ran: hosts, world_size, commit."""
+    end: datetime | None = None
+    outcome: str = ""
+    reason: str = ""
+    end_step: int | None = None
+
+
+def begin_attempt(run_dir: Path, *, step: int, **facts: Any) -> str:  # noqa: ANN401
+    """Write that a job begins at a step; return the attempt's id."""
+    attempt = secrets.token_hex(8)
+    _append(run_dir, {"attempt": attempt, "start": _now(), "step": step, "facts": facts})
+    return attempt
+
+
+def end_attempt(
+    run_dir: Path,
+    attempt: str,
+    *,
+    outcome: str,
+    step: int | None,
+    reason: str = "",
+    time: str | None = None,
+) -> None:
+    """Write how an attempt has ended."""
+    told = {"outcome": outcome, "reason": reason, "step": step}
+    _append(run_dir, {"attempt": attempt, "end": time or _now(), **told})
+
+
+def close_open_attempt(run_dir: Path, status: Mapping[str, Any], last_sign: float) -> None:
+    """Write how the attempt before has ended, if it could not.
+
+    By what its status.json told, else it was killed at its last sign of life, seconds since 1970.
+    """
+    for attempt in read_attempts(run_dir)[-1:]:
+        if attempt.end is not None:
+            continue
+        outcome, time = status.get("outcome"), status.get("time")
+        if outcome in ("failed", "preempted", "finished") and isinstance(time, str):
+            told = {"outcome": outcome, "reason": str(status.get("reason", "")), "time": time}
+        else:
+            sign = datetime.fromtimestamp(last_sign, UTC).isoformat(timespec="milliseconds")
+            told = {"outcome": KILLED, "reason": "it ended without a word", "time": sign}
+        end_attempt(run_dir, attempt.id, step=status.get("step"), **told)
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """Return a run's attempts in the order of their start; lines that are damaged do not count."""
+    attempts: dict[str, Attempt] = {}
+    for line in read_lines(run_dir / ATTEMPTS):
+        try:
+            name = line["attempt"]
+            if "start" in line:
+                start = datetime.fromisoformat(line["start"])
+                attempts[name] = Attempt(name, start, int(line["step"]), line["facts"])
+            elif name in attempts:
+                attempts[name] = replace(
+                    attempts[name],
+                    end=datetime.fromisoformat(line["end"]),
+                    outcome=line["outcome"],
+                    reason=line["reason"],
+                    end_step=line["step"],
+                )
+        except (KeyError, TypeError, ValueError):
+            continue
+    return list(attempts.values())
+
+
+def counts(step: int, time: datetime, attempts: Iterable[Attempt]) -> bool:
+    """Tell whether what was found at `time` of the state after `step` belongs to the run.
+
+    Not if a later attempt went on from an earlier step: it makes that state again, or another.
+    """
+    # The times of evaluations are whole seconds.
+    return not any(a.step < step and a.start.replace(microsecond=0) > time for a in attempts)
+
+
+def read_lines(path: Path) -> Sequence[dict[str, Any]]:
+    """Return the JSON objects of a file, one a line; what a kill has cut off is left out."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return []
+    found = []
+    for line in content.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found
+
+
+def _append(run_dir: Path, entry: dict[str, Any]) -> None:
+    try:
+        with (run_dir / ATTEMPTS).open("a+b", buffering=0) as file:
+            end = file.tell()
+            file.seek(max(end - 1, 0))
+            # A kill may have cut the line before.
+            separator = b"" if file.read(1) in (b"", b"\n") else b"\n"
+            file.write(separator + json.dumps(entry).encode() + b"\n")
+            os.fsync(file.fileno())
+    except OSError as error:  # it is told of the run, and not worth it
+        log.warning("%s cannot be written: %s", run_dir / ATTEMPTS, error.strerror)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
