@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 
 import pytest
 
@@ -30,6 +31,12 @@ KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 
 def pytest_addoption(parser):
     parser.addoption("--leave-out-services", metavar="REASON", help="what the servers lack here")
+
+
+def pytest_configure(config):
+    """Hide GPUs from all tests but those of `-m gpu`: several ranks on one GPU are refused."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(wrapper=True)

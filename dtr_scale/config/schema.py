@@ -131,6 +131,8 @@ class EngineConfig(Section):
     """fsdp2: copies of the weights (HSDP), for example one per node; null: what `shard` leaves."""
     reshard_after_forward: bool = True
     """fsdp2: drop gathered weights between forward and backward: less memory, more traffic."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU, or the CPU where none was allotted; cpu: hide the GPUs that are there."""
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
     """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up)."""

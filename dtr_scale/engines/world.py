@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from dtr_scale.engines.device import choose_device, gpu_name, refuse_shared_gpus
 from dtr_scale.errors import DtrScaleError, EngineError
 from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 
@@ -116,21 +119,17 @@ class World:
             dist.destroy_process_group()
 
 
-def join_world(*, needs_process_group: bool) -> World:
+def join_world(*, needs_process_group: bool, device: str = "auto") -> World:
     """Return this process's place among the ranks that a launcher started.
+
+    `device` is what `choose_device` takes.
 
     A plain `python` process is a world of one; DeepSpeed and FSDP want a process group even then
     (`needs_process_group`), so the variables that a launcher sets get their defaults here.
     """
     world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        device = _own_gpu(local_rank)
-        # Before the first collective: gathers of objects use the current device.
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        _share_cores()
+    own = choose_device(device, local_rank)
     if world_size > 1 or needs_process_group:
         defaults = {
             "RANK": "0",
@@ -141,13 +140,19 @@ def join_world(*, needs_process_group: bool) -> World:
         }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        store, rank, world_size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        if own.type == "cuda":
+            refuse_shared_gpus(store, rank, world_size, gpu_name(own))
         dist.init_process_group(
-            backend,
+            "nccl" if own.type == "cuda" else "gloo",
+            store=PrefixStore("default_pg", store),
+            rank=rank,
+            world_size=world_size,
             timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
+            device_id=own if own.type == "cuda" else None,
         )
-    world = World(launched_rank(), local_rank, world_size, device)
+    world = World(launched_rank(), local_rank, world_size, own)
     if world_size == 1:
         return world
     # For the threads that save: with two threads on one group, runs crashed (3 of 3). Making a
@@ -155,26 +160,6 @@ def join_world(*, needs_process_group: bool) -> World:
     group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return replace(world, background_group=group)
-
-
-def _own_gpu(local_rank: int) -> torch.device:
-    """Return this rank's GPU: the only one that its scheduler shows it, or one per local rank."""
-    num_gpus = torch.cuda.device_count()
-    if num_gpus > 1 and local_rank >= num_gpus:
-        raise EngineError(
-            f"local rank {local_rank} has no GPU of its own: this node has {num_gpus}; start at "
-            f"most {num_gpus} processes per node"
-        )
-    return torch.device("cuda", local_rank if num_gpus > 1 else 0)
-
-
-def _share_cores() -> None:
-    """Give each rank of this machine its share of the cores: too many threads are 10x slower."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        # SLURM counts the job's cores of this node, and may have bound each rank to its share.
-        on_node = int(os.environ.get("SLURM_CPUS_ON_NODE") or cores)
-        torch.set_num_threads(max(1, min(cores, on_node // local_world_size())))
 
 
 def _free_port() -> int:

@@ -3,13 +3,17 @@
 Neither changes a module or a parameter's name. Both come before an engine shards the blocks.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
+
+from dtr_scale.errors import EngineError
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
@@ -20,6 +24,23 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         # In place: torch.compile(block) would put `_orig_mod` into every parameter's name.
         block.compile()
+        call: Any = block._compiled_call_impl
+        block._compiled_call_impl = partial(_compiled, call)
+
+
+def _compiled(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """Call a compiled block; EngineError where this machine lacks what compiling needs."""
+    try:
+        return call(*args, **kwargs)
+    except BackendCompilerFailed as error:
+        # The words of Inductor, of Triton and of the C compiler that Triton calls.
+        if not re.search(r"C(\+\+)? compiler|Python\.h|libcuda", str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise EngineError(
+            f"engine.compile = true: the blocks cannot be compiled here ({reason}); install gcc, "
+            "g++ and Python's headers (Debian: python3-dev), or give engine.compile=false"
+        ) from error
 
 
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:

@@ -213,7 +213,8 @@ def _join(experiment: Experiment) -> World:
             f"engine.type = 'single' runs in one process, the launcher started {world_size}; "
             "use --engine.type=deepspeed or fsdp2, or start one process"
         )
-    return join_world(needs_process_group=experiment.engine.type != "single")
+    engine = experiment.engine
+    return join_world(needs_process_group=engine.type != "single", device=engine.device)
 
 
 @contextmanager

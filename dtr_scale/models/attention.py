@@ -1,5 +1,7 @@
 """Compute multi-head attention by xformers or by PyTorch; alone in importing xformers."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,11 +12,13 @@ ATTENTION_BACKENDS = ("auto", "xformers", "sdpa")
 
 
 class AttentionModule(nn.Module):
-    """A module that attends by `attention_backend`, which may be set before the first step."""
+    """A module that attends by `attention_backend`, which is set before the first step."""
 
-    def __init__(self, attention_backend: str) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.attention_backend = attention_backend
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.attention_backend = "sdpa"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -36,18 +40,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
+def resolve_backend(
+    name: str, device: torch.device, shapes: Iterable[tuple[int, int]] = ((1, 64),)
+) -> str:
     """Return "xformers" or "sdpa": the backend that `name` means on `device`.
 
-    "auto" is xformers where it works, else sdpa. Raises ConfigError when "xformers" is asked for
-    and cannot run.
+    "auto" is xformers where it works for all `shapes` (heads, head_dim) of a network, else sdpa.
+    Raises ConfigError when "xformers" is asked for and cannot run.
     """
     if name not in ATTENTION_BACKENDS:
         accepted = ", ".join(ATTENTION_BACKENDS)
         raise ConfigError(f"model.attention = {name!r}: is no backend; give one of {accepted}")
     if name == "sdpa":
         return "sdpa"
-    obstacle = _xformers_obstacle(device)
+    obstacle = _xformers_obstacle(device, shapes)
     if obstacle is None:
         return "xformers"
     if name == "xformers":
@@ -58,7 +64,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     return "sdpa"
 
 
-def _xformers_obstacle(device: torch.device) -> str | None:
+def _xformers_obstacle(device: torch.device, shapes: Iterable[tuple[int, int]]) -> str | None:
     """Return why xformers cannot train on `device`, or None after a step of it there."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "it needs a CUDA device"
@@ -67,11 +73,14 @@ def _xformers_obstacle(device: torch.device) -> str | None:
     except (ImportError, OSError) as error:
         return f"it cannot be imported ({error})"
     # xformers chooses the kernel of the backward by itself, so a forward alone would prove
-    # nothing. 64 is the head_dim of DiT-S, B and L; others are not tried.
-    with torch.enable_grad():
-        x = torch.ones(1, 8, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+    # nothing; a head_dim that is no multiple of 8, or too wide, has none.
+    options = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
+    for heads, head_dim in shapes:
         try:
-            torch.autograd.grad(memory_efficient_attention(x, x, x).sum(), x)
+            with torch.enable_grad():
+                x = torch.ones(1, 8, heads, head_dim, **options)
+                torch.autograd.grad(memory_efficient_attention(x, x, x).sum(), x)
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            return f"it has no kernel there ({str(error).splitlines()[0]})"
+            reason = str(error).splitlines()[0]
+            return f"it has no kernel for {heads} heads of {head_dim} channels ({reason})"
     return None

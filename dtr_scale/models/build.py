@@ -37,12 +37,11 @@ def build_network(
         keywords |= VARIANTS[variant]._asdict()
 
     def build() -> DiT | ADM:
-        return NETWORKS[type](
-            **keywords,
-            routing=RoutingSpec(**(routing or {})),
-            num_timesteps=num_timesteps,
-            attention_backend=_attention_backend(attention),
+        network = NETWORKS[type](
+            **keywords, routing=RoutingSpec(**(routing or {})), num_timesteps=num_timesteps
         )
+        network.use_attention(_attention_backend(attention, network))
+        return network
 
     # An expert alone is a plain network: its parameters have no `experts.<k>.` before their names.
     if num_experts == 1 or expert is not None:
@@ -50,9 +49,11 @@ def build_network(
     return MultiExperts([build() for _ in range(num_experts)], num_timesteps)
 
 
-def _attention_backend(name: str) -> str:
+def _attention_backend(name: str, network: Denoiser) -> str:
     device = torch.get_default_device()
     if device.type == "meta":  # nothing is computed there, whatever this machine has
         return "sdpa"
     # Weights are made on the CPU; the engine moves them to the GPU, where attention will run.
-    return resolve_backend(name, torch.device("cuda" if torch.cuda.is_available() else device))
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+    return resolve_backend(name, device, network.attention_shapes())

@@ -56,6 +56,11 @@ class Denoiser(nn.Module):
         """Return conditions like y that say nothing: the null label, or tokens of zeros."""
         return torch.full_like(y, 0 if self.conditioning == "text" else self.null_label)
 
+    def attention_shapes(self) -> set[tuple[int, int]]:
+        """Return (heads, channels of a head) of every layer of attention."""
+        modules = (module for module in self.modules() if isinstance(module, AttentionModule))
+        return {(module.num_heads, module.head_dim) for module in modules}
+
     def use_attention(self, backend: str) -> None:
         """Compute attention by another backend of `resolve_backend`, from before the first step."""
         for module in self.modules():

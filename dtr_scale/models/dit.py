@@ -41,16 +41,15 @@ VARIANTS = {
 class Attention(AttentionModule):
     """Multi-head self-attention over the tokens of [N, L, D]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, attention_backend: str = "sdpa") -> None:
-        super().__init__(attention_backend)
-        self.num_heads = num_heads
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__(hidden_size, num_heads)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
         # The rows of qkv are ordered (qkv, head, channel), as in official weights.
-        qkv = self.qkv(x).view(n, length, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(x).view(n, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
         out = attention(q, k, v, self.attention_backend)
         return self.proj(out.reshape(n, length, width))
@@ -59,18 +58,15 @@ class Attention(AttentionModule):
 class CrossAttention(AttentionModule):
     """Multi-head attention from tokens [N, L, D] to text tokens [N, M, context_dim]."""
 
-    def __init__(
-        self, hidden_size: int, num_heads: int, context_dim: int, attention_backend: str = "sdpa"
-    ) -> None:
-        super().__init__(attention_backend)
-        self.num_heads = num_heads
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int) -> None:
+        super().__init__(hidden_size, num_heads)
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(context_dim, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         n, length, width = x.shape
-        heads = self.num_heads, width // self.num_heads
+        heads = self.num_heads, self.head_dim
         q = self.q(x).view(n, length, *heads)
         k, v = self.kv(context).view(n, context.shape[1], 2, *heads).unbind(2)
         out = attention(q, k, v, self.attention_backend)
@@ -96,20 +92,14 @@ class DiTBlock(nn.Module):
     With a `context_dim` it attends to text tokens between self-attention and MLP.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        context_dim: int | None = None,
-        attention_backend: str = "sdpa",
-    ) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int | None = None) -> None:
         super().__init__()
         self.norm1 = _layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, attention_backend)
+        self.attn = Attention(hidden_size, num_heads)
         self.cross_attn = None
         if context_dim is not None:
             self.norm_cross = _layer_norm(hidden_size)
-            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim, attention_backend)
+            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
         # Shift, scale and gate of each layer that is modulated.
@@ -187,7 +177,6 @@ class DiT(Denoiser):
         learn_sigma: bool = True,
         routing: RoutingSpec | None = None,
         num_timesteps: int = 1000,
-        attention_backend: str = "sdpa",
     ) -> None:
         super().__init__(
             input_size=input_size,
@@ -207,8 +196,7 @@ class DiT(Denoiser):
         else:
             self.y_embedder = LabelEmbedder(self.num_classes, hidden_size, self.class_dropout_prob)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, context_dim if by_text else None, attention_backend)
-            for _ in range(depth)
+            DiTBlock(hidden_size, num_heads, context_dim if by_text else None) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.routing = build_routing(routing or RoutingSpec(), num_timesteps, [hidden_size] * depth)

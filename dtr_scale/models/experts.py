@@ -52,9 +52,11 @@ class MultiExperts(Denoiser):
                 # Without gradients all ranks have the same timesteps (a sampling step's, the
                 # probe's), so all skip the same experts, and none waits for another's weights.
                 continue
-            # In training every expert is called, on nothing if need be: ranks that shard its
-            # weights gather them together, and each parameter has a gradient.
-            outputs.append(expert(x[mine], t[mine], y[mine], step))
+            # In training every expert is called: ranks that shard its weights gather them together,
+            # and each parameter has a gradient. Where it has no sample it gets one, whose output is
+            # dropped: compiled, the backward of flash attention fails on none.
+            some = mine if len(mine) or not len(t) else mine.new_zeros(1)
+            outputs.append(expert(x[some], t[some], y[some], step)[: len(mine)])
             places.append(mine)
         order = torch.cat(places)
         if len(order) != len(t):

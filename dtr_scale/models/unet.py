@@ -121,11 +121,9 @@ class AttentionBlock(AttentionModule):
         num_heads: int = 1,
         num_head_channels: int | None = None,
         use_new_attention_order: bool = False,
-        attention_backend: str = "sdpa",
     ) -> None:
-        super().__init__(attention_backend)
+        super().__init__(channels, _num_heads(channels, num_heads, num_head_channels))
         self.channels = channels
-        self.num_heads = _num_heads(channels, num_heads, num_head_channels)
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels)
         # Conv1d, not Linear, for the shape of official weights: [3 C, C, 1].
@@ -137,12 +135,15 @@ class AttentionBlock(AttentionModule):
         h = self.norm(x).flatten(2)
         if mask is not None:
             h = mask[:, :, None] * h
-        # Fused kernels need the channels of a head side by side in memory.
-        qkv = self.qkv(h).transpose(1, 2).contiguous()
+        qkv = self.qkv(h).transpose(1, 2)
         if self.use_new_attention_order:
-            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).unbind(2)
+            qkv = qkv.unflatten(2, (3, self.num_heads, -1))
         else:
-            q, k, v = qkv.unflatten(2, (self.num_heads, 3, -1)).unbind(3)
+            qkv = qkv.unflatten(2, (self.num_heads, 3, -1)).transpose(2, 3)
+        # Fused kernels need the channels of a head side by side in memory. The heads, too: where
+        # q, k and v alternate, the compiler is promised gradients that alternate, and the backward
+        # of xformers returns others.
+        q, k, v = qkv.contiguous().unbind(2)
         h = attention(q, k, v, self.attention_backend).flatten(2)
         return x + self.proj_out(h.transpose(1, 2)).reshape(x.shape)
 
@@ -183,7 +184,6 @@ class ADM(Denoiser):
         use_new_attention_order: bool = False,
         routing: RoutingSpec | None = None,
         num_timesteps: int = 1000,
-        attention_backend: str = "sdpa",
     ) -> None:
         widths = _level_widths(model_channels, channel_mult)
         _check_resolutions(image_size, attention_resolutions, num_levels=len(widths))
@@ -210,7 +210,6 @@ class ADM(Denoiser):
                 num_heads=num_heads,
                 num_head_channels=num_head_channels,
                 use_new_attention_order=use_new_attention_order,
-                attention_backend=attention_backend,
             ),
         )
         self.time_embed = nn.Sequential(

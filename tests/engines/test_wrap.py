@@ -2,8 +2,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
+from dtr_scale.errors import EngineError
 from dtr_scale.models.dit import DiT
 from dtr_scale.models.routing import RoutingSpec
 from dtr_scale.models.unet import ADM
@@ -83,3 +85,15 @@ def test_the_compiler_is_told_how_many_shapes_to_expect():
         compile_blocks(model.routed_blocks())
         assert torch._dynamo.config.recompile_limit == 2 * len(model.blocks)
     assert all(block._compiled_call_impl for block in model.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_machine_without_a_compiler_is_told_what_to_install():
+    model = network(NETWORKS[0].values[0])
+    compile_blocks(model.routed_blocks())
+    with (
+        inductor.patch({"cpp.cxx": (None, "no-such-g++"), "fx_graph_cache": False}),
+        pytest.raises(EngineError, match=r"engine\.compile = true: .*C\+\+ compiler.*python3-dev"),
+    ):
+        trained(model)

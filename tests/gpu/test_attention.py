@@ -13,7 +13,7 @@ from dtr_scale.models.routing import RoutingSpec
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("default"),  # torch.compile raises deprecations of its own
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and -m gpu"),
 ]
 
 SIZES: Any = {"hidden_size": 128, "depth": 3, "num_heads": 2, "patch_size": 2, "input_size": 16}

@@ -15,7 +15,7 @@ from tests.support.runs import ROOT, run_trainer
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("default"),  # torch.compile and DeepSpeed deprecate each other
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and -m gpu"),
 ]
 
 STEPS, BATCH, GMACS = 10, 64, 23.01

@@ -181,7 +181,8 @@ def test_in_bfloat16_the_weights_decide_and_tables_stay_whole():
 
 @pytest.mark.parametrize("text", [False, True])
 def test_attention_is_computed_by_the_backend_that_is_set(text):
-    model = tiny_dit(**(TEXT if text else {}), attention_backend="xformers")
+    model = tiny_dit(**(TEXT if text else {}))
+    model.use_attention("xformers")
     layers = [m for m in model.modules() if isinstance(m, Attention | CrossAttention)]
     assert len(layers) == (4 if text else 2)
     assert {layer.attention_backend for layer in layers} == {"xformers"}

@@ -47,6 +47,15 @@ def test_an_expert_without_samples_has_zero_gradients(experts):
         assert any(gradient.any() for gradient in gradients) == (k == 0)
 
 
+def test_no_block_is_called_on_nothing_in_training(experts):
+    """Compiled, the backward of flash attention fails there."""
+    lengths = []
+    for block in experts.routed_blocks():
+        block.register_forward_pre_hook(lambda block, inputs: lengths.append(len(inputs[0])))
+    experts(torch.randn(2, 4, 4, 4), torch.tensor([0, 100]), torch.tensor([0, 1]))
+    assert lengths == [2, 1, 1, 1]
+
+
 def test_the_outside_is_that_of_one_network(experts):
     assert (experts.in_channels, experts.input_size, experts.null_label) == (4, 4, 5)
     assert len(experts.routed_blocks()) == 4

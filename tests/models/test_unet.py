@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dtr_scale.errors import ConfigError
+from dtr_scale.models import unet
+from dtr_scale.models.attention import attention
 from dtr_scale.models.routing import RoutingSpec
 from dtr_scale.models.unet import ADM, AttentionBlock, ResBlock
 
@@ -315,11 +317,28 @@ def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero():
 
 
 def test_attention_is_computed_by_the_backend_that_is_set():
-    model = tiny_adm(attention_backend="xformers")
+    model = tiny_adm()
+    model.use_attention("xformers")
     layers = [block for block in model.blocks if isinstance(block, AttentionBlock)]
     assert {layer.attention_backend for layer in layers} == {"xformers"}
     model.use_attention("sdpa")
     assert {layer.attention_backend for layer in layers} == {"sdpa"}
+
+
+@pytest.mark.parametrize("new_order", [False, True])
+def test_the_heads_of_a_query_lie_side_by_side(monkeypatch, new_order):
+    """The compiled backward of xformers fails where q, k and v alternate in memory."""
+    strides = []
+
+    def look(q, k, v, backend):
+        strides.extend((*x.stride()[-2:], x.shape[-1]) for x in (q, k, v))
+        return attention(q, k, v, backend)
+
+    monkeypatch.setattr(unet, "attention", look)
+    tiny_adm(use_new_attention_order=new_order)(*tiny_batch())
+    assert strides
+    for between_heads, between_channels, head_dim in strides:
+        assert (between_heads, between_channels) == (head_dim, 1)
 
 
 # torch.compile looks at .grad of the features and hides its warning; as an error it cannot.
