@@ -48,7 +48,7 @@ mount --rbind /sys sys
 while IFS='|' read -r source target mode; do
     mkdir -p ".$target"
     if [ "$source" ]; then mount --bind "$source" ".$target"
-    else mount -t tmpfs tmpfs ".$target"; fi
+    else mount -t tmpfs -o noexec,nosuid,nodev tmpfs ".$target"; fi  # Docker's default
     [ "$mode" != ro ] || mount -o remount,bind,ro ".$target"
 done < "$folder/mounts"
 # Python may be installed in root's home: the container's user may pass through.
