@@ -3,32 +3,32 @@
 Two real ranks each, started as a launcher would start them.
 """
 
-import json
 import logging
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dtr_scale.cli.main import main
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import CheckpointError
 from dtr_scale.jobs import train as run
 from dtr_scale.storage.folder import open_folder
 from tests.support.ceph import CephServer
 from tests.support.disks import fill, small_disk
-from tests.support.ranks import run_on_ranks
-from tests.support.runs import DEMO, ROOT, SMALL, demo_experiment, journal
+from tests.support.processes import PATIENCE_SECONDS, free_port
+from tests.support.ranks import run_on_ranks, start_ranks
+from tests.support.runs import DEMO, ROOT, SMALL, demo_experiment, journal, status, steps_in
 
-PATIENCE_SECONDS = 120
 ENDLESS = "--train.max_steps=1000000"
 TWO_RANKS = (
     *SMALL, "--engine.precision=fp32", "--train.global_batch_size=32",
@@ -42,22 +42,24 @@ class Job:
     def __init__(self, digits: Path, run_dir: Path, *overrides: str) -> None:
         self.run_dir = run_dir
         self._output = run_dir.parent / f"{run_dir.name}.txt"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         places = (f"--data.shards={digits}", f"--run_dir={run_dir}")
-        command = [sys.executable, "launch/train.py", "--config", str(DEMO), *TWO_RANKS, *places]
+        self.ranks: Sequence[Any] = self._start(
+            ["--config", str(DEMO), *TWO_RANKS, *places, *overrides]
+        )
+
+    def _start(self, arguments: list[str]) -> Sequence[Any]:
+        port = str(free_port())
         with self._output.open("w") as output:
-            self.ranks = [
+            return [
                 subprocess.Popen(
-                    [*command, *overrides],
+                    [sys.executable, "launch/train.py", *arguments],
                     cwd=ROOT,
                     stdout=output,
                     stderr=output,
                     env=os.environ
                     | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
                     | {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-                    | {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+                    | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
                 )
                 for rank in range(2)
             ]
@@ -70,11 +72,19 @@ class Job:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             assert time.monotonic() < deadline, self.output
-            assert all(rank.poll() is None for rank in self.ranks), self.output
+            assert all(self._code(rank) is None for rank in self.ranks), self.output
             time.sleep(0.002)
 
-    def exit_codes(self) -> list[int]:
-        return [rank.wait(PATIENCE_SECONDS) for rank in self.ranks]
+    def exit_codes(self) -> list[int | None]:
+        for rank in self.ranks:
+            self._join(rank)
+        return [self._code(rank) for rank in self.ranks]
+
+    def _code(self, rank: Any) -> int | None:
+        return rank.poll()
+
+    def _join(self, rank: Any) -> None:
+        rank.wait(PATIENCE_SECONDS)
 
     def kill(self) -> None:
         for rank in self.ranks:
@@ -82,26 +92,41 @@ class Job:
         self.exit_codes()
 
 
+class ForkedJob(Job):
+    """The same, but forked from a process that has imported torch: 5 s earlier in training."""
+
+    def _start(self, arguments: list[str]) -> Sequence[Any]:
+        self._output.write_text("")  # the last job's
+        return start_ranks(2, train_as_command, self._output, arguments)
+
+    def _code(self, rank: Any) -> int | None:
+        return rank.exitcode
+
+    def _join(self, rank: Any) -> None:
+        rank.join(PATIENCE_SECONDS)
+
+
+def train_as_command(output: Path, arguments: list[str]) -> None:
+    """Runs on each rank."""
+    with output.open("a") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    run._PEER_SECONDS = 0.5  # the time that a rank which was killed leaves unused
+    sys.exit(main(["train", *arguments]))
+
+
 @pytest.fixture
 def start(digits):
     """Start a job; whatever is left of it is killed at the end."""
     jobs: list[Job] = []
 
-    def start_job(run_dir, *overrides):
-        jobs.append(Job(digits, run_dir, *overrides))
+    def start_job(run_dir, *overrides, kind=Job):
+        jobs.append(kind(digits, run_dir, *overrides))
         return jobs[-1]
 
     yield start_job
     for job in jobs:
         job.kill()
-
-
-def status(run_dir: Path) -> dict[str, Any]:
-    return json.loads((run_dir / "status.json").read_text())
-
-
-def lines_in(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def saving(run_dir: Path) -> list[Path]:
@@ -120,7 +145,7 @@ def assert_told(job: Job, victims: list[int]) -> None:
 
 
 def kill_while_it_starts(job: Job, moment: random.Random) -> str:
-    seconds = moment.uniform(2, 8)
+    seconds = moment.uniform(0, 3)
     time.sleep(seconds)
     job.kill()
     return f"{seconds:.1f} s after the start"
@@ -130,10 +155,9 @@ def kill_after_some_steps(
     job: Job, moment: random.Random, seconds_into_a_save: float | None
 ) -> str:
     """Kill -9 one rank or both; return what was hit."""
-    path = job.run_dir / "journal.jsonl"
-    job.wait_until(lambda: "resumed" in job.output or lines_in(path))
-    before = lines_in(path)
-    job.wait_until(lambda: lines_in(path) > before + 1)
+    job.wait_until(lambda: "resumed" in job.output or steps_in(job.run_dir))
+    before = steps_in(job.run_dir)
+    job.wait_until(lambda: steps_in(job.run_dir) > before + 1)
     time.sleep(moment.uniform(0, 0.5))
     if seconds_into_a_save is not None:
         job.wait_until(lambda: saving(job.run_dir))
@@ -150,11 +174,11 @@ def kill_after_some_steps(
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_rank_that_is_left_tells_that_the_run_has_failed(start, tmp_path, victim):
     job = start(tmp_path / "run", ENDLESS)
-    job.wait_until(lambda: lines_in(job.run_dir / "journal.jsonl") > 2)
+    job.wait_until(lambda: steps_in(job.run_dir) > 2)
     job.ranks[victim].kill()
     assert_told(job, [victim])
     left = status(job.run_dir)
-    assert left["step"] == lines_in(job.run_dir / "journal.jsonl")
+    assert left["step"] == steps_in(job.run_dir)
 
 
 @pytest.mark.slow
@@ -162,6 +186,7 @@ def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_
     start, tmp_path, capsys
 ):
     """Every step saves, so kills hit saves, too; every other one waits for one to begin."""
+    start = partial(start, kind=ForkedJob)
     seed = random.randrange(10**6)
     moment = random.Random(seed)
     often = ("--checkpoint.every_steps=1", "--model.hidden_size=128", "--model.depth=4")
@@ -175,7 +200,7 @@ def test_a_run_that_is_killed_again_and_again_writes_the_journal_of_one_left_in_
             late = moment.uniform(0, 0.03) if number > 1 else 0.0  # the second surely hits one
             seconds_into_a_save = late if number % 2 else None
             hits.append(kill_after_some_steps(job, moment, seconds_into_a_save))
-        reached = lines_in(run_dir / "journal.jsonl")
+        reached = steps_in(run_dir)
         hits[-1] += f", at step {reached}"
     with capsys.disabled():
         print(f"\nkilled with seed {seed}: {'; '.join(hits)}")
