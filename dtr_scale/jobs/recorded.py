@@ -2,9 +2,12 @@
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dtr_scale.checkpoint.inspection import find_checkpoints
 from dtr_scale.config.changes import flatten
@@ -14,32 +17,79 @@ from dtr_scale.evaluation.comparison.record import Evaluation, RunRecord, as_col
 from dtr_scale.evaluation.report import EVALUATIONS
 from dtr_scale.jobs.trained import expert_dirs
 from dtr_scale.tracking.journal import read_journal
+from dtr_scale.tracking.uri import shown_uri, tracking_uri
 from dtr_scale.train.run_dir import CONFIG, JOURNAL, SAMPLES, STATUS
+
+if TYPE_CHECKING:
+    from dtr_scale.tracking.history import History
 
 log = logging.getLogger(__name__)
 
+_BESIDE_THE_RUNS = Path("runs/any")
 MOST_RUNS = 26
 """As many as there are letters to tell them apart."""
 
 
-def read_runs(places: Sequence[str], tracking_uri: str | None = None) -> list[RunRecord]:
+def read_runs(places: Sequence[str], uri: str | None = None) -> list[RunRecord]:
     """Return the runs that `places` name: run directories, MLflow run ids or experiments.
 
-    Raises ConfigError for a place that is none of them, and for one that is given twice.
+    Raises ConfigError for a place that is none of them, and for a run that is given twice.
     """
-    seen: dict[Path, str] = {}
-    runs = []
+    seen: dict[str, str] = {}
+    runs: list[RunRecord] = []
     for place in places:
-        path = Path(place)
-        if not path.is_dir():
-            raise ConfigError(
-                f"{place!r} is no run directory; give one that `dtr-scale train` wrote"
-            )
-        if (resolved := path.resolve()) in seen:
-            raise ConfigError(f"{place!r} and {seen[resolved]!r} are the same run; give it once")
-        seen[resolved] = place
-        runs.append(read_run_dir(path))
+        is_here = Path(place).is_dir()
+        for run in [read_run_dir(Path(place))] if is_here else _tracked(place, uri):
+            same = str(Path(run.place).resolve()) if Path(run.place).is_dir() else run.place
+            if same in seen:
+                raise ConfigError(f"{place!r} and {seen[same]!r} are the same run; give it once")
+            seen[same] = place
+            runs.append(run)
     return runs
+
+
+def _tracked(place: str, configured: str | None) -> list[RunRecord]:
+    """Return the run of an id, or the runs of an experiment, that MLflow has."""
+    uri = tracking_uri(configured, _BESIDE_THE_RUNS)
+    database = uri.removeprefix("sqlite:///")
+    if uri != database and not Path(database).exists():  # MLflow would make one
+        raise ConfigError(
+            f"{place!r} is no run directory, and there is no MLflow database {database} to look "
+            "it up in; give a directory that `dtr-scale train` wrote, or --tracking-uri"
+        )
+    from dtr_scale.tracking.history import History  # MLflow takes seconds to import
+
+    history = History(uri, _BESIDE_THE_RUNS)
+    found = history.find(place)
+    if not found:
+        raise ConfigError(
+            f"{place!r} is no run directory, and neither a run nor an experiment of MLflow at "
+            f"{shown_uri(uri)}; give a directory that `dtr-scale train` wrote"
+        )
+    runs = []
+    for run_id in found:
+        try:
+            runs.append(_read_tracked(history, run_id))
+        except ConfigError as error:
+            if len(found) == 1:
+                raise
+            log.warning("run %s of %r is left out: %s", run_id, place, error)
+    return runs
+
+
+def _read_tracked(history: "History", run_id: str) -> RunRecord:
+    if here := history.directory(run_id):
+        return read_run_dir(here)
+    with tempfile.TemporaryDirectory(prefix="dtr_scale-") as folder:
+        history.fetch(run_id, Path(folder))
+        try:
+            run = read_run_dir(Path(folder))
+        except ConfigError as error:  # of a run that the user knows by its id
+            raise ConfigError(str(error).replace(folder, run_id)) from None
+        # The folder is gone when they are looked at.
+        pictures = {step: read() for step, read in run.grids.items()}
+    grids = {step: partial(bytes, picture) for step, picture in pictures.items()}
+    return replace(run, place=run_id, grids=grids)
 
 
 def read_run_dir(path: Path) -> RunRecord:

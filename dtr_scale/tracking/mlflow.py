@@ -20,6 +20,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -131,6 +132,22 @@ class Server:
             if not (token := page.token):
                 return runs
 
+    def find_experiment(self, name: str) -> str | None:
+        """Return the id of an experiment, None if there is none of the name."""
+        found = self._client.get_experiment_by_name(name)
+        return found.experiment_id if found and found.lifecycle_stage == "active" else None
+
+    def all_runs(self, experiment_id: str) -> list[Run]:
+        """Return the runs of an experiment, oldest first."""
+        runs, token = [], None
+        while True:
+            page = self._client.search_runs(
+                [experiment_id], order_by=["attributes.start_time ASC"], page_token=token
+            )
+            runs += page
+            if not (token := page.token):
+                return runs
+
     def create_run(
         self,
         experiment_id: str,
@@ -220,6 +237,25 @@ class Server:
         found = filter(None, map(_IMAGE.fullmatch, names))
         return {(m[1].replace("~", "/"), int(m[2]), int(m[3])) for m in found}
 
+    def image_files(self, run_id: str, key: str) -> dict[int, str]:
+        """Return the newest picture of each step of the chart `key`, as an artifact's path."""
+        newest: dict[int, tuple[int, str]] = {}
+        for file in self._client.list_artifacts(run_id, "images"):
+            match = _IMAGE.fullmatch(posixpath.basename(file.path))
+            if match and match[1] == key:
+                found = (int(match[3]), file.path)
+                newest[int(match[2])] = max(newest.get(int(match[2]), found), found)
+        return {step: path for step, (_, path) in newest.items()}
+
+    def files(self, run_id: str) -> list[str]:
+        """Return the names of a run's artifacts, folders left out."""
+        return [f.path for f in self._client.list_artifacts(run_id) if not f.is_dir]
+
+    def read_file(self, run_id: str, path: str) -> bytes:
+        """Return an artifact's content."""
+        with tempfile.TemporaryDirectory() as folder:
+            return Path(self._client.download_artifacts(run_id, path, folder)).read_bytes()
+
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Send a file; one of its name is replaced."""
         self._client.log_artifact(run_id, str(path), folder)
@@ -305,6 +341,11 @@ class _Client(MlflowClient):
         if folder := self._folder(run_id):
             return LocalArtifactRepository(str(folder)).list_artifacts(path)
         return super().list_artifacts(run_id, path)
+
+    def download_artifacts(self, run_id: str, path: str, dst_path: str | None = None) -> str:
+        if folder := self._folder(run_id):
+            return LocalArtifactRepository(str(folder)).download_artifacts(path, dst_path)
+        return super().download_artifacts(run_id, path, dst_path)
 
     def _folder(self, run_id: str) -> Path | None:
         if self._home is None:

@@ -44,6 +44,21 @@ def metric_name(key: str) -> str:
     return _METRICS.get(key, f"train/{key}")
 
 
+def journal_key(name: str) -> str | None:
+    """Return which key of the journal stands at a metric's name; None for one of something else.
+
+    >>> journal_key("train/loss"), journal_key("uw/log_var_3"), journal_key("eval/fid_10k")
+    ('loss', 'uw_log_var_3', None)
+    """
+    for key, known in _METRICS.items():
+        if name == known:
+            return key
+    for start, known in _NUMBERED_METRICS.items():
+        if name.startswith(known):
+            return start + name.removeprefix(known)
+    return name.removeprefix("train/") if name.startswith("train/") else None
+
+
 def evaluation_name(key: str, num_samples: int | None) -> str:
     """Return where a number of an evaluation stands in MLflow, with the samples it was made of.
 

@@ -5,10 +5,13 @@ import os
 import re
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dtr_scale.cli.main import main
+from dtr_scale.evaluation.comparison.results import result_blocks
+from dtr_scale.jobs.recorded import read_runs
 from tests.support.runs import tiny
 
 FEW = (
@@ -67,8 +70,14 @@ def copied(runs, tmp_path):
 def refused(capsys, *arguments):
     capsys.readouterr()
     assert main(["compare", *map(str, arguments)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     return line
+
+
+def assert_same_journals(run, original):
+    assert run.journal.keys() == original.journal.keys()
+    for key, column in original.journal.items():
+        assert np.array_equal(run.journal[key], column, equal_nan=True), key
 
 
 def test_the_terminal_shows_results_losses_and_settings(runs, capsys):
@@ -140,7 +149,8 @@ def test_what_cannot_be_compared_is_refused(copied, tmp_path, capsys):
     assert "is one run; give another one" in refused(capsys, dtr)
     assert "are the same run; give it once" in refused(capsys, dtr, copied / "." / "dtr")
     assert "it has no config.json" in refused(capsys, dtr, tmp_path)
-    assert "'nothing' is no run directory" in refused(capsys, dtr, "nothing")
+    line = refused(capsys, dtr, "nothing", "--tracking-uri", f"sqlite:///{tmp_path}/none.db")
+    assert "'nothing' is no run directory, and there is no MLflow database" in line
     file = tmp_path / "file"
     file.write_text("")
     assert f"--out={file} is not accepted" in refused(capsys, dtr, plain, "--out", file)
@@ -148,6 +158,55 @@ def test_what_cannot_be_compared_is_refused(copied, tmp_path, capsys):
     assert "has a line that is not JSON" in refused(capsys, dtr, plain)
     os.truncate(plain / "journal.jsonl", 0)
     assert "has no step in journal.jsonl yet" in refused(capsys, dtr, plain)
+
+
+@pytest.mark.slow
+# mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
+def test_runs_are_read_back_from_mlflow(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracked = (
+        *FEW,
+        "--tracking.type=mlflow",
+        "--tracking.experiment=both",
+        f"--tracking.uri={uri}",
+    )
+    for name in ("a", "b"):
+        assert tiny(digits, tmp_path / name, f"--name={name}", "--train.lr=1e-3", *tracked) == 0
+        # The end of a run waits 10 s, in which a busy machine may not have sent everything.
+        assert main(["tracking", "sync", str(tmp_path / name)]) == 0
+    here = read_runs([str(tmp_path / name) for name in "ab"])
+    # The directories are found by their runs, and read.
+    assert [run.place for run in read_runs(["both"], uri)] == [run.place for run in here]
+    # Elsewhere there is the server alone.
+    for name in "ab":
+        (tmp_path / name).rename(tmp_path / f"moved_{name}")
+    there = read_runs(["both"], uri)
+    for run, original in zip(there, here, strict=True):
+        assert (run.outcome, run.settings) == ("finished", original.settings)
+        assert_same_journals(run, original)
+        assert run.evaluations == original.evaluations
+        assert run.grids.keys() == {2, 4}
+    # In the middle of a first attempt there are metrics and params alone.
+    for name in ("config.json", "journal.jsonl", "evaluations.jsonl"):
+        for path in (tmp_path / "mlartifacts").rglob(name):
+            path.unlink()
+    for run, original in zip(read_runs(["both"], uri), here, strict=True):
+        assert run.settings.items() >= {("train.lr", 1e-3), ("model.routing.type", "dtr")}
+        assert_same_journals(run, original)
+        assert [each.step for each in run.evaluations] == [2, 4]
+        assert (
+            run.evaluations[0].metrics["eval_loss"] == original.evaluations[0].metrics["eval_loss"]
+        )
+    assert result_blocks(read_runs(["both"], uri))[0].differences == {"manifest": ["unknown"] * 2}
+    one = there[0].place
+    assert main(["compare", one, str(tmp_path / "moved_b"), "--tracking-uri", uri]) == 0
+    assert re.search(rf"^A  a +finished .* {one}$", capsys.readouterr().out, flags=re.M)
+    assert "nor an experiment of MLflow" in refused(capsys, one, "none", "--tracking-uri", uri)
+    nowhere = "http://127.0.0.1:9"
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert f"MLflow at {nowhere}: " in refused(capsys, one, "both", "--tracking-uri", nowhere)
 
 
 def test_plots_draws_one_run_and_its_masks(copied, capsys):

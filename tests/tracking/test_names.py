@@ -4,7 +4,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mlflow.utils.validation import _validate_param_name
 
-from dtr_scale.tracking.names import evaluation_name, metric_name, valid_names
+from dtr_scale.tracking.names import evaluation_name, journal_key, metric_name, valid_names
 
 
 def test_a_name_keeps_what_mlflow_takes():
@@ -31,6 +31,8 @@ def test_metrics_stand_in_sections():
         "train/loss", "clusters/loss_7", "uw/log_var_3", "perf/mfu", "gpu_hours",
         "train/something_new",
     ]  # fmt: skip
+    assert [journal_key(metric_name(key)) for key in keys] == list(keys)
+    assert [journal_key(name) for name in ("eval/fid_10k", "system/host/cpu")] == [None, None]
     told = [("fid", 10_000), ("inception_score", 50_000), ("fd_dinov2", 500), ("fid_30k", 10_000)]
     assert [evaluation_name(*each) for each in told] == [
         "eval/fid_10k", "eval/is_50k", "eval/fd_dinov2_500", "eval/fid_30k"

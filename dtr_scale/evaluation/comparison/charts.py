@@ -40,6 +40,11 @@ class Panels(NamedTuple):
     sets: Sequence[ChartSet]
     note: str
 
+    @property
+    def caution(self) -> str:
+        """The caution of all charts: they are of the same evaluations."""
+        return self.sets[0].caution
+
 
 _LOSSES = {"loss": Chart("Training loss", [], unit="mse + vb", late=True, spread=True)}
 _HELD_OUT = Chart("Held-out loss", [], unit="mse + vb", late=True, points=True)

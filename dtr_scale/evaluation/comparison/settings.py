@@ -1,7 +1,7 @@
 """Tell in which settings several runs differ."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dtr_scale.evaluation.comparison.record import RunRecord
@@ -43,7 +43,12 @@ class Difference(NamedTuple):
 
 def setting_differences(runs: Sequence[RunRecord]) -> list[Difference]:
     """Return the settings that differ, those that decide what is trained first."""
-    settings = [_with_data(run) for run in runs]
+    hashes = [run.facts.get("manifest_hash") for run in runs]
+    settings = [
+        # The same data may lie in two places, and two data sets in turn at the same place.
+        {**run.settings, "data.manifest_hash": data} if all(hashes) else run.settings
+        for run, data in zip(runs, hashes, strict=True)
+    ]
     found = []
     for key in dict.fromkeys(key for each in settings for key in each):
         values = [_text(each[key]) if key in each else "" for each in settings]
@@ -55,12 +60,6 @@ def setting_differences(runs: Sequence[RunRecord]) -> list[Difference]:
 def loss_cautions(differences: Sequence[Difference]) -> list[str]:
     """Return the keys for which losses of the runs are different numbers."""
     return [d.key for d in differences if d.key.startswith(_OF_THE_LOSS)]
-
-
-def _with_data(run: RunRecord) -> Mapping[str, Any]:
-    # The same data may lie in two places, and two data sets in turn at the same place.
-    data_hash = run.facts.get("manifest_hash")
-    return {**run.settings, "data.manifest_hash": data_hash} if data_hash else run.settings
 
 
 def _matters(key: str) -> bool:
