@@ -43,6 +43,7 @@ def add_prepare(commands: Commands) -> None:
     _add_ffhq(sources)
     _add_webdataset(sources)
     _add_digits(sources)
+    _add_idx(sources)
 
 
 def add_data(commands: Commands) -> None:
@@ -125,6 +126,18 @@ def _add_digits(sources: _Sources) -> None:
     parser = _source(sources, "digits", summary, "--out data/digits")
     parser.add_argument("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
     parser.set_defaults(run=_digits)
+
+
+def _add_idx(sources: _Sources) -> None:
+    summary = "grey pictures of IDX files: MNIST, Fashion-MNIST and the like"
+    example = "/usr/share/datasets/fashion-mnist --size 32 --out data/fashion32"
+    parser = _source(sources, "idx", summary, example)
+    parser.add_argument("path", type=Path, metavar="SRC", help="folder of train-* and t10k-* files")
+    parser.add_argument("--out", required=True, metavar="DIR_OR_S3", help="folder or s3:// prefix")
+    parser.add_argument(
+        "--size", type=positive_integer, help="pad with black to this (default: as they are)"
+    )
+    parser.set_defaults(run=_idx)
 
 
 def _add_verify(parts: _Sources) -> None:
@@ -232,6 +245,15 @@ def _digits(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.prepare import prepare_digits
 
     if (manifest := prepare_digits(arguments.out)) is not None:
+        _tell_manifest(arguments.out, manifest)
+    return 0
+
+
+def _idx(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.prepare import prepare_idx
+
+    manifest = prepare_idx(arguments.path, arguments.size, arguments.out)
+    if manifest is not None:
         _tell_manifest(arguments.out, manifest)
     return 0
 

@@ -14,7 +14,7 @@ from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.evaluation.sampling import grid_columns, save_grid
 from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
-from dtr_scale.prepare import digits, listing
+from dtr_scale.prepare import digits, idx, listing
 from dtr_scale.prepare.encode import (
     PictureEncoder,
     PixelEncoder,
@@ -26,6 +26,8 @@ from dtr_scale.prepare.inspection import describe, draw_samples, verify
 from dtr_scale.prepare.preparation import Preparation
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.storage.folder import open_folder
+
+_IDX_SHARD_BYTES = 8 * 2**20  # a window of shards is mixed, and some fifteen make 60,000 pictures
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,17 @@ def prepare_digits(out: str) -> Manifest | None:
         return None
     with _writing_errors(out):
         return digits.prepare_digits(open_folder(out))
+
+
+def prepare_idx(path: Path, size: int | None, out: str) -> Manifest | None:
+    """Write the grey pictures of IDX files; None on ranks above 0, which have nothing to do."""
+    if launched_rank() > 0:
+        return None
+    with _writing_errors(out):
+        pictures = idx.idx_folder(path, size)
+        encoder = PixelEncoder(idx.picture_size(pictures), channels=1)
+        folder = open_folder(out)
+        return Preparation(pictures, folder, encoder, shard_bytes=_IDX_SHARD_BYTES).run().manifest
 
 
 def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> Prepared:

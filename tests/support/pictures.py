@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import struct
 import tarfile
 import unicodedata
 from collections.abc import Mapping
@@ -78,6 +79,26 @@ def fashion_folders(root: Path, count: int) -> Path:
         folder = root / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i]).save(folder / f"{i:05d}.png")
+    return root
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """Return an array of bytes as an IDX file."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def idx_files(root: Path, *, num_train: int, num_val: int) -> Path:
+    """Write scikit-learn's digits, 8x8, as MNIST's four files."""
+    from sklearn.datasets import load_digits
+
+    images, labels = map(np.asarray, load_digits(return_X_y=True))
+    pixels = (images.reshape(-1, 8, 8) * 15).astype(np.uint8)
+    root.mkdir(parents=True)
+    stop = num_train + num_val
+    for prefix, part in (("train", slice(num_train)), ("t10k", slice(num_train, stop))):
+        (root / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(pixels[part]))
+        of_part = labels[part].astype(np.uint8)
+        (root / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(of_part))
     return root
 
 
