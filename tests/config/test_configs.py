@@ -33,7 +33,7 @@ DIFFERENCES = {
         "expected": {}, "expected.fid_50k": None, "expected.a100_hours": None,
     },
 }  # fmt: skip
-OTHERS = {FLAGSHIP.stem, "demo_digits", *DIFFERENCES}
+OTHERS = {FLAGSHIP.stem, "demo_digits", "micro_fashion", *DIFFERENCES}
 PAPER = [path for path in EXPERIMENTS if path.stem not in OTHERS]
 
 NAME = re.compile(
