@@ -11,6 +11,7 @@ from dtr_scale.cli.arguments import Commands, Parser, unknown_argument
 from dtr_scale.cli.checkpoints import add_checkpoints
 from dtr_scale.cli.experiments import add_experiments
 from dtr_scale.cli.prepare import add_data, add_prepare
+from dtr_scale.cli.reproduce import add_reproduce
 from dtr_scale.cli.runs import add_runs
 from dtr_scale.errors import DtrScaleError
 from dtr_scale.launchers import launched_rank, srun_variables
@@ -57,6 +58,7 @@ def _parser() -> Parser:
     add_data(commands)
     add_experiments(commands)
     add_runs(commands)
+    add_reproduce(commands)
     add_checkpoints(commands)
     parser.epilog = (
         f"{commands.listing()}\n\n"

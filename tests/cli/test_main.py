@@ -21,6 +21,7 @@ COMMANDS = [
     "compare",
     "plots",
     "evaluate",
+    "reproduce",
     "cka",
     "affinity",
     "prepare",
@@ -63,7 +64,9 @@ def test_help_shows_an_example(command, capsys):
 
 
 # These need no file and would run.
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("bench", "health")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c not in ("bench", "health", "reproduce")]
+)
 def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkeypatch):
     """Every example parses: what it is refused for is that there is no such file or run."""
     monkeypatch.chdir(tmp_path)

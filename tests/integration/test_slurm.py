@@ -1,9 +1,14 @@
 """Ranks that a real SLURM starts: the steps of `srun`, and jobs that come back."""
 
+import json
 import re
+import shlex
 
 import pytest
 
+from dtr_scale.jobs.collect import trainings_of
+from dtr_scale.jobs.launches import Places, array_command
+from dtr_scale.jobs.paper import Row
 from dtr_scale.launchers import first_host
 from tests.support.processes import wait_for
 from tests.support.runs import DEMO, SMALL, journal, status, steps_in, train
@@ -123,6 +128,25 @@ def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, undisturbed, 
     for ours, theirs in zip(found, undisturbed, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_a_job_array_trains_a_line_each(slurm, digits, tmp_path):
+    """As `dtr-scale reproduce --slurm` submits it; a name with a blank survives."""
+    trainings = [
+        trainings_of(Row("", ("demo_digits",)), DEMO.parent, [*FP32, "--engine.type=fsdp2",
+                     f"--data.shards={digits}", f"--train.max_steps={steps}",
+                     f"--name=steps{steps}", f"--description=of {steps} steps"])[0]
+        for steps in (2, 3)
+    ]  # fmt: skip
+    places = Places(DEMO.parent, tmp_path / "all runs", None)
+    options = shlex.join(["--parsable", f"--output={tmp_path}/output-%a", *SMALL_JOB])
+    job = slurm.run(*array_command(trainings, places, options, "demo")).strip()
+    wait_for(lambda: not slurm.run("squeue", "--noheader", f"--jobs={job}"))
+    for steps in (2, 3):
+        run_dir = tmp_path / "all runs" / f"steps{steps}"
+        assert (status(run_dir)["outcome"], status(run_dir)["step"]) == ("finished", steps)
+        config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+        assert config["description"] == f"of {steps} steps"
 
 
 @pytest.mark.parametrize("how", [(), ("--batch", "--signal=TERM")], ids=["all", "script"])
