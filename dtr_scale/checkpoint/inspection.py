@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
+from dtr_scale.checkpoint.best import BestTag
 from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.layout import COMPLETE, INDEX, ITEM_BYTES
 from dtr_scale.checkpoint.reader import CheckpointReader
@@ -111,11 +112,40 @@ def _checkpoints_of(place: Folder, storage_options: Mapping[str, Any] | None) ->
     return inside if inside.names() else place
 
 
+def listing(place: str) -> Iterator[str]:
+    """Yield a line for each checkpoint of a place, newest first: step, size, and what it is."""
+    found = find_checkpoints(place)
+    yield f"{'step':>10} {'size':>12}  what it is"
+    for checkpoint in found:
+        try:
+            reader = checkpoint.open()
+            reader.check_sizes()
+        except DamagedCheckpointError as error:
+            yield f"{checkpoint.step or '?':>10} {'':>12}  damaged: {error}"
+            continue
+        size = _size(sum(reader.file_sizes.values()))
+        tag = _tag(reader)
+        yield f"{reader.meta['step']:>10} {size:>12}  {tag or 'complete'}"
+
+
+def _tag(reader: CheckpointReader) -> str | None:
+    """Return in words that a checkpoint is the best of its run, None if it is not."""
+    try:
+        best = BestTag(open_folder(reader.url.rstrip("/").rpartition("/")[0])).best()
+    except OSError:  # the checkpoint itself could be read, and is what was asked for
+        return None
+    if best is None or best.step != reader.meta["step"]:
+        return None
+    return f"best, {best.metric} {best.value:.6g}"
+
+
 def describe(reader: CheckpointReader) -> str:
     """Return where a checkpoint stands, what kinds of tensors it holds and its tree, as text."""
     lines = [reader.url, *(f"{key:<15} {reader.meta.get(key)}" for key in _POSITION)]
     if probe := reader.meta.get("probe"):
         lines.append(f"{'probe loss':<15} {probe['loss']:.8g}")
+    if tag := _tag(reader):
+        lines.append(f"{'tag':<15} {tag}")
     kinds: dict[str, list[int]] = {}
     for key, shape in reader.shapes.items():
         count = kinds.setdefault(key.partition("/")[0], [0, 0])

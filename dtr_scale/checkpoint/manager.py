@@ -160,6 +160,10 @@ class CheckpointManager:
         """Remember what the checkpoint of `step` was measured at; for rank 0."""
         self._retention.note(step, figures)
 
+    def rank(self, step: int, value: float, metric: str, settings: str) -> None:
+        """Tag the best checkpoint by what its evaluation has found, for rank 0: see `Retention`."""
+        self._retention.rank(step, value, metric, settings)
+
     def load_newest(
         self,
         state: Mapping[str, Piece],

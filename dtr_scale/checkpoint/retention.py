@@ -1,4 +1,4 @@
-"""Keep a run's newest checkpoints, every n-th and the best by a metric; remove the others."""
+"""Keep a run's newest checkpoints, every n-th and the best; remove the others."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from dtr_scale.checkpoint.best import BestTag
 from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.errors import CheckpointError
 from dtr_scale.storage.folder import Folder
@@ -21,7 +22,7 @@ METRICS = "metrics.json"
 class Keep:
     """Keep the `last` checkpoints, those of `every` n-th step, and the `best` by `metric`.
 
-    A lower metric is better; 0 means none.
+    A lower metric is better; 0 means none. The one that is tagged as the best stays besides.
     """
 
     last: int = 3
@@ -40,6 +41,17 @@ class Retention:
         self._catalog = catalog
         self._keep = keep
         self._metrics = Metrics(catalog.folder)
+        self._tag = BestTag(catalog.folder)
+
+    def rank(self, step: int, value: float, metric: str, settings: str) -> None:
+        """Tag the checkpoint of `step` if its evaluation's number is the lowest so far.
+
+        It counts among numbers of one `metric` and the same `settings`.
+        """
+        try:
+            self._tag.rank(step, value, metric, settings)
+        except OSError as error:
+            log.warning("step %d is not ranked by %s: %s", step, metric, error)
 
     def note(self, step: int, figures: Mapping[str, float]) -> None:
         """Store the figures of the checkpoint of `step`, to find the best by."""
@@ -56,8 +68,14 @@ class Retention:
             # A newer one was passed over as damaged when the run went on from an older one.
             steps = [old for old in self._catalog.steps() if old <= step]
             best_first = self._metrics.best_first(keep.metric) if keep.best else []
+            is_complete = self._catalog.is_complete
+            tagged = self._tag.best(lambda old: old in steps and is_complete(old))
             gone = superfluous(
-                steps, keep, best_first=best_first, is_complete=self._catalog.is_complete
+                steps,
+                keep,
+                best_first=best_first,
+                tagged=tagged.step if tagged else None,
+                is_complete=is_complete,
             )
             if gone and keep.best and not best_first:
                 log.warning(
@@ -68,8 +86,10 @@ class Retention:
                 )
             for old in gone:
                 self._catalog.discard(old)
+            left = self._catalog.steps()
+            self._tag.keep(left)
             if keep.best:
-                self._metrics.keep(self._catalog.steps())
+                self._metrics.keep(left)
         except (OSError, CheckpointError) as error:
             log.warning("old checkpoints stay in %s: %s", self._catalog.folder.url, error)
 
@@ -144,6 +164,7 @@ def superfluous(
     *,
     best_first: Sequence[int],
     is_complete: Callable[[int], bool],
+    tagged: int | None = None,
 ) -> list[int]:
     """Return which of `steps` (newest first) may go.
 
@@ -156,7 +177,7 @@ def superfluous(
     if len(last) < keep.last:
         return []
     measured = (step for step in best_first if step in steps and is_complete(step))
-    best = set(islice(measured, keep.best))
+    best = {*islice(measured, keep.best), tagged}
     return [
         step
         for step in steps

@@ -19,9 +19,13 @@ def _add_checkpoint(commands: Commands) -> None:
         "look at a run",
         "look into checkpoints: a step_* folder, a run directory (its newest) or s3://",
         "dtr-scale checkpoint verify runs/demo_digits\n"
+        "  dtr-scale checkpoint list runs/demo_digits\n"
         "  dtr-scale checkpoint inspect runs/demo_digits",
     )
     parts = actions(parser)
+    listed = parts.add_parser("list", help="steps and sizes, and which is the best")
+    listed.add_argument("place", metavar="PATH", help="a run, or a checkpoint.dir")
+    runs(listed, _list)
     inspect = parts.add_parser("inspect", help="position, sizes, tree")
     inspect.add_argument("place", metavar="PATH", help="a checkpoint, or a run: its newest")
     inspect.add_argument("--config", metavar="FILE", help="also tell what differs from this file")
@@ -89,6 +93,14 @@ def _add_convert(commands: Commands) -> None:
         "--num-heads", type=positive_integer, help="needed for a file of no DiT-S, B, L or XL"
     )
     runs(parser, _convert)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.checkpoints import list_checkpoints
+
+    for line in list_checkpoints(arguments.place):
+        print(line)
+    return 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from dtr_scale.checkpoint.inspection import (
     differences,
     find_checkpoint,
     find_checkpoints,
+    listing,
     verify,
 )
 from dtr_scale.config.changes import changes
@@ -24,6 +25,11 @@ def inspect_checkpoint(place: str, config: str | None = None) -> str:
         if not found:
             lines.append("no difference")
     return "\n".join(lines)
+
+
+def list_checkpoints(place: str) -> Iterator[str]:
+    """Yield a line for each checkpoint of a run, newest first."""
+    yield from listing(place)
 
 
 def verify_checkpoints(place: str) -> Iterator[tuple[str, bool]]:

@@ -140,7 +140,11 @@ class _MainRecords(_Records):
         self._progress.show(record)
 
     def write_evaluation(self, result: Result) -> None:
-        self._trainer.checkpoints.note(result.step, result.figures)  # for checkpoint.keep_best
+        checkpoints = self._trainer.checkpoints
+        checkpoints.note(result.step, result.figures)  # for checkpoint.keep_best
+        if result.metric in result.figures:
+            value = result.figures[result.metric]
+            checkpoints.rank(result.step, value, result.metric, result.settings)
         self._tracker.look()
 
     def end(self, outcome: str, reason: str) -> None:

@@ -1,5 +1,7 @@
 """Sample and measure in the middle of training, with the averaged weights, on all ranks."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,13 @@ class Result(NamedTuple):
     """Which of the figures checkpoints are compared by; less is better."""
     manifest: dict[str, Any]
     picture: Path | None
+
+    @property
+    def settings(self) -> str:
+        """Name all that the figures depend on but the checkpoint, as a hash."""
+        of_checkpoint = ("step", "checkpoints", "ema")
+        told = {key: value for key, value in self.manifest.items() if key not in of_checkpoint}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 class _Outcome(NamedTuple):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dtr_scale.checkpoint.best import BEST
 from dtr_scale.checkpoint.catalog import Catalog
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.retention import METRICS, Keep, Retention
@@ -85,3 +86,52 @@ def test_a_metrics_file_that_cannot_be_read_is_told(tmp_path, warnings_of):
     retention.retire(10)
     assert len(warnings_of(NAME)) == 2
     assert steps_in(folder) == [10]
+
+
+def last_one(folder):
+    """Return the manager of a new job that keeps the newest checkpoint alone."""
+    return CheckpointManager(folder, world=World(0, 0, 1, torch.device("cpu")), keep=Keep(last=1))
+
+
+def test_the_tagged_checkpoint_stays_until_another_is_better(tmp_path):
+    folder = open_folder(tmp_path)
+    for step, value in ((10, 5.0), (20, 3.0), (30, 4.0), (40, math.nan)):
+        manager = save(folder, step, {"loss": 1.0}, last_one(folder))
+        manager.rank(step, value, "fid", "settings")
+    assert steps_in(folder) == [20, 40]
+    assert json.loads((tmp_path / BEST).read_text()) == {
+        "step": 20, "metric": "fid", "settings": "settings", "values": {"20": 3.0}
+    }  # fmt: skip
+
+    manager = last_one(folder)
+    manager.rank(50, 2.0, "fid", "settings")  # while its save is still under way
+    save(folder, 50, {}, manager)
+    assert steps_in(folder) == [50]
+
+
+def test_a_tag_goes_to_a_checkpoint_that_is_there(tmp_path):
+    """The save of the better one failed after it had been evaluated."""
+    folder = open_folder(tmp_path)
+    save(folder, 10, {}, last_one(folder)).rank(10, 5.0, "fid", "")
+    last_one(folder).rank(20, 1.0, "fid", "")
+    save(folder, 30, {}, last_one(folder))
+    assert steps_in(folder) == [10, 30]
+    assert json.loads((tmp_path / BEST).read_text())["step"] == 10
+
+
+def test_numbers_of_other_settings_do_not_count(tmp_path):
+    folder = open_folder(tmp_path)
+    save(folder, 10, {}, last_one(folder)).rank(10, 5.0, "fid", "10,000 samples")
+    save(folder, 20, {}, last_one(folder)).rank(20, 9.0, "fid", "5,000 samples")
+    save(folder, 30, {}, last_one(folder))
+    assert steps_in(folder) == [20, 30]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"values": {"x": 1}}', '{"values": 3}'])
+def test_a_damaged_tag_is_made_anew(tmp_path, content):
+    folder = open_folder(tmp_path)
+    save(folder, 10, {}, last_one(folder))
+    (tmp_path / BEST).write_text(content)
+    save(folder, 20, {}, last_one(folder)).rank(20, 5.0, "fid", "")
+    assert json.loads((tmp_path / BEST).read_text())["step"] == 20
+    assert steps_in(folder) == [20]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dtr_scale.cli.main import main
 from dtr_scale.jobs.train import train_experiment
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.evaluate import PeriodicEvaluation
@@ -40,6 +41,22 @@ def test_the_best_by_a_figure_of_the_journal_and_of_the_evaluation_are_kept(digi
     distances = {int(step): figures["pixel_frechet_distance"] for step, figures in noted.items()}
     assert kept(tmp_path / "distance") == sorted(distances)
     assert 4 in distances and len(distances) <= 2
+
+
+def test_the_best_checkpoint_of_the_evaluations_is_tagged_and_kept(digits, tmp_path, capsys):
+    every = ("--checkpoint.every_steps=1", "--checkpoint.keep_last=1", "--train.lr=1e-2")
+    assert tiny(digits, tmp_path, *LONG, *every, "--evaluation.every_steps=1") == 0
+    distances = {m["step"]: found["pixel_frechet_distance"] for found, m in evaluations(tmp_path)}
+    best = min(distances, key=lambda step: distances[step])
+    assert {best, 4} <= set(kept(tmp_path)) and len(kept(tmp_path)) <= 2
+    capsys.readouterr()
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(kept(tmp_path))
+    tag = f"best, pixel_frechet_distance {distances[best]:.6g}"
+    assert [line.split()[0] for line in lines if line.endswith(tag)] == [str(best)]
+    assert main(["checkpoint", "inspect", f"{tmp_path}/checkpoints/step_{best:08d}"]) == 0
+    assert f"tag             {tag}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resumed_at", ["kill", "leave", "end"])
