@@ -57,7 +57,7 @@ class Drawing(NamedTuple):
             "labels": self.conditions.told,
             "batch_size": evaluation.batch_size,
             "compiled": self.is_compiled(device),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": device_name(device),
             "weights_sha256": weights_sha256(run.network.state_dict()),
             "decoder": record.sha256 if record else None,
             "decoder_precision": record.precision if record else None,
@@ -69,6 +69,11 @@ class Drawing(NamedTuple):
         """Tell whether the network's blocks are compiled: on a GPU, unless training did not."""
         # Not by how much there is to do: samples would depend on their number.
         return device.type == "cuda" and self.run.experiment.engine.compile
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def draw_stored(drawing: Drawing, stored: StoredBatches, ranks: Ranks) -> None:

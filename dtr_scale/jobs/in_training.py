@@ -13,6 +13,8 @@ from dtr_scale.errors import DtrScaleError
 from dtr_scale.evaluation.batchwise import BatchMeasure
 from dtr_scale.evaluation.features import Extractor
 from dtr_scale.jobs.build import build_diffusion, build_timesteps, open_samples
+from dtr_scale.jobs.conditions import conditions_of
+from dtr_scale.jobs.drawing import device_name
 from dtr_scale.jobs.measure import (
     HELD_OUT,
     build_extractors,
@@ -25,7 +27,7 @@ from dtr_scale.jobs.measure import (
     reference_split,
     samples_manifest,
 )
-from dtr_scale.jobs.sampling import sampling_conditions, sampling_settings
+from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.prepare.encode import PictureEncoder, decoder_of
 from dtr_scale.train.evaluate import PeriodicEvaluation
 from dtr_scale.train.held_out import STREAMS, FixedTimesteps, HeldOutLoss
@@ -58,7 +60,8 @@ def build_evaluation(
         # Storage can fail on one rank alone.
         measure, measured = _measure(experiment, decoder, extractors)
         held_out_loss = _held_out_loss(experiment, world)
-        conditions, null_condition = sampling_conditions(experiment)
+        conditions = conditions_of(experiment, None, world.device)
+        batch_size = min(evaluation.batch_size, evaluation.num_samples)
 
         def manifest(step: int) -> dict[str, Any]:
             return {
@@ -70,6 +73,10 @@ def build_evaluation(
                     checkpoints=[trainer.checkpoints.url(step)],
                     step=step,
                 ),
+                "labels": conditions.told,
+                "batch_size": batch_size,
+                "compiled": experiment.engine.compile,
+                "device": device_name(world.device),
                 **measured,
                 **({"held_out_loss": held_out_loss.manifest()} if held_out_loss else {}),
             }
@@ -80,9 +87,9 @@ def build_evaluation(
             ema=trainer.ema,
             settings=sampling_settings(experiment),
             num_samples=evaluation.num_samples,
-            batch_size=evaluation.batch_size,
-            conditions=conditions,
-            null_condition=null_condition,
+            batch_size=batch_size,
+            conditions=conditions.of_samples,
+            null_condition=conditions.null,
             measure=measure,
             held_out_loss=held_out_loss,
             manifest=manifest,

@@ -109,7 +109,12 @@ def features_manifest(
     decoder: PictureEncoder, reference: Reference, extractors: Sequence[Extractor]
 ) -> dict[str, Any]:
     """Return what a manifest tells of samples that are decoded and compared by features."""
-    told = {"decoder": decoder_sha256(decoder), "rounding": ROUNDING}
+    record = decoder.record
+    told = {
+        "decoder": decoder_sha256(decoder),
+        "decoder_precision": record.precision if record else None,
+        "rounding": ROUNDING,
+    }
     return {**told, **_compared(reference, extractors)}
 
 

@@ -12,6 +12,7 @@ import torch
 from dtr_scale.engines.base import Engine
 from dtr_scale.evaluation.batchwise import BatchMeasure
 from dtr_scale.evaluation.features import Extractor
+from dtr_scale.evaluation.precision import one_thread, products_in
 from dtr_scale.evaluation.reference import FeatureSums, Reference
 from dtr_scale.evaluation.report import is_newest_report, write_report
 from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples
@@ -24,6 +25,9 @@ from dtr_scale.train.kept_batches import KeptBatches, remove_others
 from dtr_scale.train.rounds import CutOffError, FailedError, Rounds, message
 
 log = logging.getLogger(__name__)
+
+# Of the checkpoint, or of the machine, which moves last digits: a run may go on on another one.
+_NO_SETTINGS = {"step", "checkpoints", "ema", "batch_size", "compiled", "device", "dtr_scale"}
 
 
 class Result(NamedTuple):
@@ -39,8 +43,7 @@ class Result(NamedTuple):
     @property
     def settings(self) -> str:
         """Name all that the figures depend on but the checkpoint, as a hash."""
-        of_checkpoint = ("step", "checkpoints", "ema")
-        told = {key: value for key, value in self.manifest.items() if key not in of_checkpoint}
+        told = {key: value for key, value in self.manifest.items() if key not in _NO_SETTINGS}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
@@ -86,7 +89,7 @@ class PeriodicEvaluation:
         self._ema = ema
         self._settings = settings
         self._num_samples = num_samples
-        self._batch_size = min(batch_size, num_samples)  # of which the last one is filled up
+        self._batch_size = batch_size
         self._conditions = conditions
         self._null_condition = null_condition
         self._measure = measure
@@ -141,8 +144,9 @@ class PeriodicEvaluation:
         kept = kept or KeptBatches(None, step, {})
         losses: dict[str, float] = {}
         try:
+            device = self._rounds.world.device
             # On every rank, in and out: bringing sharded weights up to date is a collective.
-            with self._ema.swapped_in():
+            with self._ema.swapped_in(), products_in("fp32", device), one_thread(device):
                 if self._held_out_loss:
                     masks = step - 1
                     losses = self._held_out_loss.measure(self._network, self._rounds, masks)

@@ -118,7 +118,10 @@ def test_latents_are_measured_in_training_as_by_evaluate(place, tmp_path, caplog
     distance = evaluated["metrics"]["fd_efficientnet"]
     assert last["metrics"]["fd_efficientnet"] == pytest.approx(distance, rel=1e-4)
     told = last["manifest"].pop("held_out_loss")
-    assert told["num_draws"] == 64 and evaluated["manifest"] == last["manifest"]
+    assert told["num_draws"] == 64
+    # Of the averaged weights, which no rank holds in one piece while it trains.
+    del evaluated["manifest"]["weights_sha256"]
+    assert evaluated["manifest"] == last["manifest"]
 
 
 def test_latents_that_nothing_decodes_are_kept_and_their_loss_is_measured(
