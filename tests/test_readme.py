@@ -30,7 +30,7 @@ def own_arguments(words):
     """Return what a command line gives to `dtr-scale`, or None if it starts something else."""
     if words[0] == "dtr-scale":
         return words[1:]
-    for script in ("train", "prepare"):
+    for script in ("train", "prepare", "sample", "evaluate"):
         if f"launch/{script}.py" in words:
             return [script, *words[words.index(f"launch/{script}.py") + 1 :]]
     return None

@@ -56,8 +56,17 @@ class Ranks:
 
         What follows is done by rank 0 alone, for which nobody waits.
         """
-        # Over gloo: ranks come here minutes apart, and NCCL would hold their GPUs busy.
-        reasons = self.world.in_background().all_gather_object(reason)
+        try:
+            # Over gloo: ranks come here minutes apart, and NCCL would hold their GPUs busy.
+            reasons = self.world.in_background().all_gather_object(reason)
+        except RuntimeError:
+            # The others find it out too, and one of them may have told already.
+            if failure := self._peers.failure():
+                raise _peer_error(failure) from None
+            raise PeerError(
+                "another rank is gone: it was killed, or its node is lost; give the same command, "
+                "which goes on with what is stored"
+            ) from None
         self._has_parted = True
         self._peers.close()
         self.world.leave()
