@@ -1,13 +1,16 @@
 """The report of an evaluation, and the manifest that it is published with."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import read_manifest
+from dtr_scale.evaluation.sampling import Sampler
 from dtr_scale.jobs.trained import load_run
 from dtr_scale.storage.folder import open_folder
 from tests.support.runs import damage, train
@@ -107,3 +110,25 @@ def test_a_run_is_measured_from_any_folder(digits, tmp_path, monkeypatch):
     assert train("digits", Path("run"), *SMALL, "--checkpoint.dir=stored") == 0
     monkeypatch.chdir("/")
     assert evaluated(tmp_path / "run")["step"] == 4
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_its_samples(run_dir, monkeypatch, capsys):
+    expected = evaluated(run_dir)
+    command = ["evaluate", str(run_dir), "--num-samples", "20", "--evaluation.batch_size=8"]
+    drawn, draw = [], Sampler.draw
+
+    def counted(self, indices, progress=None):
+        drawn.append(indices)
+        if len(drawn) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw(self, indices, progress)
+
+    monkeypatch.setattr(Sampler, "draw", counted)
+    assert main(command) == 75
+    assert "1 of 3 batches are stored in" in capsys.readouterr().err
+    assert main(command) == 0
+    assert drawn == [range(8), range(8, 16), range(8, 16), range(16, 24)]
+    assert not list((run_dir / "samples").glob("*.parts"))
+    manifest = json.loads((run_dir / "evaluation.json").read_text())["manifest"]
+    assert manifest == expected | {"batch_size": 8}
+    assert (manifest["precision"], manifest["labels"]) == ("fp32", "balanced")
