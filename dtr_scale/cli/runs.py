@@ -216,6 +216,7 @@ def _plots(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.plots import plot_run
 
     print(*plot_run(arguments.run_dir, out=arguments.out), sep="\n")
+    _tell_mlflow(arguments.run_dir)
     return 0
 
 

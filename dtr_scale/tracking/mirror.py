@@ -42,6 +42,7 @@ class MlflowTracker(Tracker):
         self._looked_at = 0.0
         # Two events: new work must not cut a pause short while the server is away, the end must.
         self._leaving = threading.Event()
+        self._given_up = False
         self._work = threading.Event()
         self._there_is_more = threading.Event()
         self.look()
@@ -66,6 +67,7 @@ class MlflowTracker(Tracker):
             log.info("%s: sending the rest", self._place)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
+            self._given_up = True  # or it would go on for as long as the process lives
             log.warning(
                 "%s has step %d of %d; %s has all, and the next start sends it, or: "
                 "dtr-scale tracking sync %s",
@@ -91,6 +93,8 @@ class MlflowTracker(Tracker):
                 self._send(run)
             except Exception as error:  # whatever a server or a database does, training goes on
                 run = None
+                if self._given_up:
+                    return
                 self._warn(error)
                 # Short pauses once the run is leaving: `finish` waits for 10 s.
                 if self._leaving.wait(pause):

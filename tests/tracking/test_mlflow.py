@@ -166,10 +166,11 @@ def points_of(run_dir, uri, key=LOSS):
     return [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, key)]
 
 
-def images_of(info):
+def images_of(info, uri=None):
     """Return (chart, step) of a run's pictures, as often as each is there."""
-    _, run = run_of(info.run_dir, info.uri)
-    images = mlflow.Server(info.uri, info.home).images(run.info.run_id)
+    uri = uri or info.uri
+    _, run = run_of(info.run_dir, uri)
+    images = mlflow.Server(uri, info.home).images(run.info.run_id)
     return sorted((key, step) for key, step, _ in images)
 
 
@@ -551,10 +552,10 @@ def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeyp
     assert run.info.status == "FINISHED"
     assert run.data.params == {"train.lr": "0.0001", "model.type": "dit"}
     assert run.data.tags["host"] == "here"
-    assert images_of(job.info) == [("samples", 30)]
+    assert images_of(job.info, server.uri) == [("samples", 30)]
     assert len(children_of(run_dir, server.uri)) == 1
     # Trackers of earlier tests may still ask servers that are gone.
-    assert sum(uri in line for line in warnings_of("dtr_scale.tracking.mirror")) >= 2
+    assert any(uri in line for line in warnings_of("dtr_scale.tracking.mirror"))
 
 
 @pytest.mark.slow

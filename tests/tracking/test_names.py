@@ -37,5 +37,5 @@ def test_metrics_stand_in_sections():
     assert [evaluation_name(*each) for each in told] == [
         "eval/fid_10k", "eval/is_50k", "eval/fd_dinov2_500", "eval/fid_30k"
     ]  # fmt: skip
-    assert evaluation_name("held_out_loss", 500) == "eval/held_out_loss"
+    assert evaluation_name("eval_loss", 500) == "eval/eval_loss"
     assert evaluation_name("fid", None) == "eval/fid"
