@@ -85,8 +85,11 @@ def _own_gpu(local_rank: int) -> torch.device:
 def _sign_of_a_gpu(environment: Mapping[str, str], devices: Path = Path("/dev")) -> str | None:
     """Return what says that this process was given a GPU, None if nothing does."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:  # what a scheduler or the user decided; empty hides all
-        return None if visible in _HIDDEN else f"CUDA_VISIBLE_DEVICES = {visible}"
+    if visible in _HIDDEN:  # what a scheduler or the user decided
+        return None
+    # DeepSpeed's launcher sets it for its ranks on machines without a GPU as well.
+    if visible is not None and "CROSS_SIZE" not in environment:
+        return f"CUDA_VISIBLE_DEVICES = {visible}"
     for name in ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"):
         if (value := environment.get(name, "")) not in ("", "0"):
             return f"{name} = {value}"

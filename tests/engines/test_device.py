@@ -68,6 +68,7 @@ def no_signs(monkeypatch):
         ({"CUDA_VISIBLE_DEVICES": "0,1"}, "CUDA_VISIBLE_DEVICES = 0,1"),
         ({"CUDA_VISIBLE_DEVICES": "", "SLURM_GPUS_ON_NODE": "8"}, None),
         ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0", "CROSS_SIZE": "1"}, None),  # deepspeed on a CPU
         ({"SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE = 8"),
         ({"SLURM_GPUS_ON_NODE": "0"}, None),
     ],
