@@ -63,6 +63,7 @@ def _add_tables(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="references by the data's name, such as imagenet-256.npz (default: held-out splits)",
     )
+    add("--tracking-uri", metavar="URI", help="collect the runs that this MLflow has, too")
     add("--data-root", metavar="DIR_OR_S3", help="prepared data (default: s3://dtr-latents/)")
 
 
@@ -93,29 +94,34 @@ def _table(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     from dtr_scale.jobs.configs import find_configs
     from dtr_scale.jobs.launches import Places, start
+    from dtr_scale.jobs.paper import TABLES as TABLES_OF
     from dtr_scale.jobs.reproduce import Reproduction
+    from dtr_scale.jobs.tracked import tracked_runs
 
-    places = Places(
-        configs=find_configs(arguments.configs),
-        runs=Path(arguments.runs),
-        references=arguments.references,
-        data_root=arguments.data_root,
-    )
-    reproduction = Reproduction(arguments.what, places, overrides)
-    if arguments.slurm is not None and (arguments.launch or arguments.dry_run):
-        command = reproduction.slurm_command(arguments.slurm)
-        print(shlex.join(command), flush=True)
-        return 0 if arguments.dry_run else start(command)
-    if arguments.dry_run:
-        for label, command in reproduction.commands():
-            print(f"{shlex.join(command)}  # {label}")
-        return 0
-    code = reproduction.run() if arguments.launch else 0
-    if arguments.json:
-        print(json.dumps(reproduction.as_json(), indent=2))
-    else:
-        print(reproduction.text())
-    return code
+    configs = find_configs(arguments.configs)
+    with tracked_runs(arguments.tracking_uri, TABLES_OF[arguments.what], configs) as tracked:
+        places = Places(
+            configs=configs,
+            runs=Path(arguments.runs),
+            references=arguments.references,
+            data_root=arguments.data_root,
+            tracked=tracked,
+        )
+        reproduction = Reproduction(arguments.what, places, overrides)
+        if arguments.slurm is not None and (arguments.launch or arguments.dry_run):
+            command = reproduction.slurm_command(arguments.slurm)
+            print(shlex.join(command), flush=True)
+            return 0 if arguments.dry_run else start(command)
+        if arguments.dry_run:
+            for label, command in reproduction.commands():
+                print(f"{shlex.join(command)}  # {label}")
+            return 0
+        code = reproduction.run() if arguments.launch else 0
+        if arguments.json:
+            print(json.dumps(reproduction.as_json(), indent=2))
+        else:
+            print(reproduction.text())
+        return code
 
 
 def _micro(arguments: argparse.Namespace, overrides: list[str]) -> int:

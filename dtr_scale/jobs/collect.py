@@ -106,13 +106,16 @@ def run_place(experiment: Experiment, runs: Path) -> Path:
     return runs / (path.parent.name if experiment.model.expert is not None else path.name)
 
 
-def find_runs(runs: Path) -> dict[str, list[Path]]:
-    """Return the run directories below a folder by the names of their experiments."""
+def find_runs(runs: Path, tracked: Sequence[Path] = ()) -> dict[str, list[Path]]:
+    """Return the run directories below a folder, and those of MLflow, by their experiments' names.
+
+    A run that is in both is the farther of the two, as any two of a name.
+    """
+    below = [p for pattern in ("", "*/", "*/*/") for p in sorted(runs.glob(pattern + CONFIG))]
     found: dict[str, list[Path]] = {}
-    for pattern in (CONFIG, f"*/{CONFIG}", f"*/*/{CONFIG}"):
-        for path in sorted(runs.glob(pattern)):
-            if name := _read_object(path).get("name"):
-                found.setdefault(name, []).append(path.parent)
+    for path in [*below, *(each / CONFIG for each in tracked)]:
+        if name := _read_object(path).get("name"):
+            found.setdefault(name, []).append(path.parent)
     return found
 
 
@@ -309,15 +312,19 @@ def _samples_per_second(run_dir: Path) -> float | None:
 
 def _step(run_dir: Path) -> int:
     step = _read_object(run_dir / STATUS).get("step")
-    if isinstance(step, int):
-        # status.json is written at checkpoints, the journal at every logged step.
-        return max([step, *(int(record["step"]) for record in _journal(run_dir)[-1:])])
-    return 0
+    # status.json is written at checkpoints, the journal at every logged step.
+    steps = [step] if isinstance(step, int) else [0]
+    return max([*steps, *(int(record["step"]) for record in _journal(run_dir)[-1:])])
 
 
 def _journal(run_dir: Path) -> list[Record]:
     path = run_dir / JOURNAL
     return list(read_journal(path)) if path.exists() else []
+
+
+def is_said_to_run(run_dir: Path) -> bool:
+    """Tell whether a run has not told its end; its job may be gone all the same."""
+    return _read_object(run_dir / STATUS).get("outcome") == "running"
 
 
 def _is_held(run_dir: Path) -> bool:

@@ -28,6 +28,8 @@ class Places(NamedTuple):
     """Files of `dtr-scale evaluate reference`, named as the data sets: imagenet-256.npz."""
     data_root: str | None = None
     """Where prepared data is, in place of the experiments' own."""
+    tracked: Sequence[Path] = ()
+    """Run directories that are not below `runs`, such as those that MLflow has told of."""
 
     @property
     def launch(self) -> Path:

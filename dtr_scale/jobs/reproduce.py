@@ -49,7 +49,7 @@ class Reproduction:
 
     def found(self) -> list[FoundPart]:
         """Return every row with how far it is."""
-        runs = find_runs(self._places.runs)
+        runs = find_runs(self._places.runs, self._places.tracked)
         return [
             FoundPart(part, [self._found(row, part.columns, runs) for row in part.rows])
             for part in self.table.parts

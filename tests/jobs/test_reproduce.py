@@ -2,6 +2,9 @@
 
 import json
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -211,3 +214,34 @@ def test_what_is_missing_is_trained_and_measured(digits, tmp_path, monkeypatch, 
     assert found.is_trained
     assert 0 < (found.cells[0].ours or 0) <= 1
     assert "demo_digits: finished, step 2 of 2" in reproduction.text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's
+def test_a_run_that_mlflow_alone_has_is_collected(digits, tmp_path, monkeypatch, capsys):
+    configs, uri = tmp_path / "configs", f"sqlite:///{tmp_path}/mlflow.db"
+    configs.mkdir()
+    known = json.loads(DEMO.read_text()) | {"expected": {"fid_50k": 2.0}}
+    (configs / "demo_digits.json").write_text(json.dumps(known))
+    (configs / "dit_l_dtr_antuw.json").write_text("{}")  # by which the folder is known
+    part = Part("digits", (Column("FID-50K", "fid_50k", "fid", 50_000),), (
+        Row("demo", ("demo_digits",), changes={"train.max_steps": 2}),
+    ))  # fmt: skip
+    monkeypatch.setitem(reproduce.TABLES, "table1", Table("Table", (part,)))
+    overrides = [*SMALL, *BATCH, *SINGLE, f"--data.shards={digits}", "--train.max_steps=2"]
+    overrides += ["--evaluation.every_steps=0", "--tracking.type=mlflow", f"--tracking.uri={uri}"]
+    place = tmp_path / "elsewhere" / "demo"
+    # In processes of their own, as MLflow's threads are; the second sends what the first had no
+    # time for.
+    for command in (
+        ["train", "--config", str(DEMO), f"--run_dir={place}", *overrides],
+        ["tracking", "sync", str(place)],
+    ):
+        subprocess.run([sys.executable, "-m", "dtr_scale", *command], check=True)
+    shutil.rmtree(place)
+    capsys.readouterr()
+    table = ["reproduce", "table1", f"--configs={configs}", f"--runs={tmp_path / 'none'}"]
+    assert main([*table, *overrides]) == 0
+    assert "demo_digits: not started" in capsys.readouterr().out
+    assert main([*table, f"--tracking-uri={uri}", *overrides]) == 0
+    assert "demo_digits: finished, step 2 of 2" in capsys.readouterr().out
