@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 
+_PREFIX = ".step_"  # hidden: whoever lists the grids sees none of it
 _PLAN = "plan.json"
 
 
@@ -87,9 +88,6 @@ class KeptBatches:
         self.batches.clear()
         if self._path is not None:
             shutil.rmtree(self._path, ignore_errors=True)
-
-
-_PREFIX = ".step_"
 
 
 def remove_others(folder: Path, step: int) -> None:
