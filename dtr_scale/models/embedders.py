@@ -14,13 +14,22 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+        self.proj = _PatchProjection(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A view of strides (L D, 1, L), as in the official DiT; the whole residual stream takes
-        # them over. Tokens with their channels side by side saved 6 to 8% of a DiT-S step on a
-        # CPU.
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x)
+
+
+class _PatchProjection(nn.Conv2d):
+    """The convolution of DiT's patches, with its parameters, as a matrix product over them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # A convolution returns the channels of a token L numbers apart, and the whole residual
+        # stream takes its strides over: each block then reads its tokens across memory.
+        p = self.kernel_size[0]
+        patches = input.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [N, C, H/p, p, W/p, p]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class TimestepEmbedder(nn.Module):

@@ -179,6 +179,16 @@ def test_in_bfloat16_the_weights_decide_and_tables_stay_whole():
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_each_block_reads_its_tokens_side_by_side():
+    """Strides of the first tokens go through the whole network, and cost a copy at each read."""
+    model, tokens = tiny_dit(), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, inputs: tokens.append(inputs[0]))
+    model(*tiny_batch())
+    assert len(tokens) == len(model.blocks)
+    assert all(each.is_contiguous() for each in tokens)
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_attention_is_computed_by_the_backend_that_is_set(text):
     model = tiny_dit(**(TEXT if text else {}))
