@@ -119,6 +119,8 @@ def _load(
     try:
         return load_run(run_dir, overrides, choice._replace(step=begun["step"]), world)
     except ConfigError as error:
+        if not str(error).startswith("--step="):  # what the user gave is wrong
+            raise
         raise ConfigError(
             f"{error}; {out} was begun with it: remove {out}.parts to draw with another"
         ) from None
