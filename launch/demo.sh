@@ -1,22 +1,34 @@
 #!/usr/bin/env bash
 # The main job on real pictures, in minutes on two CPU cores: prepare scikit-learn's handwritten
-# digits, train a small DTR-DiT on them with DeepSpeed, draw samples, measure them. Start it again
-# after a kill and it goes on from its newest checkpoint.
+# digits, train a small DiT on them with DeepSpeed, without DTR and with it, draw samples, measure
+# and compare them. Start it again after a kill and it goes on from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh prepare,eval
 
-data=data/digits run=runs/demo_digits
+data=data/digits run=runs/demo_digits plain=runs/demo_digits_plain page=runs/comparison
+config=configs/demo_digits.json
 # The ranks checkpoint and leave when this script is gone.
 export DTR_SCALE_LAUNCHER_PID=$$
 
 [ -f $data/manifest.json ] || dtr-scale prepare digits --out $data
-deepspeed --log_level error launch/train.py --config configs/demo_digits.json
+deepspeed --log_level error launch/train.py --config $config \
+    --name=demo_digits_plain --model.routing.type=none
+deepspeed --log_level error launch/train.py --config $config
+dtr-scale evaluate $plain --num-samples 500 > $plain/evaluation.txt
+dtr-scale evaluate $run --num-samples 500 > $run/evaluation.txt
 dtr-scale sample $run --num-samples 100
-dtr-scale evaluate $run --num-samples 500
+dtr-scale plots $run > /dev/null
 
 echo
+dtr-scale compare $plain $run --out $page
+echo
 echo "commands: source .venv/bin/activate"
+echo "compared: $page/index.html"
+echo "curves:   $run/plots/sheet.png"
 echo "picture:  $run/samples/grid.png"
 echo "numbers:  $run/evaluation.json, $run/journal.jsonl"
 echo "MLflow:   cd runs && mlflow server"
+echo
+echo "with DTR:"
+cat $run/evaluation.txt

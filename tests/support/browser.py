@@ -17,8 +17,8 @@ class Opened:
     dom: str
     console: list[str]
     """What was written to the console: errors, warnings, and what scripts log."""
-    addresses: set[str]
-    """All that was asked for, by scheme and host."""
+    requests: set[str]
+    """Addresses on a network that the page has asked for."""
 
 
 class Browser:
@@ -30,7 +30,8 @@ class Browser:
         self._folder = folder
         self._command = [
             program, "--headless", "--disable-gpu", "--no-sandbox", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update",
+            # The browser itself asks its maker for updates.
+            "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", "--v=0",
         ]  # fmt: skip
 
@@ -45,10 +46,18 @@ class Browser:
             ],
             check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
         )  # fmt: skip
-        events = json.loads(requests.read_text())["events"]
-        urls = {str(event.get("params", {}).get("url", "")) for event in events}
+        started = [
+            event["params"]
+            for event in json.loads(requests.read_text())["events"]
+            if "initiator" in event.get("params", {})
+        ]
         return Opened(
             dom=done.stdout,
             console=re.findall(r":CONSOLE.*?\] (.*)", done.stderr),
-            addresses={found[0] for url in urls if (found := re.match(r"\w+:(//[^/]*)?", url))},
+            # The browser's own come from no page.
+            requests={
+                p["url"]
+                for p in started
+                if p["initiator"] != "not an origin" and re.match(r"https?:", p["url"])
+            },
         )
