@@ -117,7 +117,10 @@ class Micro:
     def measured(self, run: MicroRun) -> dict[int, dict[str, float]]:
         """Return the numbers of a run by step."""
         return {
-            report["manifest"]["step"]: report["metrics"] for report in reports(self.run_dir(run))
+            report["manifest"]["step"]: report["metrics"]
+            for report in reports(self.run_dir(run))
+            # Not what `dtr-scale evaluate` has found of the same checkpoint.
+            if {"fd_efficientnet", "eval_loss"} <= report["metrics"].keys()
         }
 
     def is_finished(self, run: MicroRun) -> bool:
