@@ -65,7 +65,7 @@ def test_reading_is_three_times_as_fast_as_webdataset(tmp_path, capsys):
     write_data(open_folder(tmp_path / "latents"), latents(), 1500, **told, scale_factor=0.18215)
     overrides = [f"--data.shards={tmp_path}/latents", f"--data.cache_dir={tmp_path}/cache"]
     model = '--model={"type": "dit", "variant": "DiT-S/2", "num_classes": 1}'
-    command = ["bench", "data", "--config", str(DEMO), model, *overrides]
+    command = ["bench", "data", "--seconds", "2", "--config", str(DEMO), model, *overrides]
     assert main([*command, "--train.global_batch_size=256", "--train.micro_batch_size=64"]) == 0
     rates = _measured(capsys.readouterr().out)
     reading, webdataset = (
