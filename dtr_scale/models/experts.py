@@ -50,7 +50,8 @@ class MultiExperts(Denoiser):
             mine = ((t >= timesteps.start) & (t < timesteps.stop)).nonzero().flatten()
             if not len(mine) and len(t) and not torch.is_grad_enabled():
                 # Without gradients all ranks have the same timesteps (a sampling step's, the
-                # probe's), so all skip the same experts, and none waits for another's weights.
+                # probe's, those of every batch of held-out samples), so all skip the same experts,
+                # and none waits for another's weights.
                 continue
             # In training every expert is called: ranks that shard its weights gather them together,
             # and each parameter has a gradient. Where it has no sample it gets one, whose output is

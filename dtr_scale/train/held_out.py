@@ -36,9 +36,9 @@ class FixedTimesteps:
 class HeldOutLoss:
     """The unweighted loss of `num_draws` held-out draws, of all and of each cluster.
 
-    Sample, timestep and noise of draw i are functions of (seed, i). Batches have one size and
-    fixed members, so the numbers are the same at any world size and micro-batch. `assembler` makes
-    what the draws hold, its timesteps are `FixedTimesteps`.
+    Sample, timestep and noise of draw i are functions of (seed, i). Batches have one size, of at
+    least `batch_size`, and fixed members, so the numbers are the same at any world size and
+    micro-batch. `assembler` makes what the draws hold, its timesteps are `FixedTimesteps`.
     """
 
     def __init__(
@@ -52,9 +52,10 @@ class HeldOutLoss:
         split: str,
     ) -> None:
         self._assembler = assembler
-        # Whole rounds: every timestep, and so every cluster, counts alike.
-        self.num_draws = -(-num_draws // timesteps.num_places) * timesteps.num_places
-        self._batch_size = batch_size
+        # Whole rounds: every timestep, and so every cluster, counts alike. In each batch, too: of
+        # several experts, ranks that share their weights must call the same ones.
+        self.num_draws = _round_up(num_draws, timesteps.num_places)
+        self._batch_size = _round_up(batch_size, timesteps.num_places)
         self._diffusion = diffusion
         self._split = split
 
@@ -109,3 +110,7 @@ class HeldOutLoss:
                 )
             losses = (terms["mse"] + terms["vb"]).double().cpu().numpy()
         return np.stack([losses, batch.cluster.numpy()], axis=1)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
