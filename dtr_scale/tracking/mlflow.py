@@ -3,6 +3,7 @@
 Importing it takes seconds, so others do that in their thread.
 """
 
+import fcntl
 import logging
 import os
 import posixpath
@@ -22,6 +23,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -37,6 +39,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.db.utils import _initialize_tables
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
@@ -86,6 +89,8 @@ class Server:
     """
 
     def __init__(self, uri: str, home: Path | None) -> None:
+        if uri.startswith("sqlite:///"):
+            _make_database(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
         self._client = _Client(uri, home)
         self._has_home = home is not None
 
@@ -355,6 +360,32 @@ class _Client(MlflowClient):
             place = uri.removeprefix(_PROXIED).strip("/")
             self._folders[run_id] = self._home / place if uri.startswith(_PROXIED) else None
         return self._folders[run_id]
+
+
+def _make_database(path: Path) -> None:
+    """Make MLflow's tables in a new sqlite file, whole or not at all.
+
+    It takes seconds. Of a process that ends meanwhile MLflow would leave some of the tables, and
+    refuse them ever after.
+    """
+
+    def is_made() -> bool:
+        return path.exists() and path.stat().st_size > 0  # opened alone, it is an empty file
+
+    if is_made():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    with new.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several runs may begin at once
+        if is_made():
+            return
+        new.unlink(missing_ok=True)
+        engine = sqlalchemy.create_engine(f"sqlite:///{new}")
+        # What MLflow's own store does with an empty database; no public function does it alone.
+        _initialize_tables(engine)
+        engine.dispose()
+        new.replace(path)
 
 
 def open_client(uri: str) -> None:
