@@ -15,6 +15,8 @@ from tests.support.runs import DEMO, SMALL, journal, status, steps_in, train
 from tests.support.slurm import slurm_cluster
 
 FP32 = (*SMALL, "--engine.precision=fp32")
+# The GPUs that SLURM allots here are names in its configuration.
+BY_FSDP2 = (*FP32, "--engine.type=fsdp2", "--engine.device=cpu")
 JOB_SCRIPT = "launch/slurm/train.sbatch"
 SMALL_JOB = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 PRINT_RANK = """
@@ -42,7 +44,7 @@ def submit(slurm, digits, tmp_path):
         places = (f"--data.shards={digits}", f"--run_dir={tmp_path}/run")
         return slurm.run(
             "sbatch", "--parsable", f"--output={tmp_path}/output", *SMALL_JOB,
-            JOB_SCRIPT, str(DEMO), *FP32, "--engine.type=fsdp2", *places, *overrides,
+            JOB_SCRIPT, str(DEMO), *BY_FSDP2, *places, *overrides,
         ).strip()  # fmt: skip
 
     yield submitted
@@ -133,8 +135,8 @@ def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, undisturbed, 
 def test_a_job_array_trains_a_line_each(slurm, digits, tmp_path):
     """As `dtr-scale reproduce --slurm` submits it; a name with a blank survives."""
     trainings = [
-        trainings_of(Row("", ("demo_digits",)), DEMO.parent, [*FP32, "--engine.type=fsdp2",
-                     f"--data.shards={digits}", f"--train.max_steps={steps}",
+        trainings_of(Row("", ("demo_digits",)), DEMO.parent, [
+                     *BY_FSDP2, f"--data.shards={digits}", f"--train.max_steps={steps}",
                      f"--name=steps{steps}", f"--description=of {steps} steps"])[0]
         for steps in (2, 3)
     ]  # fmt: skip
