@@ -5,6 +5,7 @@ they differ in stands beside them.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ _OF_A_CHECKPOINT = {
 }
 """Keys that tell which weights were measured, not how."""
 _MOST_BLOCKS = 6
+_HASH = re.compile(r"[0-9a-f]{32,}")  # shown by its first 12 digits
 
 
 @dataclass(frozen=True)
@@ -184,4 +186,5 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:  # noqa: ANN401
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text[:12] if _HASH.fullmatch(text) else text
