@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from dtr_scale.checkpoint.inspection import find_checkpoint
-from dtr_scale.data.manifest import read_manifest, write_manifest
-from dtr_scale.errors import CheckpointError, ConfigError, DataError
+from dtr_scale.errors import CheckpointError, ConfigError, DataError, EvaluationError
 from dtr_scale.storage.folder import open_folder
 from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, copied, journal, status, tiny
 
@@ -92,17 +91,15 @@ def test_a_start_that_is_refused_leaves_nothing_that_was_not_there(digits, tmp_p
 
 def test_an_evaluation_that_is_refused_leaves_nothing_that_was_not_there(digits, tmp_path):
     """Nor does it set aside the run that was to be begun afresh."""
-    place, evaluation = copied(digits, tmp_path), "--evaluation.every_steps=2"
-    manifest = read_manifest(open_folder(place), split=None)
-    shards = tuple(shard for shard in manifest.shards if shard.split == "train")
-    write_manifest(open_folder(place), manifest.model_copy(update={"shards": shards}))
-    with pytest.raises(DataError, match="val"):
-        tiny(place, tmp_path / "runs" / "new", evaluation)
+    reference = f"--evaluation.reference={tmp_path}/missing.npz"
+    evaluation = ("--evaluation.every_steps=2", "--evaluation.features=efficientnet", reference)
+    with pytest.raises(EvaluationError, match=r"missing\.npz"):
+        tiny(digits, tmp_path / "runs" / "new", *evaluation)
     assert not (tmp_path / "runs").exists()
-    assert tiny(place, tmp_path / "run", "--evaluation.every_steps=0") == 0
+    assert tiny(digits, tmp_path / "run", "--evaluation.every_steps=0") == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(DataError, match="val"):
-        tiny(place, tmp_path / "run", evaluation, "--checkpoint.resume=never")
+    with pytest.raises(EvaluationError, match=r"missing\.npz"):
+        tiny(digits, tmp_path / "run", *evaluation, "--checkpoint.resume=never")
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     told = {tmp_path / "run" / "status.json", tmp_path / "run" / "lock"}
     assert {path for path in after if after[path] != before.get(path)} <= told
