@@ -616,9 +616,11 @@ def _losing_replies(address, lost):
         proxy.daemon_threads = True
         thread = threading.Thread(target=proxy.serve_forever, args=(0.05,))
         thread.start()
-        yield f"http://127.0.0.1:{proxy.server_address[1]}"
-        proxy.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_address[1]}"
+        finally:
+            proxy.shutdown()  # or pytest would wait for the thread for ever
+            thread.join()
 
 
 def _closing(connection):
