@@ -22,7 +22,7 @@ from dtr_scale.jobs.paper import (
     Row,
 )
 from dtr_scale.tracking.journal import Record, read_journal
-from dtr_scale.train.run_dir import CONFIG, JOURNAL, LOCK, SAMPLES, STATUS
+from dtr_scale.train.run_dir import CONFIG, JOURNAL, LOCK, SAMPLES, STATUS, find_object
 
 _EVALUATIONS = "evaluations.jsonl"  # evaluation/report.py loads torch
 _INCEPTION_SHA256 = "6726825d"  # evaluation/features.py does, too
@@ -114,7 +114,7 @@ def find_runs(runs: Path, tracked: Sequence[Path] = ()) -> dict[str, list[Path]]
     below = [p for pattern in ("", "*/", "*/*/") for p in sorted(runs.glob(pattern + CONFIG))]
     found: dict[str, list[Path]] = {}
     for path in [*below, *(each / CONFIG for each in tracked)]:
-        if name := _read_object(path).get("name"):
+        if name := find_object(path).get("name"):
             found.setdefault(name, []).append(path.parent)
     return found
 
@@ -127,7 +127,7 @@ def standing(training: Training, runs: Mapping[str, Sequence[Path]]) -> Standing
     if not candidates:
         return Standing(None, "not started", 0, max_steps, None, ())
     path = max(candidates, key=lambda each: _step(each))
-    step, outcome = _step(path), _read_object(path / STATUS).get("outcome", "")
+    step, outcome = _step(path), find_object(path / STATUS).get("outcome", "")
     state, eta = outcome or "stopped", None
     if step >= max_steps:
         state = "finished"
@@ -274,7 +274,7 @@ def _cka(paper: float | None, run_dir: Path) -> Cell:
 
 
 def _setting_differences(path: Path, experiment: Experiment) -> list[str]:
-    stored = _read_object(path / CONFIG)
+    stored = find_object(path / CONFIG)
     try:
         found = changes(stored, filled_in(experiment), source=str(path / CONFIG))
     except (ConfigError, AttributeError, TypeError):
@@ -311,7 +311,7 @@ def _samples_per_second(run_dir: Path) -> float | None:
 
 
 def _step(run_dir: Path) -> int:
-    step = _read_object(run_dir / STATUS).get("step")
+    step = find_object(run_dir / STATUS).get("step")
     # status.json is written at checkpoints, the journal at every logged step.
     steps = [step] if isinstance(step, int) else [0]
     return max([*steps, *(int(record["step"]) for record in _journal(run_dir)[-1:])])
@@ -324,7 +324,7 @@ def _journal(run_dir: Path) -> list[Record]:
 
 def is_said_to_run(run_dir: Path) -> bool:
     """Tell whether a run has not told its end; its job may be gone all the same."""
-    return _read_object(run_dir / STATUS).get("outcome") == "running"
+    return find_object(run_dir / STATUS).get("outcome") == "running"
 
 
 def _is_held(run_dir: Path) -> bool:
@@ -332,11 +332,3 @@ def _is_held(run_dir: Path) -> bool:
         return time.time() - (run_dir / LOCK).stat().st_mtime < _ALIVE_SECONDS
     except OSError:
         return False
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

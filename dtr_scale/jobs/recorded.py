@@ -18,7 +18,7 @@ from dtr_scale.evaluation.report import EVALUATIONS
 from dtr_scale.jobs.trained import expert_dirs
 from dtr_scale.tracking.journal import read_journal
 from dtr_scale.tracking.uri import shown_uri, tracking_uri
-from dtr_scale.train.run_dir import CONFIG, JOURNAL, SAMPLES, STATUS
+from dtr_scale.train.run_dir import CONFIG, JOURNAL, SAMPLES, STATUS, find_object
 
 if TYPE_CHECKING:
     from dtr_scale.tracking.history import History
@@ -110,7 +110,7 @@ def read_run_dir(path: Path) -> RunRecord:
         place=str(path),
         settings=flatten(config),
         journal=as_columns(records),
-        outcome=_read_object(path / STATUS).get("outcome", ""),
+        outcome=find_object(path / STATUS).get("outcome", ""),
         evaluations=read_evaluations(path / EVALUATIONS),
         grids={
             int(picture.stem.removeprefix("step_")): picture.read_bytes
@@ -159,7 +159,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if experts:
             fix = f"each expert is a run of its own; give {experts[0]}"
         raise ConfigError(f"{str(path)!r} is no run directory: it has no {CONFIG}; {fix}")
-    config = _read_object(path / CONFIG)
+    config = find_object(path / CONFIG)
     if not config:
         raise ConfigError(f"{path / CONFIG} is not JSON; repair it, or leave the run out")
     return _with_defaults(config, str(path / CONFIG))
@@ -184,11 +184,3 @@ def _facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     except (DtrScaleError, OSError, ValueError, KeyError):
         return {}
     return {key: meta[key] for key in ("world_size", "manifest_hash") if key in meta}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -62,7 +62,7 @@ class RunDirectory:
             self._run_lease = self._take(open_folder(path), LOCK, key="run_dir")
         self.saved_step = _saved_step(path)
         """Step of the newest checkpoint that earlier jobs have told of, if any."""
-        self.status_before = _status(path)
+        self.status_before = find_object(path / STATUS)
         """What the job before has told of its end; {} if there was none."""
         with self._writing():
             write_status(path, "running")
@@ -166,14 +166,7 @@ def write_status(
 
 
 def _saved_step(run_path: Path) -> int | None:
-    return _status(run_path).get("saved_step")
-
-
-def _status(run_path: Path) -> dict[str, Any]:
-    try:
-        return _read_object(run_path / STATUS)
-    except OSError:
-        return {}
+    return find_object(run_path / STATUS).get("saved_step")
 
 
 def write_saved_step(run_path: Path, step: int) -> None:
@@ -201,10 +194,15 @@ def write_failure(run_path: Path, reason: str, job: str | None = None) -> bool:
 
 def _holder(run_path: Path) -> str | None:
     """Return the job that holds a run directory, None if none does or that cannot be read."""
+    return find_object(run_path / LOCK).get("job")
+
+
+def find_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file tells; {} if it is no object, or is not there to be read."""
     try:
-        return _read_object(run_path / LOCK).get("job")
+        return _read_object(path)
     except OSError:
-        return None
+        return {}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
