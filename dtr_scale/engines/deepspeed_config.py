@@ -16,6 +16,7 @@ _ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "scheduler": ((None,), "train.lr is constant"),
     "zero_optimization.round_robin_gradients": ((False,), _UNREACHABLE),
     "zero_optimization.zenflow": ((None,), _UNREACHABLE),
+    "zero_optimization.compute_grad_norm": ((True,), "a step is judged by the gradient's norm"),
     "zero_optimization.offload_optimizer.device": (("none", "cpu"), _UNREACHABLE),
     "zero_optimization.offload_optimizer.ratio": ((1.0,), _UNREACHABLE),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _UNREACHABLE),
@@ -70,7 +71,8 @@ def build_deepspeed_config(
         "bf16": {"enabled": bf16 and not autocast},
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
-    return _merge(_merge(_defaults(bf16, zero_stage), section), fixed)
+    offloads = _look_up(section, "zero_optimization.offload_optimizer.device", "none") != "none"
+    return _merge(_merge(_defaults(bf16, zero_stage, offloads=offloads), section), fixed)
 
 
 def _refuse_contradictions(
@@ -96,10 +98,14 @@ def _refuse_unsupported(section: Mapping[str, Any]) -> None:
             )
 
 
-def _defaults(bf16: bool, zero_stage: int) -> dict[str, Any]:
+def _defaults(bf16: bool, zero_stage: int, *, offloads: bool) -> dict[str, Any]:
     """Return what the section may change."""
     return {
         "zero_optimization": {
+            # Buckets are exchanged while the backward goes on. DeepSpeed's own default is stage 3
+            # alone: at stages 1 and 2 every exchange would come after the whole backward. Stage 0
+            # has no buckets, and gradients that are offloaded meanwhile are another path, untried.
+            "overlap_comm": zero_stage == 3 or (zero_stage > 0 and not offloads),
             "reduce_bucket_size": _REDUCE_BUCKET_SIZE,
             # Stage 3 would replace F.linear in the whole process and never put it back.
             "memory_efficient_linear": False,
@@ -110,6 +116,11 @@ def _defaults(bf16: bool, zero_stage: int) -> dict[str, Any]:
         "communication_data_type": "fp32",
         # Stage 1 adds micro-steps in bf16: for fp32 DeepSpeed would change to another optimizer.
         "data_types": {"grad_accum_dtype": "fp32" if bf16 and zero_stage >= 2 else None},
+        # The norm judges a step: where a gradient is not finite, DeepSpeed reports an infinite one.
+        # Its own check asks each gradient, 13 launches apiece, and makes the host wait.
+        "bf16": {"check_grad_overflow": False},
+        # It waits for the device before every forward, to tell what `Stopwatch` tells already.
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**31,
     }
 

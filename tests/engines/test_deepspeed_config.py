@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 
 from dtr_scale.engines.deepspeed_config import build_deepspeed_config
@@ -23,7 +25,9 @@ def test_the_experiment_alone():
     assert config["gradient_accumulation_steps"] == 4
     assert config["gradient_clipping"] == 1.0
     assert config["zero_optimization"]["stage"] == 2
-    assert config["bf16"] == {"enabled": True}
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert config["communication_data_type"] == "fp32"
+    assert not config["timers"]["throughput"]["enabled"]
     assert not config["torch_autocast"]["enabled"]
 
 
@@ -34,19 +38,34 @@ def test_stage_0_computes_in_bf16_by_autocast(precision):
     assert config["torch_autocast"]["enabled"] == (precision == "bf16")
 
 
+@pytest.mark.parametrize(("stage", "overlap"), [(0, False), (1, True), (2, True), (3, True)])
+def test_gradients_are_exchanged_during_the_backward_unless_they_are_offloaded(stage, overlap):
+    assert build(None, zero_stage=stage)["zero_optimization"]["overlap_comm"] is overlap
+    offloading = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config = build(offloading, zero_stage=stage)
+    assert config["zero_optimization"]["overlap_comm"] is (stage == 3)
+
+
 def test_the_users_section_lies_over_the_trainers_and_keeps_what_it_does_not_name():
     section = {
-        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 7},
+        "zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 7},
+        "bf16": {"check_grad_overflow": True},
+        "timers": {"throughput": {"enabled": True}},
+        "communication_data_type": "bf16",
         "comms_logger": {"enabled": True},
         "wall_clock_breakdown": True,
     }
+    given = copy.deepcopy(section)
     config = build(section)
-    assert config["zero_optimization"]["overlap_comm"] is True
+    assert config["zero_optimization"]["overlap_comm"] is False
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert config["timers"] == {"throughput": {"enabled": True}}
+    assert config["communication_data_type"] == "bf16"
     assert config["zero_optimization"]["reduce_bucket_size"] == 7
     assert config["zero_optimization"]["memory_efficient_linear"] is False
     assert config["zero_optimization"]["stage"] == 2
     assert (config["comms_logger"], config["wall_clock_breakdown"]) == ({"enabled": True}, True)
-    assert section["zero_optimization"] == {"overlap_comm": True, "reduce_bucket_size": 7}
+    assert section == given
 
 
 def test_what_agrees_with_the_experiment_is_accepted():
@@ -107,6 +126,10 @@ def test_a_contradiction_names_both_sides(section, message):
             {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
             'offload_optimizer.device = "nvme" is refused: it puts the fp32 weights where '
             'checkpoints and EMA cannot reach them; set "none" or "cpu", or remove it',
+        ),
+        (
+            {"zero_optimization": {"compute_grad_norm": False}},
+            "compute_grad_norm = false is refused: a step is judged by the gradient's norm",
         ),
         ({"bf16": {"bf16_optimizer_states": True}}, "refused: Adam's moments are kept in fp32"),
         ({"bf16": True}, "engine.deepspeed_config.bf16 = true: should be an object"),

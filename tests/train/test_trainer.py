@@ -1,16 +1,22 @@
 """A step: what it adds to the averages, what it makes of broken losses, how it sums."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dtr_scale.engines.world import World
+from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import DivergenceError
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.ema import power_gamma
 from dtr_scale.train.trainer import StepSums
+from tests.support.engine_jobs import setting
+from tests.support.ranks import run_on_ranks
 from tests.support.runs import SINGLE, demo_experiment, train
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -54,6 +60,32 @@ def test_a_divergence_is_a_failure_and_tells_where_to_go_on(digits, tmp_path, ev
     with pytest.raises(DivergenceError, match=f"step 2: loss (inf|nan).*{message}") as caught:
         train(digits, tmp_path, *STEPS, *diverging)
     assert caught.value.exit_code == 1
+
+
+def broken_gradients(digits: Path, place: Path) -> list[str]:
+    """Runs on a rank: return what each engine says of a gradient that is not a number."""
+    world, found = join_world(needs_process_group=True), []
+    for engine in ("zero1_bf16", "zero2_bf16", "zero3_bf16"):
+        overrides = (*setting(engine), "--checkpoint.every_steps=1")
+        trainer = build_trainer(demo_experiment(digits, place / engine, *overrides), world)
+        weight: Any = trainer.engine.network.get_parameter("final_layer.linear.weight")
+        # The loss is finite and the norm alone tells.
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+        with trainer.loader, pytest.raises(DivergenceError) as caught:
+            trainer.run(LeaveRequest(), log=lambda record: None)
+        found.append(str(caught.value))
+    world.leave()
+    return found
+
+
+def test_a_gradient_that_is_not_a_number_is_a_divergence_under_deepspeed(digits, tmp_path):
+    """DeepSpeed's own check of each gradient is off."""
+    (found,) = run_on_ranks(1, broken_gradients, digits, tmp_path)
+    for message in found:
+        assert re.match(
+            r"step 1: loss \d\.\d+, gradient norm (inf|nan): .*nothing was saved", message
+        )
+    assert len(found) == 3
 
 
 def test_the_sums_of_a_step_are_means_by_cluster():
