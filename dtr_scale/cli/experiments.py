@@ -1,4 +1,4 @@
-"""Parse the commands on an experiment's file: train, plan, config and bench."""
+"""Parse the commands on an experiment's file: train, health, plan and config."""
 
 import argparse
 import json
@@ -10,13 +10,11 @@ from dtr_scale.cli.arguments import (
     Commands,
     actions,
     add_config,
-    positive_integer,
     positive_number,
     runs,
 )
 from dtr_scale.errors import ConfigError
 from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat, launched_heartbeat
-from dtr_scale.launchers import launched_rank
 from dtr_scale.signals import LeaveRequest
 
 
@@ -26,7 +24,6 @@ def add_experiments(commands: Commands) -> None:
     _add_config_command(commands)
     _add_train(commands)
     _add_health(commands)
-    _add_bench(commands)
 
 
 def _add_train(commands: Commands) -> None:
@@ -85,32 +82,6 @@ def _add_config_command(commands: Commands) -> None:
     runs(schema, _config_schema)
 
 
-def _add_bench(commands: Commands) -> None:
-    parser = commands.add(
-        "bench",
-        "measure",
-        "measure saving and restoring, or reading samples, on this machine",
-        "dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch\n"
-        "  dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8",
-    )
-    parts = actions(parser)
-    checkpoint = parts.add_parser(
-        "checkpoint", help="saving and restoring; for several ranks, start it with a launcher"
-    )
-    add = checkpoint.add_argument
-    add("--model", default="DiT-B/2", metavar="VARIANT", help="a variant of DiT")
-    add("--rounds", type=positive_integer, default=5, help="of saving and restoring")
-    add("--dir", metavar="DIR_OR_S3", help="where to save (default: the temporary folder)")
-    runs(checkpoint, _bench_checkpoint, on_ranks=True)
-    data = parts.add_parser(
-        "data", help=f"an experiment's samples, beside webdataset and tarfile; {OVERRIDES}"
-    )
-    add_config(data)
-    data.add_argument("--seconds", type=positive_integer, default=5, help="of each measurement")
-    data.add_argument("--shards", type=positive_integer, default=16, help="how many are read")
-    runs(data, _bench_data, overrides=True, on_ranks=True)
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     heartbeat = launched_heartbeat()
     leave = LeaveRequest(at_once=heartbeat.remove)
@@ -159,23 +130,4 @@ def _config_schema(arguments: argparse.Namespace) -> int:
     from dtr_scale.config.schema import experiment_schema
 
     print(experiment_schema(), end="")
-    return 0
-
-
-def _bench_checkpoint(arguments: argparse.Namespace) -> int:
-    from dtr_scale.jobs.bench_checkpoint import bench_checkpoint
-
-    table = bench_checkpoint(arguments.model, rounds=arguments.rounds, place=arguments.dir)
-    # Every rank measures, the first prints.
-    if launched_rank() == 0:
-        print(table)
-    return 0
-
-
-def _bench_data(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from dtr_scale.config.load import load_experiment
-    from dtr_scale.jobs.bench_data import bench_data
-
-    experiment = load_experiment(arguments.config, overrides)
-    print(bench_data(experiment, arguments.seconds, arguments.shards))
     return 0

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from dtr_scale.cli.arguments import Commands, Parser, unknown_argument
+from dtr_scale.cli.bench import add_bench
 from dtr_scale.cli.checkpoints import add_checkpoints
 from dtr_scale.cli.experiments import add_experiments
 from dtr_scale.cli.prepare import add_data, add_prepare
@@ -57,6 +58,7 @@ def _parser() -> Parser:
     add_prepare(commands)
     add_data(commands)
     add_experiments(commands)
+    add_bench(commands)
     add_runs(commands)
     add_reproduce(commands)
     add_checkpoints(commands)

@@ -14,16 +14,14 @@ from tqdm import tqdm
 
 from dtr_scale import __version__
 from dtr_scale.engines.world import World
-from dtr_scale.engines.wrap import compile_blocks
 from dtr_scale.errors import UnfinishedError
 from dtr_scale.evaluation.pictures import ROUNDING, to_uint8
-from dtr_scale.evaluation.precision import cast, one_thread, products_in, resolve_precision
-from dtr_scale.evaluation.sampling import Sampler
+from dtr_scale.evaluation.precision import one_thread, products_in, resolve_precision
 from dtr_scale.evaluation.stored import StoredBatches
 from dtr_scale.jobs.conditions import Conditions
 from dtr_scale.jobs.measure import samples_manifest
 from dtr_scale.jobs.ranks import Ranks
-from dtr_scale.jobs.sampling import sampling_settings
+from dtr_scale.jobs.sampling import build_sampler, is_compiled
 from dtr_scale.jobs.trained import TrainedRun
 from dtr_scale.prepare.encode import PictureEncoder, weights_sha256
 
@@ -56,7 +54,7 @@ class Drawing(NamedTuple):
             ),
             "labels": self.conditions.told,
             "batch_size": evaluation.batch_size,
-            "compiled": self.is_compiled(device),
+            "compiled": is_compiled(run.experiment, device),
             "device": device_name(device),
             "weights_sha256": weights_sha256(run.network.state_dict()),
             "decoder": record.sha256 if record else None,
@@ -64,11 +62,6 @@ class Drawing(NamedTuple):
             **rounding,
             "dtr_scale": __version__,
         }
-
-    def is_compiled(self, device: torch.device) -> bool:
-        """Tell whether the network's blocks are compiled: on a GPU, unless training did not."""
-        # Not by how much there is to do: samples would depend on their number.
-        return device.type == "cuda" and self.run.experiment.engine.compile
 
 
 def device_name(device: torch.device) -> str:
@@ -113,12 +106,10 @@ def _draw(drawing: Drawing, stored: StoredBatches, batches: list[int], ranks: Ra
     """Draw this rank's batches; return why it left some of them undone, or None."""
     device, run = ranks.world.device, drawing.run
     precision = resolve_precision(run.experiment.evaluation.precision, device)
-    network = cast(run.network, precision)
-    if drawing.is_compiled(device):
-        compile_blocks(network.routed_blocks())
-    sampler = Sampler(
-        network,
-        sampling_settings(run.experiment),
+    sampler = build_sampler(
+        run.experiment,
+        run.network,
+        device,
         conditions=drawing.conditions.of_samples,
         null_condition=drawing.conditions.null,
         step=run.mask_step,

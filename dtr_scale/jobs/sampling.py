@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from dtr_scale.config.schema import Experiment
-from dtr_scale.evaluation.sampling import SamplingSettings
+from dtr_scale.engines.wrap import compile_blocks
+from dtr_scale.evaluation.precision import cast, resolve_precision
+from dtr_scale.evaluation.sampling import Sampler, SamplingSettings
 from dtr_scale.jobs.build import open_samples
+from dtr_scale.models.denoiser import Denoiser
 
 
 def sampling_settings(experiment: Experiment) -> SamplingSettings:
@@ -27,6 +30,37 @@ def sampling_settings(experiment: Experiment) -> SamplingSettings:
         cfg_interval=evaluation.cfg_interval,
         labels=evaluation.labels,
     )
+
+
+def build_sampler(
+    experiment: Experiment,
+    network: Denoiser,
+    device: torch.device,
+    *,
+    conditions: Callable[[range], Tensor] | None,
+    null_condition: Tensor | None,
+    step: int,
+) -> Sampler:
+    """Return what draws samples of a network on its device, which is cast, and compiled, for it.
+
+    The other arguments are those of `Sampler`.
+    """
+    network = cast(network, resolve_precision(experiment.evaluation.precision, device))
+    if is_compiled(experiment, device):
+        compile_blocks(network.routed_blocks())
+    return Sampler(
+        network,
+        sampling_settings(experiment),
+        conditions=conditions,
+        null_condition=null_condition,
+        step=step,
+    )
+
+
+def is_compiled(experiment: Experiment, device: torch.device) -> bool:
+    """Tell whether the network's blocks are compiled: on a GPU, unless training did not."""
+    # Not by how much there is to do: samples would depend on their number.
+    return device.type == "cuda" and experiment.engine.compile
 
 
 def sampling_conditions(

@@ -50,7 +50,7 @@ def train_experiment(
             leave = LeaveRequest()
             # First of all: a request that comes while everything is built is heard, too.
             stack.enter_context(leave.listening())
-        world = _join(experiment)
+        world = join(experiment)
         cost = None
         with world.agree():
             # Before the run directory is made, which a wrong address would leave behind.
@@ -210,7 +210,8 @@ def _records(
         raise
 
 
-def _join(experiment: Experiment) -> World:
+def join(experiment: Experiment) -> World:
+    """Return this rank's place among those that the launcher started for an experiment."""
     world_size = launched_world_size()
     if experiment.engine.type == "single" and world_size > 1:
         raise ConfigError(

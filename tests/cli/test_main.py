@@ -160,6 +160,8 @@ def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
         ["convert", "run", "--from", "run", "--to", "safetensors", "--out", "x"],
         ["bench"],
         ["bench", "checkpoint", "--rounds", "0"],
+        ["bench", "train"],
+        ["bench", "sample", "--config", DEMO, "--num-samples", "0"],
     ],
 )
 def test_a_command_that_cannot_be_understood_exits_2(arguments, capsys):

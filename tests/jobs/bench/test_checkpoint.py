@@ -6,7 +6,7 @@ import torch
 
 from dtr_scale.cli.main import main
 from dtr_scale.engines.world import World
-from dtr_scale.jobs.bench_checkpoint import measure
+from dtr_scale.jobs.bench.checkpoint import measure
 from tests.support.runs import SINGLE, demo_experiment
 
 ROWS = [

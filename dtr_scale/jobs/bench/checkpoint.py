@@ -1,11 +1,9 @@
 """Measure what saving and loading cost here, beside what they are to be compared with."""
 
-import contextlib
-import tempfile
 import time
-import uuid
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import xxhash
@@ -14,6 +12,7 @@ from dtr_scale.checkpoint.layout import BLOCK_BYTES, ITEM_BYTES, rank_file
 from dtr_scale.config.load import validate
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world
+from dtr_scale.jobs.bench.place import temporary_folder
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.launchers import launched_world_size
 from dtr_scale.signals import LeaveRequest
@@ -31,10 +30,7 @@ def bench_checkpoint(model: str, *, rounds: int, place: str | None = None) -> st
     world = join_world(needs_process_group=several)
     on_gpu = world.device.type == "cuda"
     batch_size = 32 if on_gpu else 4
-    folder = open_folder(place or tempfile.gettempdir())
-    # All ranks save to one folder, so rank 0 alone draws its name.
-    name = world.broadcast_object(f"dtr-scale-bench-{uuid.uuid4().hex[:8]}")
-    settings = {
+    settings: dict[str, Any] = {
         "name": "bench",
         "model": {"type": "dit", "variant": model, "routing": {"type": "dtr"}},
         "objective": {"type": "ant_uw"},
@@ -46,14 +42,11 @@ def bench_checkpoint(model: str, *, rounds: int, place: str | None = None) -> st
             "log_every": 1,
         },
         "engine": {"type": "deepspeed" if several else "single", "compile": on_gpu},
-        "checkpoint": {"dir": folder.child(name).url, "keep_last": 1, "keep_every": 0},
+        "checkpoint": {"keep_last": 1, "keep_every": 0},
     }
-    try:
+    with temporary_folder(place, world) as folder:
+        settings["checkpoint"]["dir"] = folder.url
         table = measure(validate(settings, "bench"), world, rounds)
-    finally:
-        if world.is_main:
-            with contextlib.suppress(OSError):  # the error that ended it matters more
-                folder.remove(name)
     world.leave()
     return table
 

@@ -1,0 +1,164 @@
+"""Parse `bench`, which measures the parts of this trainer on this machine."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dtr_scale.cli.arguments import OVERRIDES, Commands, actions, add_config, positive_integer, runs
+from dtr_scale.launchers import launched_rank
+
+_EXAMPLES = """dtr-scale bench train --config configs/dit_l_dtr_antuw.json --json before.json
+  torchrun --nproc_per_node 8 -m dtr_scale bench train --config configs/dit_l_dtr_antuw.json \\
+      --train.micro_batch_size=64 --json after.json --compare before.json
+  dtr-scale bench sample --config configs/dit_l_dtr_antuw.json --num-samples 128 --json now.json
+  dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch
+  dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8"""
+
+_Parts = Any  # argparse names the type of its sub-parsers privately
+
+
+def add_bench(commands: Commands) -> None:
+    """Add the command with its parts."""
+    parser = commands.add(
+        "bench",
+        "measure",
+        "measure training, sampling, reading or saving on this machine; for several ranks, start "
+        "it with their launcher",
+        _EXAMPLES,
+    )
+    parts = actions(parser)
+    _add_train(parts)
+    _add_sample(parts)
+    _add_checkpoint(parts)
+    _add_data(parts)
+
+
+def _add_train(parts: _Parts) -> None:
+    train = parts.add_parser(
+        "train", help=f"an experiment's training step, part by part; {OVERRIDES}"
+    )
+    add_config(train)
+    train.add_argument("--steps", type=positive_integer, default=20, help="that are measured")
+    train.add_argument(
+        "--warm-up", type=positive_integer, default=3, help="steps before, left out and reported"
+    )
+    _add_dir(train)
+    _add_report(train)
+    runs(train, _bench_train, overrides=True, on_ranks=True)
+
+
+def _add_sample(parts: _Parts) -> None:
+    sample = parts.add_parser(
+        "sample", help=f"an experiment's sampler, of a network with random weights; {OVERRIDES}"
+    )
+    add_config(sample)
+    sample.add_argument(
+        "--num-samples", type=positive_integer, default=64, help="that are drawn, at least"
+    )
+    _add_report(sample)
+    runs(sample, _bench_sample, overrides=True, on_ranks=True)
+
+
+def _add_checkpoint(parts: _Parts) -> None:
+    checkpoint = parts.add_parser("checkpoint", help="saving and restoring")
+    add = checkpoint.add_argument
+    add("--model", default="DiT-B/2", metavar="VARIANT", help="a variant of DiT")
+    add("--rounds", type=positive_integer, default=5, help="of saving and restoring")
+    _add_dir(checkpoint)
+    runs(checkpoint, _bench_checkpoint, on_ranks=True)
+
+
+def _add_data(parts: _Parts) -> None:
+    data = parts.add_parser(
+        "data", help=f"an experiment's samples, beside webdataset and tarfile; {OVERRIDES}"
+    )
+    add_config(data)
+    data.add_argument("--seconds", type=positive_integer, default=5, help="of each measurement")
+    data.add_argument("--shards", type=positive_integer, default=16, help="how many are read")
+    runs(data, _bench_data, overrides=True, on_ranks=True)
+
+
+def _add_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dir", metavar="DIR_OR_S3", help="where to save (default: the temporary folder)"
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="an earlier --json, to show the ratios"
+    )
+
+
+def _bench_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.bench.tables import train_table
+    from dtr_scale.jobs.bench.train import bench_train
+
+    def measure() -> dict[str, Any] | None:
+        return bench_train(
+            experiment, steps=arguments.steps, warm_up=arguments.warm_up, place=arguments.dir
+        )
+
+    return _report(arguments, "train", measure, train_table)
+
+
+def _bench_sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.bench.sample import bench_sample
+    from dtr_scale.jobs.bench.tables import sample_table
+
+    def measure() -> dict[str, Any] | None:
+        return bench_sample(experiment, num_samples=arguments.num_samples)
+
+    return _report(arguments, "sample", measure, sample_table)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    bench: str,
+    measure: Callable[[], dict[str, Any] | None],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure, print the table, write the JSON, and compare; on rank 0."""
+    from dtr_scale.jobs.bench.report import compared, read_report, write_report
+    from dtr_scale.jobs.trained import check_output
+
+    # Before the measurement, which takes the time.
+    before = read_report(arguments.compare, bench) if arguments.compare else None
+    if arguments.json and launched_rank() == 0:
+        check_output(arguments.json, ".json")
+    report = measure()
+    if report is None:
+        return 0
+    if arguments.json:
+        write_report(arguments.json, report)
+    print(table(report))
+    if before:
+        print("", *compared(report, before), sep="\n")
+    return 0
+
+
+def _bench_checkpoint(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.bench.checkpoint import bench_checkpoint
+
+    table = bench_checkpoint(arguments.model, rounds=arguments.rounds, place=arguments.dir)
+    # Every rank measures, the first prints.
+    if launched_rank() == 0:
+        print(table)
+    return 0
+
+
+def _bench_data(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+    from dtr_scale.jobs.bench.data import bench_data
+
+    experiment = load_experiment(arguments.config, overrides)
+    print(bench_data(experiment, arguments.seconds, arguments.shards))
+    return 0
