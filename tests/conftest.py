@@ -39,6 +39,12 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Run the quick tests side by side; all others in one process, since servers start once."""
+    is_quick = all(f"not {marker}" in config.option.markexpr for marker in ("services", "slow"))
+    return len(os.sched_getaffinity(0)) if is_quick else 0
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     """Mark what needs services; of what -m and -k select, leave out what cannot run here."""

@@ -1,77 +1,35 @@
 """Preparing pictures: the same bytes whoever makes them, nothing lost, nothing mixed up."""
 
-import io
-import json
 import os
-import tarfile
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from s3fs import S3FileSystem
 
-from dtr_scale.data.manifest import MANIFEST_NAME, NULL_CONTEXT_NAME, read_manifest, write_manifest
+from dtr_scale.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.prepare.digits import digits, prepare_digits
-from dtr_scale.prepare.encode import PixelEncoder, PosteriorEncoder, TextEncoder
+from dtr_scale.prepare.encode import PixelEncoder
 from dtr_scale.prepare.images import read_picture
 from dtr_scale.prepare.inspection import draw_samples, verify
 from dtr_scale.prepare.ledger import PLAN_NAME
-from dtr_scale.prepare.listing import coco, image_folder, one_class
-from dtr_scale.prepare.preparation import Preparation
+from dtr_scale.prepare.listing import image_folder, one_class
 from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import (
     as_bytes,
-    captioned,
     class_folders,
     noise_picture,
-    small_autoencoder,
-    small_clip,
     tar_of,
 )
+from tests.support.preparations import (
+    SAMPLE_BYTES,
+    SIZE,
+    contents,
+    preparation,
+    stop_after,
+    written,
+)
 from tests.support.runs import copied
-
-SIZE = 16
-SAMPLE_BYTES = 5 * 512  # of a tar: two headers, a class, 128 + 768 bytes of an array
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Three classes of 23, 9 and 14 pictures."""
-    root = tmp_path_factory.mktemp("source")
-    return class_folders(root / "train", {"n03": 14, "n01": 23, "n02": 9})
-
-
-@pytest.fixture(scope="module")
-def vae_path(tmp_path_factory):
-    return small_autoencoder(tmp_path_factory.mktemp("vae") / "vae")
-
-
-def preparation(source, folder, encoder=None, **options):
-    listing = source if hasattr(source, "splits") else image_folder(source)
-    settings: dict[str, Any] = {"shard_bytes": 10 * SAMPLE_BYTES, "batch_size": 4}
-    return Preparation(listing, folder, encoder or PixelEncoder(SIZE), **settings | options)
-
-
-def contents(folder):
-    return {name: folder.read_bytes(name) for name in folder.names()}
-
-
-def written(folder, names):
-    """Return what changes whenever a file is written: inode and time, or S3's time."""
-    if folder.is_local:
-        stats = [(folder.local_path / name).stat() for name in names]
-        return [(stat.st_ino, stat.st_mtime_ns) for stat in stats]
-    return [S3FileSystem().info(f"{folder.url}/{name}")["LastModified"] for name in names]
-
-
-def stop_after(batches):
-    """Return what says, after so many batches, that the process should leave."""
-    calls = iter(range(batches))
-    return lambda: None if next(calls, None) is not None else "SIGTERM"
 
 
 def test_every_picture_is_stored_once(source, folder):
@@ -299,238 +257,10 @@ def test_two_ranks_that_finish_together_agree(source, tmp_path, monkeypatch):
     assert contents(folder) == contents(alone)
 
 
-@pytest.fixture
-def damaged(tmp_path):
-    """Forty pictures, of which three are none."""
-    root = class_folders(tmp_path / "damaged", {"a": 20, "b": 20})
-    (root / "a" / "004.png").write_bytes(b"")
-    (root / "b" / "000.png").write_text("no picture")
-    content = (root / "b" / "010.png").read_bytes()
-    (root / "b" / "010.png").write_bytes(content[: len(content) // 2])
-    return root
-
-
-def test_unreadable_pictures_are_listed(damaged, folder, warnings_of):
-    manifest = preparation(damaged, folder, max_unreadable=0.1, batch_size=1).run().manifest
-    assert manifest is not None
-    names = ["train/a/004.png", "train/b/000.png", "train/b/010.png"]
-    assert sorted(manifest.unreadable) == names
-    assert manifest.num_samples("train") == 37
-    assert sum(shard.samples for shard in manifest.shards) == 37
-    warnings = sorted(warnings_of("dtr_scale.prepare.maker"))
-    assert [w.partition(" cannot be read: ")[0] for w in warnings] == names
-    assert not [problem for *_, problem in verify(folder, manifest) if problem]
-    keys = [name for shard in manifest.shards for name in _keys(folder, shard)]
-    assert len(set(keys)) == 37
-
-
-def test_an_unreadable_picture_whose_name_is_not_utf_8_is_listed(tmp_path, warnings_of):
-    root = class_folders(tmp_path / "src", {"a": 3})
-    (root / "a" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
-    folder = open_folder(tmp_path / "out")
-    preparation(root, folder, max_unreadable=1.0).run()
-    assert read_manifest(folder).unreadable == (r"train/a/caf\xe9.png",)
-    (warning,) = warnings_of("dtr_scale.prepare.maker")
-    assert warning.startswith(r"train/a/caf\xe9.png cannot be read")
-
-
-def _keys(folder, shard):
-    with tarfile.open(fileobj=io.BytesIO(folder.read_bytes(shard.name))) as tar:
-        return [name for name in tar.getnames() if name.endswith(".cls")]
-
-
-def test_a_shard_of_unreadable_pictures_alone_is_empty(tmp_path):
-    (tmp_path / "src").mkdir()
-    for i in range(12):
-        (tmp_path / "src" / f"{i}.png").write_bytes(b"")
-    folder = open_folder(tmp_path / "out")
-    manifest = preparation(one_class(tmp_path / "src"), folder, max_unreadable=1.0).run().manifest
-    assert manifest is not None
-    assert [shard.samples for shard in manifest.shards] == [0, 0]
-    assert len(manifest.unreadable) == 12
-    assert not [problem for *_, problem in verify(folder, manifest) if problem]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_too_many_unreadable_pictures_stop_the_run(damaged, tmp_path, rank):
-    folder = open_folder(tmp_path / "out")
-    message = (
-        "of 40 pictures cannot be read .*--max-unreadable=0.05 allows; fix: mend .*another --out"
-    )
-    options = {"max_unreadable": 0.05, "world_size": 2}
-    if rank == 0:
-        preparation(damaged, folder, rank=1, **options | {"max_unreadable": 1.0}).run()
-    with pytest.raises(DataError, match=message):
-        preparation(damaged, folder, rank=0, **options).run()
-        preparation(damaged, folder, rank=1, **options).run()
-    assert not folder.exists(MANIFEST_NAME)
-    preparation(damaged, folder, max_unreadable=0.1).run()
-    assert read_manifest(folder).num_samples("train") == 37
-
-
-def test_of_too_many_unreadable_pictures_all_are_named(tmp_path, warnings_of):
-    root = class_folders(tmp_path / "src", {"a": 200})
-    broken = [f"a/{i:03d}.png" for i in range(0, 200, 40)]
-    for name in broken:
-        (root / name).write_bytes(b"")
-    with pytest.raises(DataError, match="5 of 200 pictures cannot be read"):
-        preparation(root, open_folder(tmp_path / "out"), max_unreadable=0.0).run()
-    told = warnings_of("dtr_scale.prepare.maker") + warnings_of("dtr_scale.prepare.preparation")
-    assert {w.split()[0] for w in told if "cannot be read: " in w} == {f"train/{n}" for n in broken}
-
-
-class Overflowing(PosteriorEncoder):
-    """An autoencoder whose numbers overflow for pictures that are dark at the corner."""
-
-    def encode(self, pictures):
-        stored = super().encode(pictures)
-        stored[pictures[:, 0, 0, 0] < 64, 1, 1] = np.inf
-        return stored
-
-
-def test_pictures_with_latents_that_are_not_finite_are_left_out(vae_path, tmp_path, warnings_of):
-    """Also at the next start, which does not make their shard again and again."""
-    root = class_folders(tmp_path / "src", {"a": 20})
-    dark = {
-        f"train/{p.name}"
-        for p in image_folder(root).splits["train"]
-        if read_picture(p.path, SIZE)[0, 0, 0] < 64
-    }
-    assert 0 < len(dark) < 20
-    encoder = Overflowing(str(vae_path), SIZE, CPU)
-    folder = open_folder(tmp_path / "out")
-    options = {"shard_bytes": 10_000, "max_unreadable": 1.0, "world_size": 2}
-    with pytest.raises(DataError, match="pictures cannot be read"):
-        preparation(root, folder, encoder, **options | {"max_unreadable": 0.0}).run()
-    preparation(root, folder, encoder, rank=0, **options).run()
-    records = [name for name in folder.names() if name.endswith(".record.json")]
-    before = written(folder, records)
-    preparation(root, folder, encoder, rank=0, **options).run()
-    assert written(folder, records) == before
-    preparation(root, folder, encoder, rank=1, **options).run()
-    manifest = read_manifest(folder)
-    assert set(manifest.unreadable) == dark
-    assert manifest.num_samples("train") == 20 - len(dark)
-    assert np.isfinite(manifest.channel_mean).all()
-    assert not [problem for *_, problem in verify(folder, manifest) if problem]
-    assert "is encoded to numbers that are not finite" in warnings_of("dtr_scale.prepare.maker")[0]
-
-
 def test_a_class_whose_name_is_not_utf_8_is_escaped(tmp_path):
     root = class_folders(tmp_path / "src", {os.fsdecode(b"caf\xe9"): 2, "tea": 1})
     preparation(root, open_folder(tmp_path / "out")).run()
     assert read_manifest(open_folder(tmp_path / "out")).class_names == (r"caf\xe9", "tea")
-
-
-def test_mended_pictures_are_stored_by_the_next_start(damaged, folder, tmp_path):
-    """The shards that lack them are made again, the others are left alone."""
-    ranks = {"world_size": 2, "max_unreadable": 1.0}
-    preparation(damaged, folder, rank=1, **ranks).run()
-    records = [name for name in folder.names() if name.endswith(".record.json")]
-    lacking = {name: json.loads(folder.read_bytes(name))["unreadable"] for name in records}
-    names = {name for some in lacking.values() for name in some}
-    assert names and not all(lacking.values())
-    complete = [
-        json.loads(folder.read_bytes(n))["shard"]["name"] for n in records if not lacking[n]
-    ]
-    before = written(folder, complete)
-    for name in names:
-        noise_picture(500).save(damaged / name.removeprefix("train/"))
-
-    assert preparation(damaged, folder, rank=0, **ranks).run().manifest is None
-    assert written(folder, complete) == before
-    manifest = preparation(damaged, folder, rank=1, **ranks).run().manifest
-    assert manifest is not None and not names & set(manifest.unreadable)
-    alone = open_folder(tmp_path / "alone")
-    preparation(damaged, alone, max_unreadable=1.0).run()
-    assert contents(folder) == contents(alone)
-
-
-def test_shards_without_pictures_that_stay_unreadable_are_left_alone(damaged, folder):
-    ranks = {"world_size": 2, "max_unreadable": 1.0}
-    preparation(damaged, folder, rank=0, **ranks).run()
-    tars = [name for name in folder.names() if name.endswith(".tar")]
-    before = written(folder, tars)
-    assert preparation(damaged, folder, rank=1, **ranks).run().manifest is not None
-    assert written(folder, tars) == before
-
-
-def test_latents_of_both_views_are_stored(source, vae_path, folder):
-    encoder = PosteriorEncoder(str(vae_path), SIZE, CPU)
-    manifest = preparation(source, folder, encoder).run().manifest
-    assert manifest is not None and manifest == read_manifest(folder)
-    assert manifest.encoder == encoder.record
-    assert (manifest.stored_shape, manifest.dtype) == ((2, 2, 4, 4, 4), "float16")
-    x_start, labels = draw_samples(folder, manifest, "train", 46)
-    assert np.bincount(labels).tolist() == [23, 9, 14]
-    pictures = np.stack([read_picture(p.path, SIZE) for p in image_folder(source).splits["train"]])
-    expected = encoder.means(encoder.encode(pictures)).astype(np.float64) * 0.18215
-    np.testing.assert_allclose(manifest.channel_mean, expected.mean((0, 2, 3)), atol=2e-4)
-    np.testing.assert_allclose(manifest.channel_std, expected.std((0, 2, 3)), atol=2e-4)
-    order = np.lexsort(x_start.reshape(46, -1).T[:1])
-    expected_order = np.lexsort(expected.reshape(46, -1).T[:1])
-    np.testing.assert_allclose(x_start[order], expected[expected_order], atol=2e-3)
-
-
-def test_moved_weights_are_the_same_weights(source, vae_path, tmp_path):
-    folder = open_folder(tmp_path / "out")
-    encoder = PosteriorEncoder(str(vae_path), SIZE, CPU)
-    preparation(source, folder, encoder, leaving=stop_after(4)).run()
-    (tmp_path / "moved").symlink_to(vae_path)
-    moved = PosteriorEncoder(str(tmp_path / "moved"), SIZE, CPU)
-    assert preparation(source, folder, moved).run().manifest is not None
-
-
-def test_captions_are_stored_with_their_tokens(folder, tmp_path):
-    captions = {
-        f"{i}.png": [f"picture {i}, caption {j}" for j in range(5 - i % 2)] for i in range(9)
-    }
-    pictures = {name: as_bytes(noise_picture(i)) for i, name in enumerate(captions)}
-    root = captioned(tmp_path / "coco", pictures, captions)
-    listing = coco(root / "images", root / "captions.json")
-    text_encoder = TextEncoder(str(small_clip(tmp_path / "clip")), "", CPU)
-    manifest = (
-        preparation(listing, folder, text_encoder=text_encoder, shard_bytes=10**5).run().manifest
-    )
-    assert manifest is not None
-    assert (manifest.context_shape, manifest.text_encoder) == ((77, 32), text_encoder.record)
-    assert not [problem for *_, problem in verify(folder, manifest) if problem]
-    folder.get(NULL_CONTEXT_NAME, tmp_path / "null.npy")
-    null = np.load(tmp_path / "null.npy")
-    np.testing.assert_array_equal(null, text_encoder.encode([""])[0])
-
-    found = {}
-    for shard in manifest.shards:
-        tar = folder.read_bytes(shard.name)
-        folder.get(shard.index_name, tmp_path / "index.npy")
-        for _, label, start, count in np.load(tmp_path / "index.npy"):
-            tokens = np.frombuffer(tar, np.float16, count * 77 * 32, start).reshape(-1, 77, 32)
-            text = _captions_before(tar, start)
-            assert (label, len(text)) == (0, count)
-            expected = text_encoder.encode(text)
-            np.testing.assert_allclose(tokens, expected, rtol=2e-2, atol=2e-2)
-            found[text[0]] = text
-    assert sorted(found.values()) == sorted(captions.values())
-
-    before = contents(folder)
-    folder.remove(NULL_CONTEXT_NAME)
-    again = preparation(listing, folder, text_encoder=text_encoder, shard_bytes=10**5)
-    assert again.run().manifest == manifest
-    assert contents(folder) == before
-    folder.remove(NULL_CONTEXT_NAME)
-    write_manifest(folder, manifest.model_copy(update={"null_context_sha256": "0" * 64}))
-    with pytest.raises(DataError, match=r"null_context.npy was lost, and made again it is not"):
-        preparation(listing, folder, text_encoder=text_encoder, shard_bytes=10**5).run()
-    assert not folder.exists(NULL_CONTEXT_NAME)
-
-
-def _captions_before(tar, start):
-    """Return the captions that lie in a tar before the tokens at `start`."""
-    with tarfile.open(fileobj=io.BytesIO(tar)) as opened:
-        members = [m for m in opened if m.name.endswith(".captions.json") and m.offset_data < start]
-        file = opened.extractfile(members[-1])
-        assert file
-        return json.loads(file.read())
 
 
 def test_tars_and_folders_give_the_same_shards(source, tmp_path):

@@ -1,212 +1,37 @@
 """MLflow shows what the journal holds, each step once, and training never waits for it."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
-import socketserver
-import subprocess
-import sys
-import sysconfig
-import threading
 import time
-import urllib.request
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from dtr_scale.config.load import load_experiment
 from dtr_scale.jobs import description
-from dtr_scale.tracking import mirror, mlflow
+from dtr_scale.tracking import mlflow
 from dtr_scale.tracking import run as run_module
-from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_attempt
-from dtr_scale.tracking.description import Description, RunInfo
-from dtr_scale.tracking.journal import Journal
-from dtr_scale.tracking.mirror import MlflowTracker, send_all
 from dtr_scale.tracking.uri import artifact_home, tracking_uri
+from tests.support.mlflow_jobs import (
+    DISTANCE,
+    PARAMS,
+    TAGS,
+    Job,
+    assert_steps,
+    children_of,
+    images_of,
+    models_of,
+    points_of,
+    run_of,
+)
+from tests.support.processes import wait_for
 
-# mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
+pytestmark = [
+    # mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning"),
+    pytest.mark.usefixtures("short_waits"),
+]
 DEMO = Path(__file__).parents[2] / "configs" / "demo_digits.json"
-PARAMS, TAGS = {"train.lr": 1e-4, "model.type": "dit"}, {"host": "here"}
-LOSS, DISTANCE = "train/loss", "eval/fid_10k"
-
-
-class MlflowServer:
-    """`mlflow server` over a sqlite file; it can be killed and started again."""
-
-    def __init__(self, directory):
-        self._directory = directory
-        binary = shutil.which("mlflow", path=sysconfig.get_path("scripts"))
-        assert binary, "the MLflow server is missing; fix: pip install dtr-scale"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = free.getsockname()
-        host, port = self.address
-        self.uri = f"http://{host}:{port}"
-        self._command = [
-            binary, "server", "--host", host, "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{directory}/server.db",
-            "--artifacts-destination", str(directory / "artifacts"),
-        ]  # fmt: skip
-        self.start()
-
-    def start(self):
-        with (self._directory / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self._directory,
-                env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-                stdout=log,
-                stderr=log,
-            )
-        for _ in range(600):
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.uri}/health").close()
-                return
-            time.sleep(0.1)
-        raise AssertionError((self._directory / "server.log").read_text())
-
-    def kill(self):
-        os.killpg(self._process.pid, signal.SIGKILL)  # it has a worker process
-        self._process.wait()
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    server = MlflowServer(tmp_path_factory.mktemp("mlflow"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch):
-    """What the tracker sets stays in the test; a call to a dead server fails at once."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    monkeypatch.setenv("MLFLOW_LOGGING_LEVEL", "WARNING")
-    monkeypatch.setattr(mirror, "_SECONDS_BETWEEN_SENDS", 0.0)
-    monkeypatch.setattr(mirror, "_FINISH_SECONDS", 60.0)
-
-
-class Job:
-    """One job of a run that goes on from a step: its journal, its attempt and its tracker."""
-
-    def __init__(
-        self,
-        run_dir,
-        uri,
-        *,
-        step=0,
-        params=PARAMS,
-        tags=TAGS,
-        checkpoints: Callable[[], dict[int, str]] = dict,
-        **described,
-    ):
-        run_dir.mkdir(exist_ok=True)
-        self.run_dir = run_dir
-        self.journal = Journal(run_dir / "journal.jsonl", step=step)
-        close_open_attempt(run_dir, {}, time.time())
-        self.attempt = begin_attempt(run_dir, step=step, hosts=["a", "b"], world_size=2)
-        told = Description(**{
-            "training": str(run_dir), "experiment": "tests", "name": "a_run", "step": step,
-            "params": params, "tags": tags, **described,
-        })  # fmt: skip
-        uri = tracking_uri(uri, run_dir)
-        home = artifact_home(uri, run_dir)
-        self.info = RunInfo(run_dir, self.journal.path, uri, home, told, checkpoints)
-        self.tracker = MlflowTracker(self.info)
-        self.step = step
-
-    def log(self, steps, *, scale=1):
-        for step in steps:
-            record = {"step": step, "loss": scale / step, "lr": 0.1}
-            self.journal.write(record)
-            self.tracker.log(record)
-            self.step = step
-
-    def evaluate(self, step, **metrics):
-        """Leave an evaluation and a picture of a step, as jobs and commands do."""
-        reference = {"inception": {"source": "data/digits", "sha256": "f" * 64}}
-        manifest = {"step": step, "num_samples": 10_000, "reference": reference}
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with (self.run_dir / "evaluations.jsonl").open("a") as file:
-            line = {"time": now, "metrics": metrics, "manifest": manifest}
-            file.write(json.dumps(line) + "\n")
-        (self.run_dir / "samples").mkdir(exist_ok=True)
-        Image.new("L", (16, 16), step).save(self.run_dir / f"samples/step_{step:08d}.png")
-        self.tracker.look()
-
-    def finish(self, outcome="finished"):
-        self.journal.close()
-        end_attempt(self.run_dir, self.attempt, outcome=outcome, step=self.step, reason="asked")
-        self.tracker.finish()
-
-
-def run_of(run_dir, uri):
-    """Return (client, run) of what a run directory says is its MLflow run."""
-    from mlflow import MlflowClient
-
-    kept = json.loads((run_dir / "mlflow.json").read_text(encoding="utf-8"))
-    client = MlflowClient(uri)
-    return client, client.get_run(kept["run_id"])
-
-
-def points_of(run_dir, uri, key=LOSS):
-    client, run = run_of(run_dir, uri)
-    return [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, key)]
-
-
-def images_of(info, uri=None):
-    """Return (chart, step) of a run's pictures, as often as each is there."""
-    uri = uri or info.uri
-    _, run = run_of(info.run_dir, uri)
-    images = mlflow.Server(uri, info.home).images(run.info.run_id)
-    return sorted((key, step) for key, step, _ in images)
-
-
-def models_of(run_dir, uri):
-    """Return the models of a run directory's MLflow run, by their steps."""
-    _, run = run_of(run_dir, uri)
-    found = mlflow.Server(uri, None).models(run.info.experiment_id, run.info.run_id)
-    return sorted(found, key=lambda model: int(model.tags["dtr_scale.step"]))
-
-
-def children_of(run_dir, uri):
-    """Return the runs below a run directory's MLflow run, oldest first."""
-    client, run = run_of(run_dir, uri)
-    below = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
-    return client.search_runs(
-        [run.info.experiment_id], below, order_by=["attributes.start_time ASC"]
-    )
-
-
-def assert_steps(run_dir, uri, steps):
-    """Each step stands there once, with its numbers."""
-    assert sorted(points_of(run_dir, uri)) == [(step, 1 / step) for step in steps]
-    assert sorted(points_of(run_dir, uri, "train/lr")) == [(step, 0.1) for step in steps]
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def last_step(run_dir, uri):
-    with contextlib.suppress(FileNotFoundError):
-        return max((step for step, _ in points_of(run_dir, uri)), default=0)
-    return 0
 
 
 def test_the_server_is_the_configured_one_then_the_environments(tmp_path, monkeypatch):
@@ -268,8 +93,8 @@ def test_every_job_of_a_run_directory_goes_on_with_one_run(server, tmp_path):
         # Each job stands 5 steps before the end of the last one, whose steps are on the server.
         step = max(0, 10 * number - 5)
         job = Job(tmp_path, server.uri, step=step, params=params, tags=tags)
-        wait_until((tmp_path / "mlflow.json").exists)
-        wait_until(lambda: run_of(tmp_path, server.uri)[1].info.status == "RUNNING")
+        wait_for((tmp_path / "mlflow.json").exists)
+        wait_for(lambda: run_of(tmp_path, server.uri)[1].info.status == "RUNNING")
         job.log(range(step + 1, 10 * number + 11))
         job.finish(outcome)
         _, run = run_of(tmp_path, server.uri)
@@ -285,7 +110,7 @@ def test_every_job_of_a_run_directory_goes_on_with_one_run(server, tmp_path):
     assert_steps(tmp_path, server.uri, range(1, 31))
 
     killed = Job(tmp_path, server.uri, step=30)  # kill -9: nothing is written any more
-    wait_until(lambda: len(children_of(tmp_path, server.uri)) == 4)
+    wait_for(lambda: len(children_of(tmp_path, server.uri)) == 4)
     killed.tracker._leaving.set()  # its thread would outlive the test
     killed.journal.close()
     Job(tmp_path, server.uri, step=30).finish()
@@ -470,164 +295,3 @@ def test_a_run_that_the_server_or_its_file_no_longer_has_is_made_anew(tmp_path):
         job.finish("preempted")
         assert_steps(tmp_path, uri, range(1, step + 2))
         (tmp_path / "mlflow.json").write_text("[]")
-
-
-_SHORT_JOB = """
-import pathlib, sys
-from dtr_scale.logs import setup_logging
-from dtr_scale.tracking import mirror
-from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_attempt
-from dtr_scale.tracking.description import Description, RunInfo
-from dtr_scale.tracking.journal import Journal
-
-mirror._FINISH_SECONDS = float(sys.argv[3])
-setup_logging(0)
-run_dir, uri = pathlib.Path(sys.argv[1]), sys.argv[2]
-journal = Journal(run_dir / "journal.jsonl", step=20)
-attempt = begin_attempt(run_dir, step=20)
-told = Description(training=run_dir.name, experiment="tests", name="a_run", step=20)
-tracker = mirror.MlflowTracker(RunInfo(run_dir, journal.path, uri, None, told))
-for step in range(21, 41):
-    journal.write({"step": step, "loss": 1 / step, "lr": 0.1})
-    tracker.log({"step": step})
-end_attempt(run_dir, attempt, outcome="finished", step=40)
-tracker.finish()
-"""
-_SECRETS = ("hunter2", "hunter3")
-
-
-@pytest.mark.parametrize("is_away", [False, True])
-def test_no_password_is_shown_or_stored(server, tmp_path, is_away):
-    """Neither ours nor in what MLflow, requests and urllib3 have to say."""
-    port = 9 if is_away else server.address[1]
-    uri = f"http://user:hunter2@127.0.0.1:{port}" + ("?password=hunter3" if is_away else "")
-    env = os.environ | {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
-        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    }
-    env.pop("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT")
-    patience = "10" if is_away else "60"
-    command = [sys.executable, "-c", _SHORT_JOB, tmp_path, uri, patience]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    assert ("next start" in ended.stderr) == is_away
-    assert ("Connection refused" in ended.stderr) == is_away
-    kept = [path.read_text() for path in tmp_path.iterdir()]
-    if not is_away:
-        _, run = run_of(tmp_path, server.uri)
-        kept.append(str(run))
-        assert f"http://127.0.0.1:{port}" in (tmp_path / "mlflow.json").read_text()
-    for text in (ended.stdout, ended.stderr, *kept):
-        assert not any(secret in text for secret in _SECRETS), text
-
-
-def test_a_warning_leaves_the_password_out_of_what_an_error_says(
-    tmp_path, monkeypatch, warnings_of
-):
-    uri = "http://user:hunter2@127.0.0.1:9?password=hunter3"
-
-    def fail(info):
-        raise ValueError(f"no answer from {info.uri}")
-
-    monkeypatch.setattr(mirror, "_open", fail)
-    monkeypatch.setattr(mirror, "_FINISH_SECONDS", 0.5)
-    Job(tmp_path, uri).finish()
-    told = warnings_of("dtr_scale.tracking.mirror")
-    assert "no answer from http://127.0.0.1:9" in told[0]
-    assert not any(secret in line for secret in _SECRETS for line in told)
-
-
-def test_lost_replies_neither_repeat_nor_lose_anything(server, tmp_path, monkeypatch, warnings_of):
-    monkeypatch.setattr(mirror, "_FIRST_RETRY_SECONDS", 0.01)
-    with _losing_replies(server.address, lost=[1, 3, 5, 8, 10, 13]) as uri:
-        run_dir = tmp_path / "run"
-        job = Job(run_dir, uri)
-        for first in range(1, 31, 10):
-            job.log(range(first, first + 10))
-            wait_until(lambda last=first + 9: last_step(run_dir, server.uri) == last)
-        job.evaluate(30, fid=1.5, legibility=0.5)
-        job.finish()
-    assert_steps(run_dir, server.uri, range(1, 31))
-    assert points_of(run_dir, server.uri, DISTANCE) == [(30, 1.5)]
-    _, run = run_of(run_dir, server.uri)
-    assert run.info.status == "FINISHED"
-    assert run.data.params == {"train.lr": "0.0001", "model.type": "dit"}
-    assert run.data.tags["host"] == "here"
-    assert images_of(job.info, server.uri) == [("samples", 30)]
-    assert len(children_of(run_dir, server.uri)) == 1
-    # Trackers of earlier tests may still ask servers that are gone.
-    assert any(uri in line for line in warnings_of("dtr_scale.tracking.mirror"))
-
-
-@pytest.mark.slow
-def test_an_outage_loses_nothing_and_repeats_nothing(server, tmp_path, warnings_of):
-    """One server dies under a tracker that lives on, a job that ends, and the job after it."""
-    living, ending = tmp_path / "living", tmp_path / "ending"
-    job = Job(living, server.uri)
-    job.log(range(1, 21))
-    earlier = Job(ending, server.uri)
-    earlier.log(range(1, 31))
-    earlier.finish("preempted")
-    wait_until(lambda: last_step(living, server.uri) == 20)
-    server.kill()
-
-    job.log(range(21, 221))  # returns: nobody answers, nobody is asked
-    job.evaluate(30, fid=2.5)
-    wait_until(lambda: warnings_of("dtr_scale.tracking.mirror"))
-    job.log(range(221, 241))
-    # A job that ends meanwhile, resumed 10 steps back, says so and goes.
-    command = [sys.executable, "-c", _SHORT_JOB, ending, server.uri, "0.5"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"dtr-scale tracking sync {ending}" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-    (warning,) = warnings_of("dtr_scale.tracking.mirror")  # one in an outage
-    # Refused, or reset where the server died in the middle of a request.
-    assert warning.endswith("the run directory keeps all, trying again") and len(warning) < 180
-    server.start()
-    job.log(range(241, 251))
-    job.finish()
-    assert_steps(living, server.uri, range(1, 251))
-    assert points_of(living, server.uri, DISTANCE) == [(30, 2.5)]
-    assert images_of(job.info) == [("samples", 30)]
-    assert run_of(living, server.uri)[1].info.status == "FINISHED"
-    assert run_of(ending, server.uri)[1].info.status == "KILLED"
-    send_all(earlier.info)
-    assert_steps(ending, server.uri, range(1, 41))
-    assert run_of(ending, server.uri)[1].info.status == "FINISHED"
-    assert [a.info.status for a in children_of(ending, server.uri)] == ["KILLED", "FINISHED"]
-
-
-@contextlib.contextmanager
-def _losing_replies(address, lost):
-    """Serve a server behind a line that loses the reply to the n-th call that logs something."""
-    calls = iter(range(1, 10_000))
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self):
-            with socket.create_connection(address) as upstream:
-                request = _closing(self.request)
-                upstream.sendall(request)
-                reply = b"".join(iter(lambda: upstream.recv(65536), b""))
-            if not (b"/runs/log-" in request.partition(b"\r\n")[0] and next(calls) in lost):
-                self.request.sendall(reply)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as proxy:
-        proxy.daemon_threads = True
-        thread = threading.Thread(target=proxy.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{proxy.server_address[1]}"
-        finally:
-            proxy.shutdown()  # or pytest would wait for the thread for ever
-            thread.join()
-
-
-def _closing(connection):
-    """Read one whole HTTP request; return it with a request to close the connection after it."""
-    with connection.makefile("rb") as file:
-        lines = list(iter(file.readline, b"\r\n"))
-        lengths = [int(line.split()[1]) for line in lines if line.lower().startswith(b"content-l")]
-        body = file.read(*lengths) if lengths else b""
-    lines = [line for line in lines if not line.lower().startswith(b"connection")]
-    return b"".join([*lines, b"Connection: close\r\n\r\n", body])
