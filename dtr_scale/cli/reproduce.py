@@ -93,10 +93,10 @@ def _table(arguments: argparse.Namespace, overrides: list[str]) -> int:
     import shlex
 
     from dtr_scale.jobs.configs import find_configs
-    from dtr_scale.jobs.launches import Places, start
-    from dtr_scale.jobs.paper import TABLES as TABLES_OF
-    from dtr_scale.jobs.reproduce import Reproduction
-    from dtr_scale.jobs.tracked import tracked_runs
+    from dtr_scale.jobs.paper.launches import Places, start
+    from dtr_scale.jobs.paper.reproduce import Reproduction
+    from dtr_scale.jobs.paper.tables import TABLES as TABLES_OF
+    from dtr_scale.jobs.paper.tracked import tracked_runs
 
     configs = find_configs(arguments.configs)
     with tracked_runs(arguments.tracking_uri, TABLES_OF[arguments.what], configs) as tracked:
@@ -125,8 +125,8 @@ def _table(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _micro(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from dtr_scale.jobs import micro as job
     from dtr_scale.jobs.configs import find_configs
+    from dtr_scale.jobs.micro import comparison as job
 
     conditions = arguments.conditions or list(job.CONDITIONS)
     micro = job.Micro(
@@ -140,7 +140,7 @@ def _micro(arguments: argparse.Namespace, overrides: list[str]) -> int:
     micro.base.model_dump()  # a mistake is told before torch is imported
     if arguments.only:
         return job.run_one(micro, job.find_run(micro, arguments.only))
-    from dtr_scale.jobs import micro_launch, micro_report
+    from dtr_scale.jobs.micro import launch, report
 
     code = 0
     if arguments.launch:
@@ -149,11 +149,11 @@ def _micro(arguments: argparse.Namespace, overrides: list[str]) -> int:
             f"--source={micro.source}", f"--seeds={micro.num_seeds}",
             "--conditions", *conditions, *overrides,
         ]  # fmt: skip
-        code = micro_launch.run_all(micro, parallel=arguments.parallel, arguments=again)
+        code = launch.run_all(micro, parallel=arguments.parallel, arguments=again)
     if arguments.json:
-        print(json.dumps(micro_report.results(micro), indent=2))
+        print(json.dumps(report.results(micro), indent=2))
         return code
-    print(micro_report.table(micro), micro_report.verdicts(micro), sep="\n\n")
-    for path in micro_report.write_report(micro) if micro.out.exists() else []:
+    print(report.table(micro), report.verdicts(micro), sep="\n\n")
+    for path in report.write_report(micro) if micro.out.exists() else []:
         print(path)
     return code

@@ -6,9 +6,9 @@ import shlex
 
 import pytest
 
-from dtr_scale.jobs.collect import trainings_of
-from dtr_scale.jobs.launches import Places, array_command
-from dtr_scale.jobs.paper import Row
+from dtr_scale.jobs.paper.collect import trainings_of
+from dtr_scale.jobs.paper.launches import Places, array_command
+from dtr_scale.jobs.paper.tables import Row
 from dtr_scale.launchers import first_host
 from tests.support.processes import wait_for
 from tests.support.runs import DEMO, SMALL, journal, status, steps_in, train

@@ -12,8 +12,8 @@ import pytest
 
 from dtr_scale.cli.main import main
 from dtr_scale.errors import ConfigError
-from dtr_scale.jobs.micro import CONDITIONS, Micro, MicroRun, run_one
-from dtr_scale.jobs.micro_report import results, table, verdicts
+from dtr_scale.jobs.micro.comparison import CONDITIONS, Micro, MicroRun, run_one
+from dtr_scale.jobs.micro.report import results, table, verdicts
 from tests.support.pictures import idx_files
 
 CONFIG = Path(__file__).parents[2] / "configs" / "micro_fashion.json"

@@ -12,11 +12,11 @@ import pytest
 from dtr_scale.cli.main import main
 from dtr_scale.cli.reproduce import TABLES as COMMANDS
 from dtr_scale.config.load import load_experiment, resolved
-from dtr_scale.jobs import reproduce
-from dtr_scale.jobs.collect import gpu_hours, trainings_of
-from dtr_scale.jobs.launches import Places
-from dtr_scale.jobs.paper import TABLES, Column, Part, Row, Table
-from dtr_scale.jobs.reproduce import Reproduction
+from dtr_scale.jobs.paper import reproduce
+from dtr_scale.jobs.paper.collect import gpu_hours, trainings_of
+from dtr_scale.jobs.paper.launches import Places
+from dtr_scale.jobs.paper.reproduce import Reproduction
+from dtr_scale.jobs.paper.tables import TABLES, Column, Part, Row, Table
 from tests.support.runs import BATCH, DEMO, SINGLE, SMALL
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -20,7 +20,7 @@ from dtr_scale.evaluation.report import pixel_frechet_distance, read_all, write_
 from dtr_scale.evaluation.sampling import class_labels, draw_samples, grid_columns, save_grid
 from dtr_scale.jobs.build import build_diffusion, open_samples
 from dtr_scale.jobs.measure import samples_manifest
-from dtr_scale.jobs.micro import Micro
+from dtr_scale.jobs.micro.comparison import Micro
 from dtr_scale.jobs.pictures import ShardPictures
 from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.jobs.trained import TrainedRun, load_run, write_whole

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dtr_scale.config.load import load_experiment
-from dtr_scale.jobs.collect import is_said_to_run
-from dtr_scale.jobs.paper import Table
+from dtr_scale.jobs.paper.collect import is_said_to_run
+from dtr_scale.jobs.paper.tables import Table
 from dtr_scale.train.run_dir import LOCK
 
 

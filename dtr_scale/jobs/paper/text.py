@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import ascii_lowercase
 from typing import Any, NamedTuple
 
-from dtr_scale.jobs.collect import Cell, Standing, Training, differences_between, gpu_hours
-from dtr_scale.jobs.paper import Part, Row, Table
+from dtr_scale.jobs.paper.collect import Cell, Standing, Training, differences_between, gpu_hours
+from dtr_scale.jobs.paper.tables import Part, Row, Table
 
 _LABEL_WIDTH = 34
 

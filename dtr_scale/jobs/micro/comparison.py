@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.errors import ConfigError
-from dtr_scale.jobs.collect import reports
+from dtr_scale.jobs.paper.collect import reports
 from dtr_scale.storage.folder import open_folder
 
 log = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def run_one(micro: Micro, run: MicroRun) -> int:
 
     75: it was asked to leave, and goes on when it is started again.
     """
-    from dtr_scale.jobs.micro_measure import measure_run
+    from dtr_scale.jobs.micro.measure import measure_run
     from dtr_scale.jobs.train import train_experiment
 
     with micro.held(run):

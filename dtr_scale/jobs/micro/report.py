@@ -11,8 +11,8 @@ import numpy as np
 
 from dtr_scale.evaluation.comparison.curves import Curve
 from dtr_scale.evaluation.comparison.plots import Chart, drawings_png
-from dtr_scale.jobs.micro import CONDITIONS, Micro, MicroRun
-from dtr_scale.jobs.micro_measure import FD, LEGIBILITY, LOSS, PIXEL_FD, REAL
+from dtr_scale.jobs.micro.comparison import CONDITIONS, Micro, MicroRun
+from dtr_scale.jobs.micro.measure import FD, LEGIBILITY, LOSS, PIXEL_FD, REAL
 from dtr_scale.jobs.trained import write_whole
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import last_step

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from dtr_scale.jobs.micro import DATA, LOGS, Micro, MicroRun
-from dtr_scale.jobs.micro_measure import measure_real
+from dtr_scale.jobs.micro.comparison import DATA, LOGS, Micro, MicroRun
+from dtr_scale.jobs.micro.measure import measure_real
 from dtr_scale.jobs.prepare import prepare_idx
 from dtr_scale.signals import LAUNCHER_PID, LeaveRequest
 from dtr_scale.tracking.journal import last_step

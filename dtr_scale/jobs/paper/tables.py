@@ -15,7 +15,7 @@ class Column(NamedTuple):
     key: str
     """In `expected` of an experiment."""
     metric: str
-    """In a run's evaluations; or `macs`, `steps_per_second` or `cka`, see `jobs/collect.py`."""
+    """In a run's evaluations; or `macs`, `steps_per_second` or `cka`, see `collect.py`."""
     num_samples: int | None = None
     step: int | None = None
     """Of the checkpoint; None: the row's last."""

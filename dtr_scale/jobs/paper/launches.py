@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.jobs.collect import Training, run_place
-from dtr_scale.jobs.paper import Column, Row
+from dtr_scale.jobs.paper.collect import Training, run_place
+from dtr_scale.jobs.paper.tables import Column, Row
 from dtr_scale.storage.folder import open_folder
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dtr_scale.errors import ConfigError
-from dtr_scale.jobs.collect import (
+from dtr_scale.jobs.paper.collect import (
     Training,
     cell,
     differences_between,
@@ -15,7 +15,7 @@ from dtr_scale.jobs.collect import (
     standing,
     trainings_of,
 )
-from dtr_scale.jobs.launches import (
+from dtr_scale.jobs.paper.launches import (
     EXIT_FAILED,
     EXIT_GO_ON,
     Places,
@@ -24,8 +24,8 @@ from dtr_scale.jobs.launches import (
     start,
     train_command,
 )
-from dtr_scale.jobs.paper import TABLES, Column, Row, Table
-from dtr_scale.jobs.paper_text import (
+from dtr_scale.jobs.paper.tables import TABLES, Column, Row, Table
+from dtr_scale.jobs.paper.text import (
     FoundPart,
     FoundRow,
     all_trainings,

@@ -13,7 +13,7 @@ from dtr_scale.config.changes import changes, flatten
 from dtr_scale.config.load import filled_in, load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.errors import ConfigError
-from dtr_scale.jobs.paper import (
+from dtr_scale.jobs.paper.tables import (
     A100_BATCH,
     A100_GPUS,
     A100_SAMPLES_TIMES_MACS,
