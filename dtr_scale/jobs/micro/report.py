@@ -177,6 +177,7 @@ figures, which are of networks of 33M to 458M parameters, 100,000 to 2,000,000 s
 Inception's features; `fd_efficientnet` is no FID."""
 
 
+_ENLARGED, _MARGIN, _FONT_PIXELS = 2, 190, 17  # of the sheet of samples
 _BELOW = "Mean over up to {seeds} seeds, and their standard deviation."
 
 
@@ -206,21 +207,26 @@ def _chart(micro: Micro, title: str, metric: str, floor: float | None) -> Chart:
 
 def _write_sheet(micro: Micro) -> None:
     """Put the first samples of each condition below each other, those of seed 0 at the end."""
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
 
     name = f"step_{micro.points[-1]:08d}.png"
-    runs = [micro.run_dir(MicroRun(condition, 0)) for condition in micro.conditions]
-    found = [path for run in runs if (path := run / SAMPLES / name).exists()]
-    if not found:
+    grids = {}
+    for condition in micro.conditions:
+        path = micro.run_dir(MicroRun(condition, 0)) / SAMPLES / name
+        if path.exists():
+            with Image.open(path) as picture:
+                # Two of the four rows.
+                rows = picture.crop((0, 0, picture.width, picture.height // 2))
+            grids[CONDITIONS[condition].label] = rows.resize(
+                (rows.width * _ENLARGED, rows.height * _ENLARGED), Image.Resampling.NEAREST
+            )
+    if not grids:
         return
-    grids = []
-    for path in found:
-        with Image.open(path) as picture:
-            # Two of the four rows.
-            grids.append(picture.crop((0, 0, picture.width, picture.height // 2)).copy())
-    sheet = Image.new(grids[0].mode, (grids[0].width, sum(grid.height for grid in grids)))
-    top = 0
-    for grid in grids:
-        sheet.paste(grid, (0, top))
-        top += grid.height
+    width, height = next(iter(grids.values())).size
+    sheet = Image.new("L", (_MARGIN + width, height * len(grids)), 255)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_PIXELS)
+    for index, (label, grid) in enumerate(grids.items()):
+        sheet.paste(grid, (_MARGIN, index * height))
+        middle = index * height + height // 2
+        draw.text((_MARGIN - 12, middle), label, fill=0, font=font, anchor="rm")
     write_whole(micro.out / SHEET, lambda file: sheet.save(file, format="PNG"))
