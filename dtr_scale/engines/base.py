@@ -125,3 +125,22 @@ def whole_pieces(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -
     # what is loaded and keep it from the network.
     moments = [state[moment].view(-1) for moment in ADAM_MOMENTS]
     return pieces_of(name, parameter.shape, 0, parameter.detach().view(-1), moments)
+
+
+def cut_pieces(
+    name: str,
+    shape: torch.Size,
+    offset: int,
+    flat: Tensor,
+    state: dict[str, Tensor],
+    start: int,
+    numel: int,
+) -> dict[str, Piece]:
+    """Return by key the pieces that lie at `start` of a flat buffer and of its Adam state."""
+    moments = [cut(state[moment], start, numel) for moment in ADAM_MOMENTS]
+    return pieces_of(name, shape, offset, cut(flat, start, numel), moments)
+
+
+def cut(flat: Tensor, start: int, numel: int) -> Tensor:
+    """Return `numel` elements of a flat tensor, as a view."""
+    return flat.detach().narrow(0, start, numel)

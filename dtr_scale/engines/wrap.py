@@ -24,8 +24,7 @@ def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     for block in blocks:
         # In place: torch.compile(block) would put `_orig_mod` into every parameter's name.
         block.compile()
-        call: Any = block._compiled_call_impl
-        block._compiled_call_impl = partial(_compiled, call)
+        wrap_call(block, _compiled)
 
 
 def _compiled(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -46,11 +45,13 @@ def _compiled(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # no
 def checkpoint_activations(blocks: Sequence[nn.Module]) -> None:
     """Keep a block's inputs alone until the backward, which computes the block again."""
     for block in blocks:
-        # The field that nn.Module.compile() fills, which a module's call prefers. The recomputation
-        # so takes all of the call, engines' hooks and a compiled graph included; a wrapper module
-        # would put its own name into every parameter's, and checkpoints go by these names.
-        call = block._compiled_call_impl or block._call_impl
+        # The recomputation so takes all of the call, FSDP's hooks and a compiled graph included.
         # No random state to preserve: blocks have no dropout.
-        block._compiled_call_impl = partial(
-            checkpoint, call, use_reentrant=False, preserve_rng_state=False
-        )
+        wrap_call(block, partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+
+
+def wrap_call(module: nn.Module, wrapper: Callable[..., Any]) -> None:
+    """Let each call of a module be one of `wrapper(call, *args, **kwargs)`."""
+    # The field that nn.Module.compile() fills, which a module's call prefers. A module around it
+    # would put its own name into every parameter's, and checkpoints go by these names.
+    module._compiled_call_impl = partial(wrapper, module._compiled_call_impl or module._call_impl)

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dtr_scale.engines.base import (
-    ADAM_MOMENTS,
     Engine,
     Piece,
     adam_state,
     build_optimizer,
-    pieces_of,
+    cut,
+    cut_pieces,
     whole_pieces,
 )
 from dtr_scale.engines.deepspeed_config import SECTION
@@ -76,7 +76,7 @@ class DeepSpeedEngine(Engine):
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._find_state()
         for name, piece in self.masters().items() if initial else ():
-            piece.data.copy_(_cut(initial[name].view(-1), piece.offset, piece.data.numel()))
+            piece.data.copy_(cut(initial[name].view(-1), piece.offset, piece.data.numel()))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         return self._engine(x_t, t, y, step).float()
@@ -128,9 +128,9 @@ class DeepSpeedEngine(Engine):
             for name, piece in self.masters().items():
                 weight, numel = weights[name], piece.data.numel()
                 if self._stage == 3:
-                    live = _cut(weight.ds_tensor, 0, numel)  # pyright: ignore
+                    live = cut(weight.ds_tensor, 0, numel)  # pyright: ignore
                 else:
-                    live = _cut(weight.view(-1), piece.offset, numel)
+                    live = cut(weight.view(-1), piece.offset, numel)
                 # The masters, cast, are the weights to the bit. A field with another meaning or
                 # offset in another version of DeepSpeed fails here, before the first step.
                 if not torch.equal(piece.data.to(live), live):
@@ -159,7 +159,7 @@ class DeepSpeedEngine(Engine):
             if mapping is None:
                 continue  # other ranks hold all of it
             address, group = mapping.hp_fragment_address, mapping.param_group_index
-            yield _cut_pieces(
+            yield cut_pieces(
                 name,
                 parameter.shape,
                 mapping.lp_fragment_address.start,
@@ -182,25 +182,7 @@ class DeepSpeedEngine(Engine):
             offset = self._world.rank * part_size
             numel = min(part_size, shape.numel() - offset)
             if numel > 0:  # else other ranks hold all of it
-                yield _cut_pieces(name, shape, offset, flats[group], states[group], start, numel)
-
-
-def _cut_pieces(
-    name: str,
-    shape: torch.Size,
-    offset: int,
-    flat: Tensor,
-    state: dict[str, Tensor],
-    start: int,
-    numel: int,
-) -> dict[str, Piece]:
-    """Return by key the pieces that lie at `start` of a flat buffer and of its Adam state."""
-    moments = [_cut(state[moment], start, numel) for moment in ADAM_MOMENTS]
-    return pieces_of(name, shape, offset, _cut(flat, start, numel), moments)
-
-
-def _cut(flat: Tensor, start: int, numel: int) -> Tensor:
-    return flat.detach().narrow(0, start, numel)
+                yield cut_pieces(name, shape, offset, flats[group], states[group], start, numel)
 
 
 def _prepare_process(world: World) -> None:
