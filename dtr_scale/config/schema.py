@@ -2,7 +2,8 @@
 
 One JSON file describes a run completely. Unknown keys are refused, wrong combinations are named
 with their key, value, what is accepted and the fix. Sections are flat: a key that its section's
-`type` does not use is kept but has no effect, so `--data.type=synthetic` is one override.
+`type` does not use is kept but has no effect, so `--data.type=synthetic` is one override. Only
+where it asks for what that type cannot do, it is refused.
 """
 
 import json
@@ -120,7 +121,8 @@ class TrainConfig(Section):
 
 
 class EngineConfig(Section):
-    type: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
+    type: Literal["single", "deepspeed", "fsdp2", "flat"] = "deepspeed"
+    """flat: as ZeRO-1, written for networks that fit a GPU whole."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed's: 0 shards nothing, 1 Adam's state, 2 gradients too, 3 weights too."""
     deepspeed_config: SectionOrFile = None
@@ -137,6 +139,26 @@ class EngineConfig(Section):
     compile: bool = True
     """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up)."""
     activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _flat_is_zero_1(self) -> Self:
+        if self.type != "flat":
+            return self
+        # `zero_stage` has no null. 0 and 1 ask for no more than flat gives.
+        asked = {
+            "deepspeed_config": ("deepspeed", self.deepspeed_config, "null"),
+            "zero_stage": ("deepspeed", self.zero_stage if self.zero_stage > 1 else None, "1"),
+            "shard": ("fsdp2", self.shard, "null"),
+            "replicate": ("fsdp2", self.replicate, "null"),
+        }
+        for key, (owner, value, accepted) in asked.items():
+            if value is not None:
+                raise refuse(
+                    f"engine.{key} = {json.dumps(value)} is a setting of engine.type = "
+                    f'"{owner}"; "flat" holds all weights and gradients on each rank; set '
+                    f"engine.{key}={accepted}, or engine.type={owner}"
+                )
+        return self
 
     def mesh(self, world_size: int) -> tuple[int, int]:
         """Return (replicate, shard) for `world_size` ranks; ConfigError if they do not fit."""

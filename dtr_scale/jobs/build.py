@@ -29,6 +29,7 @@ from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
 from dtr_scale.engines.base import Engine
 from dtr_scale.engines.deepspeed_config import build_deepspeed_config
+from dtr_scale.engines.flat import FlatEngine
 from dtr_scale.engines.fsdp2 import Fsdp2Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
@@ -261,6 +262,10 @@ def _build_engine(
     match config.type:
         case "single":
             return SingleEngine(network, device=world.device, **optimizer, **step)
+        case "flat":
+            return FlatEngine(
+                network, blocks=network.routed_blocks(), world=world, **optimizer, **step
+            )
         case "fsdp2":
             replicate, shard = config.mesh(world.world_size)
             return Fsdp2Engine(

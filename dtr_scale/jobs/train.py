@@ -216,10 +216,11 @@ def join(experiment: Experiment) -> World:
     if experiment.engine.type == "single" and world_size > 1:
         raise ConfigError(
             f"engine.type = 'single' runs in one process, the launcher started {world_size}; "
-            "use --engine.type=deepspeed or fsdp2, or start one process"
+            "use --engine.type=deepspeed, fsdp2 or flat, or start one process"
         )
     engine = experiment.engine
-    return join_world(needs_process_group=engine.type != "single", device=engine.device)
+    needs_process_group = engine.type in ("deepspeed", "fsdp2")
+    return join_world(needs_process_group=needs_process_group, device=engine.device)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def test_overrides_reach_the_experiment():
         ("--train.lr=fast", 'train.lr = "fast": should be a valid number'),
         ("--train.max_steps=true", "train.max_steps = true: should be a valid integer"),
         ("--train.max_steps=0", "train.max_steps = 0: should be greater than or equal to 1"),
-        ("--engine.type=zero", "\"zero\": should be 'single', 'deepspeed' or 'fsdp2'"),
+        ("--engine.type=zero", "\"zero\": should be 'single', 'deepspeed', 'fsdp2' or 'flat'"),
         ("--engine.zero_stage=4", "engine.zero_stage = 4: should be less than or equal to 3"),
         ("--engine.shard=0", "engine.shard = 0: should be greater than or equal to 1"),
         ("--engine.deepspeed_config=5", "engine.deepspeed_config = 5: should be"),
@@ -304,6 +304,28 @@ def test_a_file_of_deepspeed_settings_is_read_with_the_experiment(tmp_path):
     for override in (str(path), json.dumps(section)):
         experiment = load_experiment(FLAGSHIP, [f"--engine.deepspeed_config={override}"])
         assert resolved(experiment)["engine"]["deepspeed_config"] == section
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--engine.zero_stage=3", 'zero_stage = 3 is a setting of engine.type = "deepspeed"'),
+        (
+            '--engine.deepspeed_config={"a": 1}',
+            r'deepspeed_config = \{"a": 1\} .*deepspeed_config=null',
+        ),
+        (
+            "--engine.shard=8",
+            'shard = 8 is .* "fsdp2"; .* set engine.shard=null, or engine.type=fsdp2',
+        ),
+        ("--engine.replicate=2", "replicate = 2 is"),
+    ],
+)
+def test_the_flat_engine_refuses_what_it_would_not_do(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(FLAGSHIP, ["--engine.type=flat", override])
+    # One override is enough to train the flagship, whose zero_stage = 1 is what it does.
+    assert load_experiment(FLAGSHIP, ["--engine.type=flat"]).engine.type == "flat"
 
 
 def test_flatten_joins_keys_with_dots():

@@ -54,8 +54,8 @@ OFFLOADED = {
         "sub_group_size": 10_000,
     },
 }
-FP32 = [f"{engine}_fp32" for engine in ("zero1", "zero3", "fsdp2")]
-BF16 = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"]
+FP32 = [f"{engine}_fp32" for engine in ("zero1", "zero3", "fsdp2", "flat")]
+BF16 = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16", "flat_bf16"]
 BEGUN_ON_ONE = "single_fp32_then_zero3_fp32"
 ENDED_ON_ONE = "fsdp2_fp32_then_single_fp32"
 
@@ -68,7 +68,7 @@ def jobs_of_two_ranks(place: Path) -> list[Job]:
     section = place / "deepspeed.json"
     section.write_text(json.dumps(OFFLOADED))
     jobs = [Job(name, setting(name)) for name in FP32 + BF16]
-    for engine in ("zero3", "fsdp2"):
+    for engine in ("zero3", "fsdp2", "flat"):
         fp32, bf16 = setting(f"{engine}_fp32"), setting(f"{engine}_bf16")
         jobs += handed_over(f"{engine}_bf16", f"{engine}_bf16")
         jobs += [
@@ -170,7 +170,7 @@ def test_two_ranks_agree_with_one_process(runs, name):
     assert_same(runs.records[name], runs.records["single_fp32"], name.partition("_")[2])
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2", "flat"])
 def test_activation_checkpointing_changes_nothing(runs, engine):
     expected = losses(runs.records[f"{engine}_fp32"])[:HALF]
     assert losses(runs.records[f"{engine}_checkpointing"]) == expected
@@ -185,7 +185,7 @@ def test_offloading_by_the_users_own_section_changes_nothing(runs):
     assert losses(runs.records["zero3_offloaded"]) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2", "flat"])
 def test_experts_train_and_sample_on_ranks_that_share_their_weights(runs, engine):
     assert_same(runs.records[f"{engine}_experts"], runs.records["experts"], "fp32")
 
@@ -196,13 +196,13 @@ def test_a_checkpoint_goes_on_in_another_engine_and_world(runs, name):
     assert [record["step"] for record in runs.records[name]] == list(range(HALF + 1, STEPS + 1))
 
 
-@pytest.mark.parametrize("name", ["zero3_bf16", "fsdp2_bf16"])
+@pytest.mark.parametrize("name", ["zero3_bf16", "fsdp2_bf16", "flat_bf16"])
 def test_the_same_engine_resumes_to_the_last_bit(runs, name):
     resumed = runs.records[f"{name}_then_{name}"]
     assert losses(resumed) == losses(runs.records[name])[HALF:]
 
 
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2", "flat"])
 def test_sampling_with_the_averaged_weights_leaves_training_as_it_was(runs, engine):
     expected = losses(runs.records[f"{engine}_bf16"])[:HALF]
     assert losses(runs.records[f"{engine}_evaluating"]) == expected
@@ -275,7 +275,7 @@ def assert_equal_parts(digits: Path, ranks: list[list[Part]], copies: int = 1) -
 
 
 def test_uneven_shards_on_three_ranks(digits, tmp_path):
-    names = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16"]
+    names = ["zero1_bf16", "zero3_bf16", "fsdp2_bf16", "flat_bf16"]
     ranks = run_on_ranks(3, three_ranks, digits, tmp_path, names)
     for name in names:
         assert_equal_parts(digits, [parts[name] for _, parts in ranks])

@@ -20,9 +20,13 @@ from tests.support.ranks import run_on_ranks
 pytestmark = pytest.mark.slow
 
 TIMEOUT_SECONDS = 1200
-SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2")
+SHARDED = ("zero0", "zero1", "zero2", "zero3", "fsdp2", "flat")
 ENGINES = {1: ("single", *SHARDED), 2: SHARDED, 4: (*SHARDED, "hsdp")}
-PLACES = [("single", 1), ("zero1", 2), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("fsdp2", 4)]
+PLACES = [
+    ("single", 1),
+    *((engine, 2) for engine in ("zero1", "zero2", "zero3", "fsdp2", "flat")),
+    ("fsdp2", 4),
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_every_engine_goes_on_from_every_other(digits, tmp_path, reference, caps
 def test_compiled_blocks_train_the_same(digits, tmp_path, reference):
     """Under activation checkpointing too; ZeRO-3 says that it does not compile."""
     extra = (HALF_WAY, "--engine.compile=true", "--engine.activation_checkpointing=true")
-    names = ["zero2_fp32", "zero3_fp32", "fsdp2_fp32", "fsdp2_bf16"]
+    names = ["zero2_fp32", "zero3_fp32", "fsdp2_fp32", "fsdp2_bf16", "flat_fp32", "flat_bf16"]
     jobs = [Job(name, (*setting(name), *extra)) for name in names]
     found = run_on_ranks(
         2, train_on_ranks, digits, tmp_path, jobs, timeout_seconds=TIMEOUT_SECONDS

@@ -27,6 +27,7 @@ ENGINES = {
     "single": ("--engine.type=single",),
     **{f"zero{k}": ("--engine.type=deepspeed", f"--engine.zero_stage={k}") for k in range(4)},
     "fsdp2": ("--engine.type=fsdp2",),
+    "flat": ("--engine.type=flat",),
 }
 
 

@@ -22,6 +22,7 @@ ENGINES = {
     "single": ("--engine.type=single",),
     **{f"zero{k}": ("--engine.type=deepspeed", f"--engine.zero_stage={k}") for k in range(4)},
     "fsdp2": ("--engine.type=fsdp2",),
+    "flat": ("--engine.type=flat",),
     "hsdp": ("--engine.type=fsdp2", "--engine.replicate=2"),
 }
 LONE = World(0, 0, 1, torch.device("cpu"))

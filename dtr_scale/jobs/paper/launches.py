@@ -41,7 +41,7 @@ def train_command(training: Training, places: Places) -> list[str]:
     match training.experiment.engine.type:
         case "single":
             launcher = ["dtr-scale", "train"]
-        case "fsdp2":
+        case "fsdp2" | "flat":
             gpus = len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1
             launcher = ["torchrun", f"--nproc_per_node={gpus}", str(places.launch / "train.py")]
         case _:

@@ -1,0 +1,152 @@
+"""Train with Adam's state sharded over ranks as in ZeRO-1, for networks that fit a GPU.
+
+Each block, and all that is outside of blocks, has one buffer of weights and one of gradients
+(`flat_group.py`). A block's gradients are exchanged while the backward goes on below it, and its
+updated weights are awaited by its next forward alone. Nothing in a step makes the host wait for a
+GPU.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtr_scale.engines.base import Engine, Piece, adam_state, build_optimizer
+from dtr_scale.engines.flat_group import FlatGroup, FlatWeights
+from dtr_scale.engines.world import World
+from dtr_scale.engines.wrap import wrap_call
+
+
+class FlatEngine(Engine):
+    """Whole weights and gradients on each rank, 1/W of the masters and moments."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        blocks: Sequence[nn.Module],
+        world: World,
+        lr: float,
+        weight_decay: float = 0.0,
+        grad_clip: float | None = None,
+        precision: str = "bf16",
+    ) -> None:
+        self._world = world
+        self._max_norm = grad_clip
+        self._is_last = True
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        # In forward order, what is outside of blocks first: its forward begins before theirs, and
+        # its backward ends after them.
+        self._groups: list[FlatGroup] = []
+        self._outside: list[FlatWeights] = []
+        frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+        for block, parameters in _parts(network, blocks):
+            group = FlatGroup(parameters, world=world, dtype=dtype)
+            self._groups.append(group)
+            if block is None:
+                self._outside.append(group)
+            else:
+                # Around compiled graphs and recomputation: it is called once per forward.
+                wrap_call(block, partial(self._call_block, group))
+        if frozen:
+            self._outside.append(FlatWeights(frozen, world=world, dtype=dtype))
+        self._weights = list(dict.fromkeys([*self._outside, *self._groups]))
+        self.network = network.to(world.device)  # buffers: the parameters are there
+        network.register_forward_pre_hook(self._before_network)
+        # Those of frozen parameters have no gradient, so Adam passes them over.
+        masters = [weights.master for weights in self._weights]
+        self._adam = build_optimizer(masters, lr=lr, weight_decay=weight_decay)
+        self._pieces: dict[str, Piece] = {}
+        for weights in self._weights:
+            for pieces in weights.pieces(adam_state(self._adam, weights.master)):
+                self._pieces |= pieces
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
+        return self.network(x_t, t, y, step).float()
+
+    @contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        self._is_last = last
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._uncollected = set(self._groups)
+        self._unreduced = list(self._groups) if self._is_last else []
+        loss.backward()
+        # What is outside of blocks, and a block whose input needs no gradient.
+        for group in list(self._uncollected):
+            self._collect(group)
+        # A block's gradients were all there when its input's was. One that came later would be
+        # missing in the sum.
+        late = [name for group in self._groups for name in group.uncollected()]
+        assert not late, late
+
+    def step(self) -> Tensor:
+        for group in self._groups:
+            group.wait_for_gradient()
+        gradients = [group.gradient for group in self._groups]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._world.world_size > 1:
+            # Of shards, which have no element in common. It stays on the device.
+            norm = self._world.all_reduce_sum(norm.square()).sqrt()
+        if self._max_norm is not None:
+            masters = [group.master for group in self._groups]
+            nn.utils.clip_grads_with_norm_(masters, self._max_norm, norm)
+        self._adam.step()
+        self.push_masters()
+        return norm
+
+    def push_masters(self) -> None:
+        # In forward order: the first block can begin while the last one's weights are on their way.
+        for weights in self._weights:
+            weights.push()
+
+    def _before_network(self, network: nn.Module, inputs: Any) -> None:  # noqa: ANN401
+        """Wait for the weights outside of blocks; for all of them where no gradients are wanted."""
+        # Such a forward may pass over a block (an expert without samples). It also is the last one
+        # before a run ends, which no collective may outlive.
+        for weights in self._outside if torch.is_grad_enabled() else self._weights:
+            weights.wait()
+
+    def _call_block(
+        self,
+        group: FlatGroup,
+        call: Callable[..., Any],
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        group.wait()
+        tokens = args[0]
+        if torch.is_grad_enabled() and tokens.requires_grad:
+            # One hook per block: autograd calls it with the gradient of the block's input. All that
+            # the forward computed later, the whole block, has had its backward by then, since
+            # autograd takes what is ready in the reverse order of the forward.
+            tokens.register_hook(lambda gradient: self._collect(group))
+        return call(*args, **kwargs)
+
+    def _collect(self, group: FlatGroup) -> None:
+        """Take a group's gradients, and in the last micro-step exchange those whose turn it is."""
+        group.collect()
+        self._uncollected.remove(group)
+        # In reverse forward order whatever the order of hooks, so that ranks whose samples go
+        # through different parts of a network begin the same collectives one after the other.
+        while self._unreduced and self._unreduced[-1] not in self._uncollected:
+            self._unreduced.pop().reduce()
+
+
+def _parts(
+    network: nn.Module, blocks: Sequence[nn.Module]
+) -> Iterator[tuple[nn.Module | None, dict[str, nn.Parameter]]]:
+    """Yield the trained parameters by name: those outside of blocks (None), then each block's."""
+    owners = {parameter: block for block in blocks for parameter in block.parameters()}
+    for owner in (None, *blocks):
+        found = {
+            name: parameter
+            for name, parameter in network.named_parameters()
+            if parameter.requires_grad and owners.get(parameter) is owner
+        }
+        if found:
+            yield owner, found
