@@ -36,17 +36,24 @@ class TimestepSampler:
 
     def clusters(self, samples_seen: int) -> np.ndarray:
         """Return the cluster of every place of the global batch, int64 [B]."""
-        # The shift keeps a place, and the rank that owns it, from meeting one cluster for ever. Its
-        # key is the step of a run that always had this batch size: each batch has its own.
-        nth = samples_seen // self.global_batch_size
-        shift = keyed_generator(self.seed, "cluster_shift", nth).integers(self.num_clusters)
-        return (np.arange(self.global_batch_size) + shift) % self.num_clusters
+        return self._shifted(self.shift(samples_seen))
 
-    def counts(self, samples_seen: int) -> np.ndarray:
-        """Return the number of samples of each cluster in the global batch, int64 [K]."""
+    def shift(self, samples_seen: int) -> int:
+        """Return the cluster of the first place of the global batch."""
+        # It keeps a place, and the rank that owns it, from meeting one cluster for ever. Its key is
+        # the step of a run that always had this batch size: each batch has its own.
+        nth = samples_seen // self.global_batch_size
+        return int(keyed_generator(self.seed, "cluster_shift", nth).integers(self.num_clusters))
+
+    def counts_by_shift(self) -> np.ndarray:
+        """Return the samples of each cluster in a global batch of each shift, int64 [K, K]."""
         # Of the whole batch, on every rank from the position alone: no collective is needed for
         # n_k.
-        return np.bincount(self.clusters(samples_seen), minlength=self.num_clusters)
+        shifts = range(self.num_clusters)
+        return np.stack([np.bincount(self._shifted(s), minlength=len(shifts)) for s in shifts])
+
+    def _shifted(self, shift: int) -> np.ndarray:
+        return (np.arange(self.global_batch_size) + shift) % self.num_clusters
 
     def at(self, cluster: np.ndarray, u: np.ndarray) -> np.ndarray:
         """Return the timesteps at the fractions u [n] in [0, 1) of clusters [n], int64 [n]."""

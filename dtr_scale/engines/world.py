@@ -3,7 +3,7 @@
 import os
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -33,6 +33,9 @@ class World:
     group: dist.ProcessGroup | None = None
     """The group that collectives run on; None: all ranks, over the device's own backend."""
     background_group: dist.ProcessGroup | None = None
+    """For the threads that save."""
+    control_group: dist.ProcessGroup | None = None
+    """For what the loops agree on beside their collectives."""
 
     def in_background(self) -> "World":
         """Return the same ranks for another thread, which must not share the loop's group."""
@@ -53,6 +56,21 @@ class World:
         if self.world_size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def begin_sum(self, number: float) -> Callable[[], float]:
+        """Begin to add `number` over all ranks; return what waits for the sum and returns it.
+
+        The hosts do it among themselves, beside the devices' collectives.
+        """
+        total = torch.tensor([number])
+        work = dist.all_reduce(total, group=self.control_group, async_op=True)
+        assert work is not None
+
+        def wait() -> float:
+            work.wait()
+            return total.item()
+
+        return wait
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Write rank 0's `tensor` into that of every rank."""
@@ -155,11 +173,15 @@ def join_world(*, needs_process_group: bool, device: str = "auto") -> World:
     world = World(launched_rank(), local_rank, world_size, own)
     if world_size == 1:
         return world
-    # For the threads that save: with two threads on one group, runs crashed (3 of 3). Making a
-    # group is a collective, so every rank does it here.
+    # A group per thread: with two threads on one, runs crashed (3 of 3). Making a group is a
+    # collective, so every rank does it here.
+    return replace(world, background_group=_host_group(), control_group=_host_group())
+
+
+def _host_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
-    return replace(world, background_group=group)
+    return group
 
 
 def _free_port() -> int:

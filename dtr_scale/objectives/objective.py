@@ -33,8 +33,8 @@ class Objective(Protocol):
         """Take one step of the objective's own parameters from l_k [K] and n_k [K]."""
         ...
 
-    def metrics(self) -> dict[str, float]:
-        """Return the objective's own parameters by name."""
+    def metrics(self) -> dict[str, Tensor]:
+        """Return the objective's own parameters by name, live vectors on the device."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -66,7 +66,7 @@ class WeightedObjective(Objective):
     def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
         pass
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, Tensor]:
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -107,9 +107,8 @@ class AntUwObjective(Objective):
         self.log_var.grad = torch.where(counts > 0, gradient, 0.0).float()
         self.optimizer.step()
 
-    def metrics(self) -> dict[str, float]:
-        # `tolist` waits for the device, so this is asked for logged and saved steps alone.
-        return {f"uw_log_var_{k}": s for k, s in enumerate(self.log_var.tolist())}
+    def metrics(self) -> dict[str, Tensor]:
+        return {"uw_log_var": self.log_var}
 
     def state_dict(self) -> dict[str, Tensor]:
         adam = self.optimizer.state[self.log_var]

@@ -46,7 +46,7 @@ class Stopwatch:
         self._samples += samples
 
     def read(self) -> Record:
-        # No device sync: the loop has read the last step's figures, so its samples are done.
+        # No device sync: steps are counted when the loop has read their figures, so all are done.
         elapsed = time.perf_counter() - self._start
         figures: Record = {
             "samples_per_second": self._samples / elapsed,

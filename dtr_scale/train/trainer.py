@@ -1,14 +1,10 @@
 """Run the training loop, the same for every engine, data set, tracker and machine."""
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.reader import CheckpointReader, LoadPlan
@@ -18,80 +14,16 @@ from dtr_scale.data.loader import BatchLoader
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.engines.base import Engine
+from dtr_scale.engines.vote import LeaveVote
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DivergenceError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
+from dtr_scale.train.figures import Readback, StepFigures, StepResult, StepSums
 from dtr_scale.train.progress import Stopwatch
 from dtr_scale.train.state import Probe, RunState, take_probe
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One step over the global batch: means of that step alone."""
-
-    mse: float
-    vb: float
-    cluster_loss: dict[int, float]
-    """Of the clusters that had samples."""
-    objective: float
-    grad_norm: float
-    leave: bool
-
-
-class StepSums:
-    """Sums over the global batch of a step, fp64 on the device.
-
-    They lie in one tensor, so that they cost one collective and one read:
-    [wishes to leave, mse, vb, objective, loss of cluster 0, 1, ...].
-    """
-
-    def __init__(self, counts: np.ndarray, device: torch.device) -> None:
-        # int [K], a function of the position. Kept on the host, too, so that `read` fetches less.
-        self._host_counts = counts
-        self.counts = torch.from_numpy(counts).to(device, non_blocking=True)
-        # fp64: the order in which ranks and micro-batches are added must not show in the journal.
-        self._sums = torch.zeros(4 + len(counts), dtype=torch.float64, device=device)
-
-    @property
-    def cluster_loss(self) -> Tensor:
-        """Mean loss of each cluster, fp64 [K] on the device; nan where it has no samples."""
-        return self._sums[4:] / self.counts
-
-    def add(self, losses: dict[str, Tensor], share: Tensor, cluster: Tensor) -> None:
-        """Add the losses [n] of a micro-batch, by cluster id, and its share of the objective."""
-        mse, vb = losses["mse"].detach().double(), losses["vb"].detach().double()
-        # On the device: an `.item()` here would make the host wait for every micro-batch.
-        self._sums[1] += mse.sum()
-        self._sums[2] += vb.sum()
-        self._sums[3] += share.detach()
-        self._sums[4:].index_add_(0, cluster, mse + vb)
-
-    def reduce(self, world: World, leave: LeaveRequest) -> None:
-        """Sum over all ranks."""
-        # The wish to leave rides with the losses. All ranks learn of it at the same step, and so
-        # save the same one, without a collective of its own.
-        # `fill_` takes the number along with its kernel; an assignment would copy it from the
-        # host, which then waits for all that is queued.
-        self._sums[0].fill_(float(leave.reason is not None))
-        world.all_reduce_sum(self._sums)
-
-    def read(self, grad_norm: Tensor) -> StepResult:
-        """Return the means on the host. It waits here for the device, once per step."""
-        leave, mse, vb, objective, *losses, norm = torch.cat(
-            [self._sums, grad_norm.detach().double().view(1)]
-        ).tolist()
-        counts = self._host_counts.tolist()
-        return StepResult(
-            mse=mse / sum(counts),
-            vb=vb / sum(counts),
-            cluster_loss={k: losses[k] / count for k, count in enumerate(counts) if count},
-            objective=objective,
-            grad_norm=norm,
-            leave=leave > 0,
-        )
 
 
 class Trainer:
@@ -132,7 +64,12 @@ class Trainer:
         self.save_every = save_every
         self.evaluate_every = evaluate_every
         self.state = RunState(engine, ema, objective)
+        self.readback = Readback(world.device)
+        self._vote = LeaveVote(world)
         self._watch = Stopwatch()
+        # n_k of every shift of the clusters, copied once: in a step it would make the host wait.
+        counts = torch.from_numpy(timesteps.counts_by_shift())
+        self._counts, self._host_counts = counts.to(world.device), counts.tolist()
 
     @property
     def step(self) -> int:
@@ -166,18 +103,20 @@ class Trainer:
         batches = iter(self.loader)
         self._watch.restart()
         while self.step < self.max_steps:
-            result = self._train_step(batches, leave)
-            self.state.advance(self.global_batch_size)
-            # Not where the run is asked to leave: its journal must not tell how often it was.
-            if self._due(self.log_every):
-                log({**self._figures(result), **self._watch.read()})
-            # `leave` is a sum over ranks, so all of them come to the same save.
-            if result.leave or self.step == self.max_steps:
-                self._save_for_certain(result)
-            elif self._due(self.save_every) or self.evaluation_is_due:
-                # Before an evaluation too, which may take longer than all steps since a save.
-                self.save(result)
-            if result.leave and self.step < self.max_steps:
+            figures = self._train_step(batches)
+            leaving = self._vote.passed(leave.reason is not None)
+            # Before an evaluation too, which may take longer than all steps since a save.
+            saving = leaving or self._due(self.save_every) or self.evaluation_is_due
+            # What is saved has been judged, and stands in the journal.
+            results = self.readback.after(figures, up_to_now=saving)
+            for result in results:
+                self._conclude(result, log)
+            # All ranks leave at the same step, and so come to the same save.
+            if leaving or self.step == self.max_steps:
+                self._save_for_certain(results[-1])
+            elif saving:
+                self.save(results[-1])
+            if leaving and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
             # Not at any last step: ten thousand samples may cost more than a short run.
@@ -187,7 +126,7 @@ class Trainer:
                     reason = evaluate(self.step)
             if reason:
                 self.checkpoints.wait()
-                self._save_for_certain(result)
+                self._save_for_certain(results[-1])
                 return reason
         return None
 
@@ -195,7 +134,7 @@ class Trainer:
         """Copy the state and let it be written while training goes on."""
         probe = self.probe()
         meta = {**self.meta, **self.state.meta(), "probe": probe.as_dict() if probe else None}
-        self.checkpoints.save(self.step, self.state.pieces(), meta, self._figures(result))
+        self.checkpoints.save(self.step, self.state.pieces(), meta, result.record(self.lr))
 
     def _save_for_certain(self, result: StepResult) -> None:
         """Save and wait for it: no later one makes up for the last. UnsavedError if it cannot."""
@@ -225,10 +164,11 @@ class Trainer:
     def probe(self) -> Probe | None:
         return take_probe(self.world, self.engine, self.diffusion, self.loader, self.state)
 
-    def _train_step(self, batches: Iterator[MicroBatch], leave: LeaveRequest) -> StepResult:
-        """Update the weights once; everything is queued on the device before the host reads it."""
+    def _train_step(self, batches: Iterator[MicroBatch]) -> StepFigures:
+        """Update the weights once: all is queued on the device, and the host waits for nothing."""
         # The counts follow from the position: ANT-UW's exp(-s_k) / (2 K n_k) needs no collective.
-        sums = StepSums(self.timesteps.counts(self.state.samples_seen), self.world.device)
+        shift = self.timesteps.shift(self.state.samples_seen)
+        sums = StepSums(self._counts[shift], self._host_counts[shift])
         for micro in range(self.loader.grad_accum_steps):
             # x_start and noise [n, C, H, W]; t, cluster and y [n], or y [n, L, D] of texts.
             batch = self._watch.next_of(batches).to(self.world.device)
@@ -244,47 +184,38 @@ class Trainer:
                 )
                 self.engine.backward(share)
             sums.add(losses, share, batch.cluster)
-        # Before the update, whose all-gathers would stand in front of these few numbers: so they
-        # have arrived when the host asks for them.
-        sums.reduce(self.world, leave)
+        # Before the update, whose all-gathers would stand in front of these few numbers.
+        sums.reduce(self.world)
         grad_norm = self.engine.step()
         # After the last backward: all micro-batches were weighted by the same log-variances. Their
         # gradient is made of reduced losses, so each rank makes the same update of its replica.
         self.objective.update(sums.cluster_loss, sums.counts)
         # Of the weights after the update, whose step counts from 1.
         self.ema.update(self.step + 1)
-        self._watch.count(self.global_batch_size)
-        result = sums.read(grad_norm)
-        # After the update, for the sake of one wait a step. The weights in memory are spoilt, but
-        # nothing has saved them. Sums and norm are global: every rank raises.
+        self.state.advance(self.global_batch_size)
+        metrics = self.objective.metrics()
+        return sums.to_host(self.step, self.state.samples_seen, grad_norm, metrics)
+
+    def _conclude(self, result: StepResult, log: Callable[[Record], None]) -> None:
+        """Judge a step that the device has done, and log it where that is due."""
         self._refuse_divergence(result)
-        return result
+        self._watch.count(self.global_batch_size)
+        # Not where the run is asked to leave: its journal must not tell how often it was.
+        if self._due(self.log_every, result.step):
+            log({**result.record(self.lr), **self._watch.read()})
 
     def _refuse_divergence(self, result: StepResult) -> None:
         """Stop before broken weights reach a checkpoint."""
-        if not math.isfinite(result.mse + result.vb + result.grad_norm):
+        # The weights in memory are spoilt, and on a GPU a step further by now, but nothing has
+        # saved them. Sums and norm are global: every rank raises.
+        if not result.is_finite:
             self.checkpoints.close()  # the save in flight may be the one to go on from
             raise DivergenceError(
-                f"step {self.step + 1}: loss {result.mse + result.vb}, gradient norm "
-                f"{result.grad_norm}: the training has diverged; {self.checkpoints.standing}. "
-                "Start it again with a lower train.lr or train.grad_clip=1"
+                f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}: the "
+                f"training has diverged; {self.checkpoints.standing}. Start it again with a lower "
+                "train.lr or train.grad_clip=1"
             )
 
-    def _figures(self, result: StepResult) -> Record:
-        """Return the journal's record of a step, but for the figures that tell the time."""
-        return {
-            "step": self.step,
-            "samples_seen": self.state.samples_seen,
-            # Unweighted, to compare runs of different objectives.
-            "loss": result.mse + result.vb,
-            "objective": result.objective,
-            "mse": result.mse,
-            "vb": result.vb,
-            **{f"loss_cluster_{k}": loss for k, loss in result.cluster_loss.items()},
-            **self.objective.metrics(),
-            "lr": self.lr,
-            "grad_norm": result.grad_norm,
-        }
-
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.max_steps
+    def _due(self, every: int, step: int | None = None) -> bool:
+        step = self.step if step is None else step
+        return step % every == 0 or step == self.max_steps

@@ -47,7 +47,7 @@ def test_a_timestep_lies_in_its_cluster(seed, position, batch, num_clusters):
 @given(**batches)
 def test_counts_are_those_of_the_global_batch_and_even(seed, position, batch, num_clusters):
     timesteps = sampler(seed, num_clusters=num_clusters, batch=batch)
-    counts = timesteps.counts(position)
+    counts = timesteps.counts_by_shift()[timesteps.shift(position)]
     assert counts.sum() == batch
     assert counts.max() - counts.min() <= 1
     assert np.array_equal(counts, np.bincount(timesteps.clusters(position), minlength=num_clusters))

@@ -85,7 +85,7 @@ from dtr_scale.cli.main import main
 snapshot.Snapshot.entry = lambda self, file: time.sleep(600)
 manager._LAST_SAVE_SECONDS = 0.5
 if sys.argv.pop(1) == "fail":
-    trainer.Trainer._refuse_divergence = lambda self, result: 1 / (5 - self.step)
+    trainer.Trainer._refuse_divergence = lambda self, result: 1 / (6 - result.step)
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 

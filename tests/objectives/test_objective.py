@@ -118,7 +118,7 @@ def test_updates_are_those_of_adamw_on_the_differentiated_objective():
         adamw.step()
     torch.testing.assert_close(objective.log_var, log_var.detach())
     assert objective.log_var[1] == 0  # no sample ever came from cluster 1
-    assert set(objective.metrics()) == {f"uw_log_var_{k}" for k in range(K)}
+    assert objective.metrics()["uw_log_var"].shape == (K,)
 
 
 def test_log_variances_settle_at_the_logarithm_of_the_loss():

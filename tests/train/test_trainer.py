@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import DivergenceError
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.ema import power_gamma
-from dtr_scale.train.trainer import StepSums
 from tests.support.engine_jobs import setting
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import SINGLE, demo_experiment, train
@@ -86,44 +84,3 @@ def test_a_gradient_that_is_not_a_number_is_a_divergence_under_deepspeed(digits,
             r"step 1: loss \d\.\d+, gradient norm (inf|nan): .*nothing was saved", message
         )
     assert len(found) == 3
-
-
-def test_the_sums_of_a_step_are_means_by_cluster():
-    counts = np.array([1, 2, 0])
-    sums = StepSums(counts, ALONE.device)
-    mse, vb = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.25])
-    sums.add({"mse": mse, "vb": vb}, torch.tensor(2.0), torch.tensor([1, 0]))
-    sums.add({"mse": mse[:1], "vb": vb[:1]}, torch.tensor(1.0), torch.tensor([1]))
-    sums.reduce(ALONE, LeaveRequest())
-    result = sums.read(torch.tensor(4.0))
-    assert (result.mse, result.vb, result.objective) == (5 / 3, 1.25 / 3, 3.0)
-    assert result.cluster_loss == {0: 3.25, 1: 1.5}
-    assert (result.grad_norm, result.leave) == (4.0, False)
-
-
-class Operations(TorchDispatchMode):
-    """Notes the names of the operations that are run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **kwargs or {})
-
-
-def test_the_wish_to_leave_is_no_copy():
-    """A copy comes from pageable memory of the host, which would wait for a GPU."""
-    sums = StepSums(np.array([1, 2]), ALONE.device)
-    with Operations() as operations:
-        sums.reduce(ALONE, LeaveRequest())
-    assert operations.names == ["aten.select.int", "aten.fill_.Scalar"]
-
-
-def test_a_wish_to_leave_is_read_with_the_sums():
-    sums = StepSums(np.array([1]), ALONE.device)
-    leave = LeaveRequest()
-    leave.enter_loop(max_minutes=1e-9)
-    sums.reduce(ALONE, leave)
-    assert sums.read(torch.tensor(4.0)).leave

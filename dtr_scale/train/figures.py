@@ -1,0 +1,149 @@
+"""Sum a step's losses on the device, and bring them to the host when it need not wait for them."""
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dtr_scale.engines.world import World
+from dtr_scale.tracking.journal import Record
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step over the global batch: means of that step alone, and what it left behind."""
+
+    step: int
+    samples_seen: int
+    mse: float
+    vb: float
+    cluster_loss: dict[int, float]
+    """Of the clusters that had samples."""
+    objective: float
+    grad_norm: float
+    metrics: Record
+    """The objective's own parameters after the step."""
+
+    @property
+    def loss(self) -> float:
+        """Unweighted, to compare runs of different objectives."""
+        return self.mse + self.vb
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss + self.grad_norm)
+
+    def record(self, lr: float) -> Record:
+        """Return the journal's record of the step, but for the figures that tell the time."""
+        return {
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+            "loss": self.loss,
+            "objective": self.objective,
+            "mse": self.mse,
+            "vb": self.vb,
+            **{f"loss_cluster_{k}": loss for k, loss in self.cluster_loss.items()},
+            **self.metrics,
+            "lr": lr,
+            "grad_norm": self.grad_norm,
+        }
+
+
+class StepSums:
+    """Sums over the global batch of a step, fp64 on the device.
+
+    They lie in one tensor, so that they cost one collective: [mse, vb, objective, loss of cluster
+    0, 1, ...]. `counts` int [K] are the samples of each cluster in the global batch, on the device,
+    and `host_counts` the same.
+    """
+
+    def __init__(self, counts: Tensor, host_counts: Sequence[int]) -> None:
+        self.counts = counts
+        self._host_counts = host_counts
+        # fp64: the order in which ranks and micro-batches are added must not show in the journal.
+        self._sums = torch.zeros(3 + len(counts), dtype=torch.float64, device=counts.device)
+
+    @property
+    def cluster_loss(self) -> Tensor:
+        """Mean loss of each cluster, fp64 [K] on the device; nan where it has no samples."""
+        return self._sums[3:] / self.counts
+
+    def add(self, losses: dict[str, Tensor], share: Tensor, cluster: Tensor) -> None:
+        """Add the losses [n] of a micro-batch, by cluster id, and its share of the objective."""
+        mse, vb = losses["mse"].detach().double(), losses["vb"].detach().double()
+        # On the device: an `.item()` here would make the host wait for every micro-batch.
+        self._sums[0] += mse.sum()
+        self._sums[1] += vb.sum()
+        self._sums[2] += share.detach()
+        self._sums[3:].index_add_(0, cluster, mse + vb)
+
+    def reduce(self, world: World) -> None:
+        """Sum over all ranks."""
+        world.all_reduce_sum(self._sums)
+
+    def to_host(
+        self, step: int, samples_seen: int, grad_norm: Tensor, metrics: Mapping[str, Tensor]
+    ) -> "StepFigures":
+        """Send the sums, the norm [] and vectors of the objective's on their way to the host."""
+        parts = [self._sums, grad_norm.detach().view(1), *metrics.values()]
+        # A copy, of what the next step changes in place.
+        values = torch.cat([part.double() for part in parts])
+        names = [f"{name}_{k}" for name, vector in metrics.items() for k in range(len(vector))]
+        return StepFigures(step, samples_seen, self._host_counts, names, values)
+
+
+class StepFigures:
+    """A step's figures on their way to the host."""
+
+    def __init__(
+        self, step: int, samples_seen: int, counts: Sequence[int], names: list[str], values: Tensor
+    ) -> None:
+        self._step = step
+        self._samples_seen = samples_seen
+        self._counts = counts
+        self._names = names
+        # From a GPU, into page-locked memory: without that the host would wait here.
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.current_stream().record_event() if values.is_cuda else None
+
+    def read(self) -> StepResult:
+        """Return the means. The host waits until the device has done this step, if it has not."""
+        if self._arrived:
+            self._arrived.synchronize()
+        mse, vb, objective, *rest = self._values.tolist()
+        counts = self._counts
+        # The sums of the clusters, the norm, the objective's parameters.
+        losses, norm, metrics = rest[: len(counts)], rest[len(counts)], rest[len(counts) + 1 :]
+        return StepResult(
+            step=self._step,
+            samples_seen=self._samples_seen,
+            mse=mse / sum(counts),
+            vb=vb / sum(counts),
+            cluster_loss={k: losses[k] / count for k, count in enumerate(counts) if count},
+            objective=objective,
+            grad_norm=norm,
+            metrics=dict(zip(self._names, metrics, strict=True)),
+        )
+
+
+class Readback:
+    """Hands out the results of steps in their order, on a GPU a step late.
+
+    While the device computes a step the host queues the next one, and then reads the figures of the
+    first: it is never more than a step ahead, and the device never waits for it. On a CPU a step is
+    done when it has been queued.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # The same on every rank: all of them find out at one step that the training has diverged.
+        self.steps_late = 1 if device.type == "cuda" else 0
+        self._waiting: deque[StepFigures] = deque()
+
+    def after(self, figures: StepFigures, *, up_to_now: bool) -> list[StepResult]:
+        """Take a step's figures; return the results that are due, or all `up_to_now`."""
+        self._waiting.append(figures)
+        num_due = len(self._waiting) - (0 if up_to_now else self.steps_late)
+        return [self._waiting.popleft().read() for _ in range(num_due)]
