@@ -27,8 +27,9 @@ class CheckpointManager:
     """The checkpoints in one folder, local or s3://, as all ranks of a run see them.
 
     `save` returns when the state is copied to host memory, or stored where there is no room for a
-    copy. A thread on each rank writes it, and the threads agree among themselves. The loop learns
-    how it went at the next `save` or `wait`, where all ranks learn the same.
+    copy; on a GPU when the copy is queued (see `before_change`). A thread on each rank writes it,
+    and the threads agree among themselves. The loop learns how it went at the next `save` or
+    `wait`, where all ranks learn the same.
     """
 
     def __init__(
@@ -130,6 +131,14 @@ class CheckpointManager:
         # Without a copy the thread reads the state itself, which must not change meanwhile.
         if not snapshot.is_copy:
             self._background.wait()
+
+    def before_change(self) -> None:
+        """Let what is queued on a GPU from here on wait until the state of a save is copied.
+
+        To be called before anything changes the state: the next update, an exchange of weights.
+        """
+        if self._snapshot is not None:
+            self._snapshot.before_change()
 
     def wait(self) -> None:
         """Wait for the save in flight, if there is one.

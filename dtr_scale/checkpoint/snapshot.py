@@ -24,6 +24,14 @@ class Snapshot:
     The pieces given at the start say which keys it holds and how large they are. `copied`: into
     host memory that is set aside once and filled anew. Otherwise slices are read from the state
     itself, which must stand still until they are.
+
+    From a GPU the copy runs on a stream of its own, beside the next forward and backward, which
+    read the state and change none of it. Its bytes are those of the moment `take` is called:
+
+    - the copy's stream waits for all that was queued before `take`, the last update among it;
+    - what changes the state next comes after `before_change`, which makes it wait for the copy;
+    - slices are handed out when the copy is done, so the thread that writes them reads no other;
+    - the pieces are held until the next `take`: memory of temporary ones is not used anew before.
     """
 
     def __init__(self, pieces: Mapping[str, Piece], *, copied: bool = True) -> None:
@@ -40,6 +48,8 @@ class Snapshot:
         self._num_bytes = len(self._header) + _num_bytes(pieces)
         self._state: Mapping[str, Piece] = {}
         self._copy = _set_aside(self._num_bytes) if copied else None
+        self._stream = torch.cuda.Stream() if copied and torch.cuda.is_available() else None
+        self._done: torch.cuda.Event | None = None
         if self._copy is not None:
             # Once: keys and sizes stay for the whole run, and so does the header.
             self._copy.numpy()[: len(self._header)] = memoryview(self._header)
@@ -55,24 +65,37 @@ class Snapshot:
             # Engines never move their pieces: header and index tell these places at every save.
             held = (place["offset"], place["numel"])
             assert (state[key].offset, state[key].data.numel()) == held, key
+        self._state = state
+        if self._stream is None:
+            self._fill_copy()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._done = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            self._fill_copy()
+            self._done.record()
+
+    def before_change(self) -> None:
+        """Let what is queued on the device from here on wait until the state is copied."""
+        if self._done:
+            self._done.wait()
+
+    def _fill_copy(self) -> None:
         if self._copy is None:
-            self._state = state
             return
         for key, place in self._places.items():
             start = place["start_byte"]
             room = self._copy[start : start + ITEM_BYTES * place["numel"]]
-            # All copies are queued behind the step's own kernels, and waited for once below.
             # `view` needs bytes aligned to 4: the header is padded to 8.
-            room.view(torch.float32).copy_(state[key].data, non_blocking=True)
-        if torch.cuda.is_available():
-            # The next step writes to the state in place, and the thread reads the copy.
-            torch.cuda.current_stream().synchronize()
+            room.view(torch.float32).copy_(self._state[key].data, non_blocking=True)
 
     def __len__(self) -> int:
         return self._num_bytes
 
     def __getitem__(self, part: slice) -> memoryview:
         start, stop, _ = part.indices(self._num_bytes)
+        if self._done:
+            self._done.synchronize()
         if self._copy is not None:
             return self._copy[start:stop].numpy().data
         # Composed slice by slice: such a save needs no more memory than a slice.

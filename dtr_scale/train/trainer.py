@@ -122,6 +122,8 @@ class Trainer:
             # Not at any last step: ten thousand samples may cost more than a short run.
             reason = None
             if evaluate and self.evaluation_is_due:
+                # It swaps averages and weights in place.
+                self.checkpoints.before_change()
                 with self._watch.stopped():
                     reason = evaluate(self.step)
             if reason:
@@ -186,6 +188,8 @@ class Trainer:
             sums.add(losses, share, batch.cluster)
         # Before the update, whose all-gathers would stand in front of these few numbers.
         sums.reduce(self.world)
+        # A save may still copy what the update changes; the device waits for it, the host does not.
+        self.checkpoints.before_change()
         grad_norm = self.engine.step()
         # After the last backward: all micro-batches were weighted by the same log-variances. Their
         # gradient is made of reduced losses, so each rank makes the same update of its replica.

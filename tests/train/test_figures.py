@@ -1,5 +1,7 @@
 """A step's figures: how they sum, and that reading them late changes nothing that is kept."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -39,8 +41,9 @@ def events_of(digits, place, *, steps_late, breaking_at=None):
     trainer = build_trainer(demo_experiment(digits, place, *STEPS, SAVING), ALONE)
     assert trainer.readback.steps_late == 0
     trainer.readback.steps_late = steps_late
-    events = []
-    train_step, save = trainer._train_step, trainer.checkpoints.save
+    events: list[Any] = []
+    checkpoints: Any = trainer.checkpoints
+    train_step, save = trainer._train_step, checkpoints.save
 
     def begin(batches):
         events.append(("begun", trainer.step + 1))
@@ -56,7 +59,7 @@ def events_of(digits, place, *, steps_late, breaking_at=None):
     def log(record):
         events.append({key: value for key, value in record.items() if key not in TIMINGS})
 
-    trainer._train_step, trainer.checkpoints.save = begin, note
+    trainer._train_step, checkpoints.save = begin, note
     with trainer.loader:
         try:
             trainer.run(LeaveRequest(), log=log)

@@ -60,6 +60,25 @@ def test_a_divergence_is_a_failure_and_tells_where_to_go_on(digits, tmp_path, ev
     assert caught.value.exit_code == 1
 
 
+def test_what_changes_the_state_lets_a_save_copy_it_first(digits, tmp_path):
+    """On a GPU the copy runs beside the next step, up to its update."""
+    evaluating = ("--evaluation.every_steps=2", "--checkpoint.every_steps=2")
+    experiment = demo_experiment(digits, tmp_path, *SINGLE, *STEPS, *evaluating)
+    trainer, events = build_trainer(experiment, ALONE), []
+    backward, step = trainer.engine.backward, trainer.engine.step
+    trainer.engine.backward = lambda loss: (events.append("backward"), backward(loss))[1]
+    trainer.engine.step = lambda: (events.append("update"), step())[1]
+    trainer.checkpoints.before_change = lambda: events.append("copied")
+    with trainer.loader:
+        trainer.run(
+            LeaveRequest(),
+            log=lambda record: None,
+            evaluate=lambda step: events.append("evaluation"),
+        )
+    update = ["backward", "copied", "update"]
+    assert events == [*update, *update, "copied", "evaluation", *update]
+
+
 def broken_gradients(digits: Path, place: Path) -> list[str]:
     """Runs on a rank: return what each engine says of a gradient that is not a number."""
     world, found = join_world(needs_process_group=True), []
