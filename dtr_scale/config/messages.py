@@ -81,7 +81,10 @@ def _explain(key: str, problems: Sequence[Any]) -> str:
 def _accepted(key: str, problem: Any) -> str:  # noqa: ANN401
     if problem["type"] == "string_pattern_mismatch":
         return _PATTERNS[key]
-    return problem["msg"].removeprefix("Input ")
+    told = problem["msg"].removeprefix("Input ")
+    if problem["type"] == "literal_error":  # as JSON has them
+        told = told.replace("True", "true").replace("False", "false")
+    return told
 
 
 def _key(location: Sequence[str | int]) -> str:

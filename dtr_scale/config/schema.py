@@ -136,8 +136,10 @@ class EngineConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU, or the CPU where none was allotted; cpu: hide the GPUs that are there."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = True
-    """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up)."""
+    compile: Literal[True, False, "auto"] = "auto"
+    """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up).
+
+    auto: on a GPU, where the node has a compiler for it."""
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")

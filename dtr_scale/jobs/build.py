@@ -16,7 +16,7 @@ import dtr_scale
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.retention import Keep
 from dtr_scale.config.load import resolved
-from dtr_scale.config.schema import Experiment, TrainConfig
+from dtr_scale.config.schema import EngineConfig, Experiment, TrainConfig
 from dtr_scale.data.batch import BatchAssembler
 from dtr_scale.data.cache import GIB
 from dtr_scale.data.loader import BatchLoader
@@ -33,7 +33,7 @@ from dtr_scale.engines.flat import FlatEngine
 from dtr_scale.engines.fsdp2 import Fsdp2Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
-from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
+from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks, is_compiled
 from dtr_scale.errors import ConfigError
 from dtr_scale.models import build as networks
 from dtr_scale.models.denoiser import Denoiser
@@ -245,15 +245,11 @@ def _build_engine(
     network = build_network(experiment)
     if world.is_main:
         _announce(experiment, network)
-    if config.compile and config.type == "deepspeed" and config.zero_stage == 3:
-        if world.is_main:
-            log.warning(
-                "engine.compile has no effect under ZeRO-3, which gathers weights inside the "
-                "blocks; set engine.compile=false, or engine.type=fsdp2 to shard and compile"
-            )
-    elif config.compile:
-        # Before an engine wraps the blocks: each is one graph then, under FSDP2 and ZeRO 0-2. Under
-        # ZeRO-3 they fall into 16 graphs with 35 breaks, which gains little.
+    compiles = compiles_blocks(experiment, world)
+    if not compiles and world.is_main:
+        _tell_not_compiled(config, world)
+    if compiles:
+        # Before an engine wraps the blocks: each is one graph then, under FSDP2 and ZeRO 0-2.
         compile_blocks(network.routed_blocks())
     if config.activation_checkpointing:
         checkpoint_activations(network.routed_blocks())
@@ -290,6 +286,32 @@ def _build_engine(
                 **step,
             )
             return DeepSpeedEngine(network, world=world, config=settings, **optimizer)
+
+
+def compiles_blocks(experiment: Experiment, world: World) -> bool:
+    """Tell whether a training compiles the network's blocks. Every rank calls it.
+
+    All ranks do or none: compiled blocks round otherwise.
+    """
+    config = experiment.engine
+    # Under ZeRO-3 they fall into 16 graphs with 35 breaks, which gains little.
+    if config.type == "deepspeed" and config.zero_stage == 3:
+        return False
+    return all(world.all_gather_object(is_compiled(config.compile, world.device)))
+
+
+def _tell_not_compiled(config: EngineConfig, world: World) -> None:
+    """Warn where blocks are not compiled and that is not what was asked for, or costs speed."""
+    if config.compile is True:
+        log.warning(
+            "engine.compile has no effect under ZeRO-3, which gathers weights inside the "
+            "blocks; set engine.compile=false, or engine.type=fsdp2 to shard and compile"
+        )
+    elif config.compile == "auto" and world.device.type == "cuda" and config.zero_stage < 3:
+        log.warning(
+            "engine.compile = 'auto': blocks are not compiled, which costs speed: a node lacks a C "
+            "compiler or Python's headers; install gcc, g++ and python3-dev"
+        )
 
 
 def _announce(experiment: Experiment, network: nn.Module) -> None:

@@ -21,7 +21,7 @@ from dtr_scale.evaluation.stored import StoredBatches
 from dtr_scale.jobs.conditions import Conditions
 from dtr_scale.jobs.measure import samples_manifest
 from dtr_scale.jobs.ranks import Ranks
-from dtr_scale.jobs.sampling import build_sampler, is_compiled
+from dtr_scale.jobs.sampling import build_sampler, samples_compiled
 from dtr_scale.jobs.trained import TrainedRun
 from dtr_scale.prepare.encode import PictureEncoder, weights_sha256
 
@@ -54,7 +54,7 @@ class Drawing(NamedTuple):
             ),
             "labels": self.conditions.told,
             "batch_size": evaluation.batch_size,
-            "compiled": is_compiled(run.experiment, device),
+            "compiled": samples_compiled(run.experiment, device),
             "device": device_name(device),
             "weights_sha256": weights_sha256(run.network.state_dict()),
             "decoder": record.sha256 if record else None,

@@ -12,7 +12,12 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import DtrScaleError
 from dtr_scale.evaluation.batchwise import BatchMeasure
 from dtr_scale.evaluation.features import Extractor
-from dtr_scale.jobs.build import build_diffusion, build_timesteps, open_samples
+from dtr_scale.jobs.build import (
+    build_diffusion,
+    build_timesteps,
+    compiles_blocks,
+    open_samples,
+)
 from dtr_scale.jobs.conditions import conditions_of
 from dtr_scale.jobs.drawing import device_name
 from dtr_scale.jobs.measure import (
@@ -54,6 +59,7 @@ def build_evaluation(
     world, evaluation = trainer.world, experiment.evaluation
     if not evaluation.every_steps:
         return None
+    compiled = compiles_blocks(experiment, world)
     decoder = _decoder(experiment, world)
     extractors = _extractors(experiment, world, decoder)
     with world.agree():
@@ -75,7 +81,7 @@ def build_evaluation(
                 ),
                 "labels": conditions.told,
                 "batch_size": batch_size,
-                "compiled": experiment.engine.compile,
+                "compiled": compiled,
                 "device": device_name(world.device),
                 **measured,
                 **({"held_out_loss": held_out_loss.manifest()} if held_out_loss else {}),

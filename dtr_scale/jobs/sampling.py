@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dtr_scale.config.schema import Experiment
-from dtr_scale.engines.wrap import compile_blocks
+from dtr_scale.engines.wrap import compile_blocks, is_compiled
 from dtr_scale.evaluation.precision import cast, resolve_precision
 from dtr_scale.evaluation.sampling import Sampler, SamplingSettings
 from dtr_scale.jobs.build import open_samples
@@ -46,7 +46,7 @@ def build_sampler(
     The other arguments are those of `Sampler`.
     """
     network = cast(network, resolve_precision(experiment.evaluation.precision, device))
-    if is_compiled(experiment, device):
+    if samples_compiled(experiment, device):
         compile_blocks(network.routed_blocks())
     return Sampler(
         network,
@@ -57,10 +57,10 @@ def build_sampler(
     )
 
 
-def is_compiled(experiment: Experiment, device: torch.device) -> bool:
+def samples_compiled(experiment: Experiment, device: torch.device) -> bool:
     """Tell whether the network's blocks are compiled: on a GPU, unless training did not."""
     # Not by how much there is to do: samples would depend on their number.
-    return device.type == "cuda" and experiment.engine.compile
+    return device.type == "cuda" and is_compiled(experiment.engine.compile, device)
 
 
 def sampling_conditions(

@@ -37,6 +37,7 @@ def test_overrides_reach_the_experiment():
         ("--train.max_steps=true", "train.max_steps = true: should be a valid integer"),
         ("--train.max_steps=0", "train.max_steps = 0: should be greater than or equal to 1"),
         ("--engine.type=zero", "\"zero\": should be 'single', 'deepspeed', 'fsdp2' or 'flat'"),
+        ("--engine.compile=maybe", "engine.compile = \"maybe\": should be true, false or 'auto'"),
         ("--engine.zero_stage=4", "engine.zero_stage = 4: should be less than or equal to 3"),
         ("--engine.shard=0", "engine.shard = 0: should be greater than or equal to 1"),
         ("--engine.deepspeed_config=5", "engine.deepspeed_config = 5: should be"),

@@ -1,10 +1,13 @@
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._inductor import config as inductor
 
-from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
+from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks, is_compiled
 from dtr_scale.errors import EngineError
 from dtr_scale.models.dit import DiT
 from dtr_scale.models.routing import RoutingSpec
@@ -97,3 +100,14 @@ def test_a_machine_without_a_compiler_is_told_what_to_install():
         pytest.raises(EngineError, match=r"engine\.compile = true: .*C\+\+ compiler.*python3-dev"),
     ):
         trained(model)
+
+
+def test_auto_compiles_on_a_gpu_where_there_is_a_compiler(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [is_compiled(setting, cpu) for setting in (True, False, "auto")] == [True, False, False]
+    monkeypatch.delenv("CC", raising=False)
+    found = Path(sysconfig.get_path("include"), "Python.h").is_file() and shutil.which("gcc")
+    assert is_compiled("auto", gpu) == bool(found)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not is_compiled("auto", gpu)
+    assert is_compiled(True, gpu)  # asked for: its failure is told at the first step
