@@ -131,8 +131,10 @@ class EngineConfig(Section):
     """fsdp2: ranks that share one copy of the weights; null: all that `replicate` leaves."""
     replicate: PositiveInt | None = None
     """fsdp2: copies of the weights (HSDP), for example one per node; null: what `shard` leaves."""
-    reshard_after_forward: bool = True
-    """fsdp2: drop gathered weights between forward and backward: less memory, more traffic."""
+    reshard_after_forward: Literal[True, False, "auto"] = "auto"
+    """fsdp2: drop gathered weights between forward and backward: less memory, more traffic.
+
+    auto: from a billion parameters on."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU, or the CPU where none was allotted; cpu: hide the GPUs that are there."""
     precision: Literal["bf16", "fp32"] = "bf16"

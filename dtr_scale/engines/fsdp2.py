@@ -67,7 +67,7 @@ class Fsdp2Engine(Engine):
         # would go on updating the whole ones.
         self._parameters = list(network.parameters())
         self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
-        self._max_norm = grad_clip or float("inf")
+        self._grad_clip = grad_clip
         self._pieces = self._local_pieces()
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
@@ -88,7 +88,8 @@ class Fsdp2Engine(Engine):
         assert isinstance(norm, DTensor)
         # Sums the shards' norms over all ranks. The result stays on the device.
         norm = norm.full_tensor()
-        nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
+        if self._grad_clip:  # without, every gradient would be multiplied by 1
+            nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return norm

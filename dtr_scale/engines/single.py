@@ -1,4 +1,4 @@
-"""Train in one process on one device: fp32 weights, with bf16 autocast where asked for."""
+"""Train in one process on one device, with fp32 masters; bf16 by autocast or by bf16 weights."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,12 @@ from dtr_scale.engines.base import (
 
 
 class SingleEngine(Engine):
-    """The reference that all other engines are compared with."""
+    """The reference that all other engines are compared with.
+
+    `casts_weights` says how bf16 is computed. Autocast casts each weight in every forward, on a GPU
+    a kernel apiece. Otherwise the network holds bf16 weights, cast from the masters once a step, as
+    under ZeRO and FSDP2.
+    """
 
     def __init__(
         self,
@@ -24,16 +29,23 @@ class SingleEngine(Engine):
         weight_decay: float = 0.0,
         grad_clip: float | None = None,
         precision: str = "fp32",
+        casts_weights: bool = False,
     ) -> None:
         # Before the optimizer and the pieces, which hold on to the tensors that they are given.
         self.network = network.to(device)
-        self._parameters = list(network.parameters())
-        self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
-        self._max_norm = grad_clip or float("inf")
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self._masters = list(network.parameters())
+        self._weights: list[Tensor] = [*self._masters]
+        self._casts_weights = casts_weights and precision == "bf16"
+        if self._casts_weights:
+            self._masters = [nn.Parameter(weight.detach().clone()) for weight in self._weights]
+            network.to(torch.bfloat16)
+        self._adam = build_optimizer(self._masters, lr=lr, weight_decay=weight_decay)
+        self._grad_clip = grad_clip
+        autocasts = precision == "bf16" and not self._casts_weights
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=autocasts)
         self._pieces: dict[str, Piece] = {}
-        for name, parameter in network.named_parameters():
-            self._pieces |= whole_pieces(name, parameter, adam_state(self._adam, parameter))
+        for (name, _), master in zip(network.named_parameters(), self._masters, strict=True):
+            self._pieces |= whole_pieces(name, master, adam_state(self._adam, master))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:
         with self._autocast:
@@ -42,12 +54,34 @@ class SingleEngine(Engine):
     def backward(self, loss: Tensor) -> None:
         # Outside autocast: each gradient is computed in the dtype of its forward.
         loss.backward()
+        if self._casts_weights:
+            self._collect_gradients()
 
     def step(self) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        norm = nn.utils.get_total_norm([m.grad for m in self._masters if m.grad is not None])
+        if self._grad_clip:
+            nn.utils.clip_grads_with_norm_(self._masters, self._grad_clip, norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
+        self.push_masters()
         return norm
 
+    @torch.no_grad()
     def push_masters(self) -> None:
-        """Nothing to do: the masters are the weights."""
+        """Cast the masters, where they are not the weights themselves."""
+        if self._casts_weights:
+            # Private in torch. A loop of `copy_` does the same, with a launch per tensor.
+            foreach_copy_ = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+            foreach_copy_(self._weights, [*self._masters])
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        """Add the weights' gradients to the masters', in fp32 as micro-steps are added."""
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = weight.grad.float()
+            else:
+                master.grad += weight.grad
+            weight.grad = None

@@ -47,6 +47,7 @@ from dtr_scale.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 _SYNTHETIC_SAMPLES = 2**16
+_RESHARDED_PARAMETERS = 10**9
 
 
 def build_trainer(experiment: Experiment, world: World) -> Trainer:
@@ -68,7 +69,8 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         node_ranks=world.node_ranks,
         num_workers=experiment.data.num_workers,
     )
-    engine = _build_engine(experiment, world, micro_batch_size, loader.grad_accum_steps)
+    compiles = compiles_blocks(experiment, world)
+    engine = _build_engine(experiment, world, micro_batch_size, loader.grad_accum_steps, compiles)
     return Trainer(
         world=world,
         engine=engine,
@@ -99,6 +101,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         lr=train.lr,
         log_every=train.log_every,
         save_every=experiment.checkpoint.every_steps,
+        compile_loss=compiles,
         evaluate_every=experiment.evaluation.every_steps,
     )
 
@@ -239,13 +242,16 @@ def build_assembler(experiment: Experiment, samples: Samples) -> BatchAssembler:
 
 
 def _build_engine(
-    experiment: Experiment, world: World, micro_batch_size: int, grad_accum_steps: int
+    experiment: Experiment,
+    world: World,
+    micro_batch_size: int,
+    grad_accum_steps: int,
+    compiles: bool,
 ) -> Engine:
     config, train = experiment.engine, experiment.train
     network = build_network(experiment)
     if world.is_main:
         _announce(experiment, network)
-    compiles = compiles_blocks(experiment, world)
     if not compiles and world.is_main:
         _tell_not_compiled(config, world)
     if compiles:
@@ -257,7 +263,10 @@ def _build_engine(
     step: Any = {"grad_clip": train.grad_clip, "precision": config.precision}
     match config.type:
         case "single":
-            return SingleEngine(network, device=world.device, **optimizer, **step)
+            casts_weights = casts_weights_once(experiment, world.device)
+            return SingleEngine(
+                network, device=world.device, casts_weights=casts_weights, **optimizer, **step
+            )
         case "flat":
             return FlatEngine(
                 network, blocks=network.routed_blocks(), world=world, **optimizer, **step
@@ -270,7 +279,7 @@ def _build_engine(
                 world=world,
                 replicate=replicate,
                 shard=shard,
-                reshard_after_forward=config.reshard_after_forward,
+                reshard_after_forward=_reshards(config, network),
                 **optimizer,
                 **step,
             )
@@ -298,6 +307,21 @@ def compiles_blocks(experiment: Experiment, world: World) -> bool:
     if config.type == "deepspeed" and config.zero_stage == 3:
         return False
     return all(world.all_gather_object(is_compiled(config.compile, world.device)))
+
+
+def casts_weights_once(experiment: Experiment, device: torch.device) -> bool:
+    """Tell whether the engine "single" computes with bf16 weights, not by autocast: on a GPU.
+
+    On a CPU autocast keeps the networks' own fp32 parts in fp32 and costs little.
+    """
+    return experiment.engine.precision == "bf16" and device.type == "cuda"
+
+
+def _reshards(config: EngineConfig, network: nn.Module) -> bool:
+    if config.reshard_after_forward != "auto":
+        return config.reshard_after_forward
+    # bf16 weights of a smaller network are at most 2 GB; gathering them twice costs more.
+    return sum(parameter.numel() for parameter in network.parameters()) >= _RESHARDED_PARAMETERS
 
 
 def _tell_not_compiled(config: EngineConfig, world: World) -> None:

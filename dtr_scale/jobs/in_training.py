@@ -15,6 +15,7 @@ from dtr_scale.evaluation.features import Extractor
 from dtr_scale.jobs.build import (
     build_diffusion,
     build_timesteps,
+    casts_weights_once,
     compiles_blocks,
     open_samples,
 )
@@ -74,7 +75,7 @@ def build_evaluation(
                 **samples_manifest(
                     experiment,
                     num_samples=evaluation.num_samples,
-                    precision=_precision(experiment),
+                    precision=_precision(experiment, world),
                     averages=[trainer.ema.meta()["ema"]],
                     checkpoints=[trainer.checkpoints.url(step)],
                     step=step,
@@ -107,10 +108,11 @@ def build_evaluation(
     return periodic
 
 
-def _precision(experiment: Experiment) -> str:
+def _precision(experiment: Experiment, world: World) -> str:
     """Return how the engine's network computes where nothing casts for it."""
-    is_single = experiment.engine.type == "single"  # its weights are fp32
-    return "fp32" if is_single else experiment.engine.precision
+    if experiment.engine.type == "single" and not casts_weights_once(experiment, world.device):
+        return "fp32"  # as its weights are
+    return experiment.engine.precision
 
 
 def _decoder(experiment: Experiment, world: World) -> PictureEncoder | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dtr_scale.engines.world import World
 from dtr_scale.tracking.journal import Record
+from dtr_scale.train.loss import Losses
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,13 @@ class StepSums:
         """Mean loss of each cluster, fp64 [K] on the device; nan where it has no samples."""
         return self._sums[3:] / self.counts
 
-    def add(self, losses: dict[str, Tensor], share: Tensor, cluster: Tensor) -> None:
-        """Add the losses [n] of a micro-batch, by cluster id, and its share of the objective."""
-        mse, vb = losses["mse"].detach().double(), losses["vb"].detach().double()
+    def add(self, losses: Losses, cluster: Tensor) -> None:
+        """Add the losses of a micro-batch, by cluster id [n], and its share of the objective."""
+        mse, vb = losses.mse.detach().double(), losses.vb.detach().double()
         # On the device: an `.item()` here would make the host wait for every micro-batch.
         self._sums[0] += mse.sum()
         self._sums[1] += vb.sum()
-        self._sums[2] += share.detach()
+        self._sums[2] += losses.share.detach()
         self._sums[3:].index_add_(0, cluster, mse + vb)
 
     def reduce(self, world: World) -> None:

@@ -1,7 +1,6 @@
 """Run the training loop, the same for every engine, data set, tracker and machine."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.figures import Readback, StepFigures, StepResult, StepSums
+from dtr_scale.train.loss import StepLoss
 from dtr_scale.train.progress import Stopwatch
 from dtr_scale.train.state import Probe, RunState, take_probe
 
@@ -47,6 +47,7 @@ class Trainer:
         log_every: int,
         save_every: int,
         evaluate_every: int = 0,
+        compile_loss: bool = False,
     ) -> None:
         self.world = world
         self.engine = engine
@@ -65,6 +66,7 @@ class Trainer:
         self.evaluate_every = evaluate_every
         self.state = RunState(engine, ema, objective)
         self.readback = Readback(world.device)
+        self._loss = StepLoss(diffusion, objective, compiled=compile_loss)
         self._vote = LeaveVote(world)
         self._watch = Stopwatch()
         # n_k of every shift of the clusters, copied once: in a step it would make the host wait.
@@ -174,18 +176,13 @@ class Trainer:
         for micro in range(self.loader.grad_accum_steps):
             # x_start and noise [n, C, H, W]; t, cluster and y [n], or y [n, L, D] of texts.
             batch = self._watch.next_of(batches).to(self.world.device)
-            model_fn = partial(self.engine.forward, y=batch.y, step=self.step)
+            x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
             # The engine must know before the forward whether this gradient is exchanged.
             with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
-                losses = self.diffusion.training_losses(
-                    model_fn, batch.x_start, batch.t, batch.noise
-                )
-                snr = self.diffusion.snr(batch.t)
-                share = self.objective.loss(
-                    **losses, snr=snr, cluster=batch.cluster, counts=sums.counts
-                )
-                self.engine.backward(share)
-            sums.add(losses, share, batch.cluster)
+                output = self.engine.forward(x_t, batch.t, batch.y, self.step)
+                losses = self._loss(output, x_t, batch, sums.counts)
+                self.engine.backward(losses.share)
+            sums.add(losses, batch.cluster)
         # Before the update, whose all-gathers would stand in front of these few numbers.
         sums.reduce(self.world)
         # A save may still copy what the update changes; the device waits for it, the host does not.

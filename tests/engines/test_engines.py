@@ -76,9 +76,9 @@ def jobs_of_two_ranks(place: Path) -> list[Job]:
             Job(f"{engine}_experts", (*fp32, HALF_WAY, *EXPERTS, *EVALUATING), evaluating=True),
             Job(f"{engine}_checkpointing", (*fp32, HALF_WAY, CHECKPOINTING)),
         ]
-    kept = (*setting("fsdp2_fp32"), HALF_WAY, "--engine.reshard_after_forward=false")
+    dropped = (*setting("fsdp2_fp32"), HALF_WAY, "--engine.reshard_after_forward=true")
     offloaded = (*setting("zero3_bf16"), HALF_WAY, f"--engine.deepspeed_config={section}")
-    jobs += [Job("fsdp2_kept", kept), Job("zero3_offloaded", offloaded)]
+    jobs += [Job("fsdp2_dropped", dropped), Job("zero3_offloaded", offloaded)]
     jobs.append(Job(BEGUN_ON_ONE, setting("zero3_fp32"), resume=True))
     jobs.append(Job(f"{ENDED_ON_ONE}_begun", (*setting("fsdp2_fp32"), HALF_WAY), ENDED_ON_ONE))
     return jobs
@@ -176,8 +176,8 @@ def test_activation_checkpointing_changes_nothing(runs, engine):
     assert losses(runs.records[f"{engine}_checkpointing"]) == expected
 
 
-def test_weights_kept_after_forward_change_nothing(runs):
-    assert losses(runs.records["fsdp2_kept"]) == losses(runs.records["fsdp2_fp32"])[:HALF]
+def test_weights_dropped_after_forward_change_nothing(runs):
+    assert losses(runs.records["fsdp2_dropped"]) == losses(runs.records["fsdp2_fp32"])[:HALF]
 
 
 def test_offloading_by_the_users_own_section_changes_nothing(runs):

@@ -10,6 +10,7 @@ from dtr_scale.errors import DivergenceError
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.figures import StepSums
+from dtr_scale.train.loss import Losses
 from tests.support.runs import BATCH, SINGLE, TIMINGS, demo_experiment
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -20,8 +21,8 @@ SAVING = "--checkpoint.every_steps=3"
 def test_the_sums_of_a_step_are_means_by_cluster():
     sums = StepSums(torch.tensor([1, 2, 0]), [1, 2, 0])
     mse, vb = torch.tensor([1.0, 3.0]), torch.tensor([0.5, 0.25])
-    sums.add({"mse": mse, "vb": vb}, torch.tensor(2.0), torch.tensor([1, 0]))
-    sums.add({"mse": mse[:1], "vb": vb[:1]}, torch.tensor(1.0), torch.tensor([1]))
+    sums.add(Losses(mse, vb, torch.tensor(2.0)), torch.tensor([1, 0]))
+    sums.add(Losses(mse[:1], vb[:1], torch.tensor(1.0)), torch.tensor([1]))
     sums.reduce(ALONE)
     own = torch.tensor([0.25, 8.0])
     figures = sums.to_host(7, 21, torch.tensor(4.0), {"uw_log_var": own})
