@@ -64,7 +64,8 @@ class NetworkConfig(Section):
     in_channels: PositiveInt = 4
     num_classes: PositiveInt = 1000
     learn_sigma: bool = True
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
+    attention: Literal["auto", "xformers", "sdpa", "cudnn"] = "auto"
+    """auto: the fastest on this GPU, which training measures. sdpa is PyTorch's own choice."""
     num_experts: PositiveInt = 1
     """Networks of equal intervals of the timesteps (multi-experts); 1: one for all."""
     expert: Count | None = None

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.evaluation.flops import ForwardCost, LayerCost, forward_cost
 from dtr_scale.models.build import build_network
+from dtr_scale.models.denoiser import Denoiser
 
 TRAINING_FORWARDS = 3
 """A training step as forwards: the backward is twice its forward. Recomputation is not counted."""
@@ -71,17 +73,23 @@ class ComputePlan:
 
 def plan_compute(experiment: Experiment) -> ComputePlan:
     """Return what the network of an experiment computes; nothing is allocated."""
-    model = experiment.model
     with torch.device("meta"):
-        network = build_network(
-            **model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps
-        )
-        x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
-        t = y = torch.zeros(1, dtype=torch.int64)
-        if model.type == "dit" and model.conditioning == "text":
-            y = torch.empty(1, model.context_length, model.context_dim)
-        cost = forward_cost(network, x, t, y)
+        cost = forward_cost(*meta_network(experiment))
     return ComputePlan(cost, experiment.train.max_steps, experiment.train.global_batch_size)
+
+
+def meta_network(experiment: Experiment) -> tuple[Denoiser, Tensor, Tensor, Tensor]:
+    """Return the network of an experiment and what it takes, x, t and y of one sample.
+
+    To be called under `torch.device("meta")`, where nothing is allocated.
+    """
+    model = experiment.model
+    network = build_network(**model.model_dump(), num_timesteps=experiment.diffusion.num_timesteps)
+    x = torch.empty(1, network.in_channels, network.input_size, network.input_size)
+    t = y = torch.zeros(1, dtype=torch.int64)
+    if model.type == "dit" and model.conditioning == "text":
+        y = torch.empty(1, model.context_length, model.context_dim)
+    return network, x, t, y
 
 
 def _line(name: str, cost: LayerCost, total: LayerCost) -> str:

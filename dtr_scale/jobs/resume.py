@@ -13,6 +13,7 @@ from dtr_scale.config.changes import Change, changes
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.jobs.attention import settle_attention
 from dtr_scale.launchers import launch_name, restart_count
 from dtr_scale.tracking.journal import last_step
 from dtr_scale.train.run_dir import TRAINING, RunDirectory
@@ -46,6 +47,7 @@ def resume_or_start(
     else:
         with world.agree():
             _refuse_to_forget(trainer, run_dir)
+    settle_attention(trainer, experiment, stored=None)
     if place := experiment.checkpoint.start_from:
         trainer.start(partial(read_start, Path(place), experiment.checkpoint.start_kind))
         log.info("starting from %s", place)
@@ -76,6 +78,8 @@ def _resume(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | No
     if plan is None:
         return False
     log.info("resumed %s at step %d", plan.reader.url, trainer.step)
+    # Before the probe, which is computed as the steps after it.
+    settle_attention(trainer, experiment, plan.reader.meta.get("attention"))
     _check_probe(trainer, plan.reader, lenient=bool(allowed))
     for change in plan.changes:
         log.info("since then: %s", change)

@@ -9,7 +9,7 @@ from dtr_scale.models.attention import attention, resolve_backend
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "xformers"])
+@pytest.mark.parametrize("backend", ["sdpa", "xformers", "cudnn"])
 def test_attention_is_the_softmax_of_scaled_products(backend):
     q, k, v = torch.randn(3, 2, 5, 3, 8).unbind(0)
     weights = torch.einsum("nqhd,nkhd->nhqk", q, k).div(8**0.5).softmax(dim=-1)
@@ -22,9 +22,10 @@ def test_without_cuda_auto_means_sdpa():
     assert resolve_backend("sdpa", CPU) == "sdpa"
 
 
-def test_asking_for_xformers_where_it_cannot_run_names_key_reason_and_fix():
+@pytest.mark.parametrize("backend", ["xformers", "cudnn"])
+def test_asking_for_what_cannot_run_names_key_reason_and_fix(backend):
     with pytest.raises(ConfigError, match=r"model\.attention.*needs a CUDA device.*'sdpa'"):
-        resolve_backend("xformers", CPU)
+        resolve_backend(backend, CPU)
 
 
 def test_a_missing_xformers_is_said(monkeypatch):

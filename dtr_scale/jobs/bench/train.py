@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
+from dtr_scale.jobs.attention import settle_attention
 from dtr_scale.jobs.bench.place import temporary_folder
 from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes, nominal_flops
 from dtr_scale.jobs.bench.timing import LoopClock, matmul_seconds, spread
@@ -39,6 +40,7 @@ def bench_train(
         total = warm_up + steps + profiled
         trainer = build_trainer(_only_steps(experiment, total, folder.url), world)
         trainer.checkpoints.check_folder()
+        settle_attention(trainer, experiment, stored=None)
         build_seconds = time.perf_counter() - began
         measurement = _Measurement(trainer, world, experiment, steps=steps, warm_up=warm_up)
         measurement.run()
