@@ -37,14 +37,17 @@ def _has_compiler() -> bool:
     return bool(compiler) and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block by itself: one graph per block shape, no breaks."""
+def compile_blocks(blocks: Sequence[nn.Module], *, dynamic: bool | None = None) -> None:
+    """Compile each block by itself: one graph per block shape, no breaks.
+
+    `dynamic` is torch.compile's: None makes a graph for any batch size when a second one comes.
+    """
     # The blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
     for block in blocks:
         # In place: torch.compile(block) would put `_orig_mod` into every parameter's name.
-        block.compile()
+        block.compile(dynamic=dynamic)
         wrap_call(block, _compiled)
 
 

@@ -47,7 +47,9 @@ def build_sampler(
     """
     network = cast(network, resolve_precision(experiment.evaluation.precision, device))
     if samples_compiled(experiment, device):
-        compile_blocks(network.routed_blocks())
+        # A graph for each batch size, with and without guidance. Which of two graphs would take a
+        # batch that both accept depends on what this rank has drawn before, and so would its bytes.
+        compile_blocks(network.routed_blocks(), dynamic=False)
     return Sampler(
         network,
         sampling_settings(experiment),
@@ -58,9 +60,9 @@ def build_sampler(
 
 
 def samples_compiled(experiment: Experiment, device: torch.device) -> bool:
-    """Tell whether the network's blocks are compiled: on a GPU, unless training did not."""
+    """Tell whether the network's blocks are compiled: as training's on one rank of this device."""
     # Not by how much there is to do: samples would depend on their number.
-    return device.type == "cuda" and is_compiled(experiment.engine.compile, device)
+    return is_compiled(experiment.engine.compile, device)
 
 
 def sampling_conditions(
