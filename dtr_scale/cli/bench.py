@@ -12,6 +12,7 @@ _EXAMPLES = """dtr-scale bench train --config configs/dit_l_dtr_antuw.json --jso
   torchrun --nproc_per_node 8 -m dtr_scale bench train --config configs/dit_l_dtr_antuw.json \\
       --train.micro_batch_size=64 --json after.json --compare before.json
   dtr-scale bench sample --config configs/dit_l_dtr_antuw.json --num-samples 128 --json now.json
+  dtr-scale bench attention --config configs/dit_l_dtr_antuw.json
   dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch
   dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8"""
 
@@ -30,6 +31,7 @@ def add_bench(commands: Commands) -> None:
     parts = actions(parser)
     _add_train(parts)
     _add_sample(parts)
+    _add_attention(parts)
     _add_checkpoint(parts)
     _add_data(parts)
 
@@ -44,6 +46,7 @@ def _add_train(parts: _Parts) -> None:
         "--warm-up", type=positive_integer, default=3, help="steps before, left out and reported"
     )
     _add_dir(train)
+    _add_peer(train)
     _add_report(train)
     runs(train, _bench_train, overrides=True, on_ranks=True)
 
@@ -56,8 +59,19 @@ def _add_sample(parts: _Parts) -> None:
     sample.add_argument(
         "--num-samples", type=positive_integer, default=64, help="that are drawn, at least"
     )
+    _add_peer(sample)
     _add_report(sample)
     runs(sample, _bench_sample, overrides=True, on_ranks=True)
+
+
+def _add_attention(parts: _Parts) -> None:
+    attention = parts.add_parser(
+        "attention", help=f"each way to compute an experiment's attention; {OVERRIDES}"
+    )
+    add_config(attention)
+    attention.add_argument("--rounds", type=positive_integer, default=20, help="of each way")
+    _add_report(attention)
+    runs(attention, _bench_attention, overrides=True)
 
 
 def _add_checkpoint(parts: _Parts) -> None:
@@ -85,6 +99,16 @@ def _add_dir(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_peer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of byeongjun-park/DTR or facebookresearch/DiT, whose own code is timed in "
+        "the same run, a step of it after each of ours",
+    )
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
     parser.add_argument(
@@ -101,7 +125,11 @@ def _bench_train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     def measure() -> dict[str, Any] | None:
         return bench_train(
-            experiment, steps=arguments.steps, warm_up=arguments.warm_up, place=arguments.dir
+            experiment,
+            steps=arguments.steps,
+            warm_up=arguments.warm_up,
+            place=arguments.dir,
+            peer=arguments.peer,
         )
 
     return _report(arguments, "train", measure, train_table)
@@ -115,9 +143,21 @@ def _bench_sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from dtr_scale.jobs.bench.tables import sample_table
 
     def measure() -> dict[str, Any] | None:
-        return bench_sample(experiment, num_samples=arguments.num_samples)
+        return bench_sample(experiment, num_samples=arguments.num_samples, peer=arguments.peer)
 
     return _report(arguments, "sample", measure, sample_table)
+
+
+def _bench_attention(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.bench.attention import attention_table, bench_attention
+
+    def measure() -> dict[str, Any] | None:
+        return bench_attention(experiment, rounds=arguments.rounds)
+
+    return _report(arguments, "attention", measure, attention_table)
 
 
 def _report(

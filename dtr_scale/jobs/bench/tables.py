@@ -29,6 +29,7 @@ def train_table(report: dict[str, Any]) -> str:
         "",
         f"samples/s               {report['samples_per_second']:9.2f}",
         _flops(report),
+        *_beside(report, report["peer_samples_per_second"]),
     ]
     if report["mfu_nominal"]:
         lines.append(f"  of the data sheet's   {report['mfu_nominal']:9.1%}")
@@ -56,10 +57,19 @@ def sample_table(report: dict[str, Any]) -> str:
             f"of {report['network_evaluations']}",
             f"samples/s               {report['samples_per_second']:9.4f}",
             _flops(report),
+            *_beside(report, report["peer_network_evaluations_per_second"]),
             _memory(report),
             f"left out                {report['warm_up_seconds']:9.2f} s of warm-up",
         ]
     )
+
+
+def _beside(report: dict[str, Any], peer: float | None) -> list[str]:
+    if peer is None:
+        return []
+    return [
+        f"the released code's     {peer:9.2f}  ours over theirs {report['speed_over_peer']:.2f}"
+    ]
 
 
 def _place(machine: dict[str, Any]) -> str:

@@ -33,7 +33,8 @@ class LoopClock:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[Any] = [self._now()]
+        self._rounds: list[tuple[Any, Any]] = []
+        self._began = self._now()
         self._parts: list[dict[str, list[tuple[Any, Any]]]] = [defaultdict(list)]
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,14 +49,21 @@ class LoopClock:
 
         return call
 
+    def begin_round(self) -> None:
+        """Begin the next round now: what took place since the last one counts for nothing."""
+        self._began = self._now()
+
     def end_round(self) -> None:
-        self._marks.append(self._now())
+        """End a round, with which the next one begins."""
+        now = self._now()
+        self._rounds.append((self._began, now))
+        self._began = now
         self._parts.append(defaultdict(list))
 
     def rounds(self) -> list[float]:
         """Return the seconds of each round that has ended."""
         self._wait()
-        return [self._between(*pair) for pair in zip(self._marks, self._marks[1:], strict=False)]
+        return [self._between(*marks) for marks in self._rounds]
 
     def parts(self, name: str) -> list[float]:
         """Return the seconds that a part took in each round, the unfinished one included."""
@@ -75,6 +83,24 @@ class LoopClock:
     def _wait(self) -> None:
         if self._on_gpu:
             torch.cuda.synchronize()
+
+
+class Alternating:
+    """Makes a step of something else after each of a loop's rounds, and times these."""
+
+    def __init__(self, loop: LoopClock, device: torch.device, step: Callable[[], None]) -> None:
+        self._loop = loop
+        self._clock = LoopClock(device)
+        self._step = step
+
+    def make_step(self) -> None:
+        self._clock.begin_round()
+        self._step()
+        self._clock.end_round()
+        self._loop.begin_round()
+
+    def rounds(self) -> list[float]:
+        return self._clock.rounds()
 
 
 def matmul_seconds(device: torch.device, precision: str) -> tuple[float, list[float]]:

@@ -3,16 +3,19 @@
 import re
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.jobs.attention import settle_attention
+from dtr_scale.jobs.bench.peer import Peer, build_peer
 from dtr_scale.jobs.bench.place import temporary_folder
 from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes, nominal_flops
-from dtr_scale.jobs.bench.timing import LoopClock, matmul_seconds, spread
+from dtr_scale.jobs.bench.timing import Alternating, LoopClock, matmul_seconds, spread
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.plan import plan_compute
 from dtr_scale.jobs.train import join
@@ -25,12 +28,18 @@ _PARTS = ("forward", "backward", "update", "ema")
 
 
 def bench_train(
-    experiment: Experiment, *, steps: int, warm_up: int, place: str | None = None
+    experiment: Experiment,
+    *,
+    steps: int,
+    warm_up: int,
+    place: str | None = None,
+    peer: Path | None = None,
 ) -> dict[str, Any] | None:
     """Return the report of so many steps of an experiment, on rank 0; None on the others.
 
     The real trainer makes them on the experiment's own data, then saves once to a folder below
     `place`, which is removed. `warm_up` steps come before, in which torch compiles and allocates.
+    With `peer`, a checkout of the released code, one of its steps follows each of ours.
     """
     began = time.perf_counter()
     world = join(experiment)
@@ -43,6 +52,8 @@ def bench_train(
         settle_attention(trainer, experiment, stored=None)
         build_seconds = time.perf_counter() - began
         measurement = _Measurement(trainer, world, experiment, steps=steps, warm_up=warm_up)
+        if peer:
+            measurement.alternate_with(build_peer(peer, experiment, world))
         measurement.run()
         report = measurement.report() | {"build_seconds": build_seconds}
     world.leave()
@@ -78,10 +89,19 @@ class _Measurement:
         self._collectives: float | None = None
         self._memory = 0
         self._matmuls: list[float] = []
+        self._clock = LoopClock(world.device)
+        # The host's time: a GPU may go on meanwhile, but has been given nothing more to do.
+        self._stalls = LoopClock(torch.device("cpu"))
+        self._theirs: Alternating | None = None
+
+    def alternate_with(self, peer: Peer) -> None:
+        step = peer.training_step(self._experiment.engine.precision, self._batch_size)
+        self._theirs = Alternating(self._clock, self._world.device, step)
 
     def run(self) -> None:
         self._measure_matmul()
-        self._clock = self._watch()
+        self._watch()
+        self._clock.begin_round()
         trainer = self._trainer
         trainer.run(LeaveRequest(), log=self._log, evaluate=lambda step: None)
         trainer.loader.close()
@@ -89,26 +109,26 @@ class _Measurement:
         self._measure_matmul()
         trainer.checkpoints.close()
 
-    def _watch(self) -> LoopClock:
+    def _watch(self) -> None:
         """Time the parts of all further steps, each of which ends with the update of the EMA."""
-        engine, clock = self._trainer.engine, LoopClock(self._world.device)
+        engine, clock = self._trainer.engine, self._clock
         # On these objects alone, whose classes stay as they are.
         engine.forward = clock.timed("forward", engine.forward)
         engine.backward = clock.timed("backward", engine.backward)
         engine.step = clock.timed("update", engine.step)
-        checkpoints = self._trainer.checkpoints
-        checkpoints.save = clock.timed("save", checkpoints.save)
+        self._trainer.save = self._stalls.timed("save", self._trainer.save)
         update_ema = clock.timed("ema", self._trainer.ema.update)
 
         def end_step(step: int) -> None:
             update_ema(step)
             clock.end_round()
+            if self._theirs:
+                self._theirs.make_step()
             if step == self._measured.stop:
                 self._memory = memory_peak_bytes(self._world)
                 self._start_profile()
 
         self._trainer.ema.update = end_step
-        return clock
 
     def _measure_matmul(self) -> None:
         self._world.barrier()  # all ranks at once, as in training
@@ -142,7 +162,10 @@ class _Measurement:
         flops = rate * plan_compute(experiment).training_flops_per_image
         peak = sum(world.all_gather_object(self._matmul_flops / spread(self._matmuls).median))
         nominal = nominal_flops(world.device, experiment.engine.precision)
-        (stall,) = [seconds for seconds in self._clock.parts("save") if seconds]
+        their_rate = None
+        if self._theirs:
+            their_rate = batch_size / spread(self._theirs.rounds()[chosen]).median
+        (stall,) = self._stalls.parts("save")
         return {
             "bench": "train",
             "samples_per_second": rate,
@@ -150,6 +173,8 @@ class _Measurement:
             "mfu_nominal": flops / (nominal * world.world_size) if nominal else None,
             "model_flops_per_second": flops,
             "matmul_flops_per_second": peak,
+            "peer_samples_per_second": their_rate,
+            "speed_over_peer": rate / their_rate if their_rate else None,
             "memory_peak_bytes": self._memory,
             "steps": len(self._measured),
             "global_batch_size": batch_size,
