@@ -13,6 +13,7 @@ _EXAMPLES = """dtr-scale bench train --config configs/dit_l_dtr_antuw.json --jso
       --train.micro_batch_size=64 --json after.json --compare before.json
   dtr-scale bench sample --config configs/dit_l_dtr_antuw.json --num-samples 128 --json now.json
   dtr-scale bench attention --config configs/dit_l_dtr_antuw.json
+  dtr-scale bench start --config configs/demo_digits.json --launcher 'torchrun --nproc_per_node 2'
   dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch
   dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8"""
 
@@ -32,6 +33,7 @@ def add_bench(commands: Commands) -> None:
     _add_train(parts)
     _add_sample(parts)
     _add_attention(parts)
+    _add_start(parts)
     _add_checkpoint(parts)
     _add_data(parts)
 
@@ -72,6 +74,20 @@ def _add_attention(parts: _Parts) -> None:
     attention.add_argument("--rounds", type=positive_integer, default=20, help="of each way")
     _add_report(attention)
     runs(attention, _bench_attention, overrides=True)
+
+
+def _add_start(parts: _Parts) -> None:
+    start = parts.add_parser(
+        "start", help=f"from the command to the first step, cold and resumed; {OVERRIDES}"
+    )
+    add_config(start)
+    start.add_argument("--rounds", type=positive_integer, default=3, help="of resuming")
+    start.add_argument(
+        "--launcher", metavar="COMMAND", help="such as 'torchrun --nproc_per_node 8'"
+    )
+    start.add_argument("--dir", metavar="DIR", help="where (default: the temporary folder)")
+    _add_report(start)
+    runs(start, _bench_start, overrides=True)
 
 
 def _add_checkpoint(parts: _Parts) -> None:
@@ -158,6 +174,24 @@ def _bench_attention(arguments: argparse.Namespace, overrides: list[str]) -> int
         return bench_attention(experiment, rounds=arguments.rounds)
 
     return _report(arguments, "attention", measure, attention_table)
+
+
+def _bench_start(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.bench.start import bench_start, start_table
+
+    def measure() -> dict[str, Any] | None:
+        return bench_start(
+            experiment,
+            ["--config", arguments.config, *overrides],
+            rounds=arguments.rounds,
+            launcher=arguments.launcher,
+            place=arguments.dir,
+        )
+
+    return _report(arguments, "start", measure, start_table)
 
 
 def _report(
