@@ -27,8 +27,10 @@ class MicroBatch(NamedTuple):
     y: Tensor  # int64 [n], class index (num_classes: none); or tokens float32 [n, L, D]
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return it on a device; pinned memory is copied without waiting."""
-        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """Return it on a device; the host waits for no copy to a GPU."""
+        # Only page-locked memory is copied while the host goes on. What is so already stays.
+        tensors = (t.pin_memory() for t in self) if device.type == "cuda" else self
+        return MicroBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 class TimestepDraw(Protocol):
