@@ -279,7 +279,7 @@ def _build_engine(
                 world=world,
                 replicate=replicate,
                 shard=shard,
-                reshard_after_forward=_reshards(config, network),
+                reshard_after_forward=reshards(config, network),
                 **optimizer,
                 **step,
             )
@@ -317,7 +317,8 @@ def casts_weights_once(experiment: Experiment, device: torch.device) -> bool:
     return experiment.engine.precision == "bf16" and device.type == "cuda"
 
 
-def _reshards(config: EngineConfig, network: nn.Module) -> bool:
+def reshards(config: EngineConfig, network: nn.Module) -> bool:
+    """Tell whether FSDP2 drops what it has gathered for a forward, to gather it again."""
     if config.reshard_after_forward != "auto":
         return config.reshard_after_forward
     # bf16 weights of a smaller network are at most 2 GB; gathering them twice costs more.
