@@ -54,18 +54,18 @@ class StubMachine:
         self._library = build_stub(folder)
         self._calls = 0
 
-    def call(self, function: str, *args: Any, **environment: str) -> Any:
+    def call(self, function: str, *args: Any, timeout_seconds: float = TIMEOUT_SECONDS) -> Any:
         """Return what a function of `jobs.py` returns in a process of its own on this machine."""
         self._calls += 1
         answer = self.folder / f"answer_{self._calls}.json"
         command = [sys.executable, "-m", "tests.gpu_stub.worker", answer, function]
         done = subprocess.run(
             [*command, json.dumps(args, default=str)],
-            env={**self._environment(), **environment},
+            env=self._environment(),
             cwd=HERE.parents[1],
             capture_output=True,
             text=True,
-            timeout=TIMEOUT_SECONDS,
+            timeout=timeout_seconds,
         )
         assert done.returncode == 0, f"{function}{args}:\n{(done.stdout + done.stderr)[-6000:]}"
         return json.loads(answer.read_text())

@@ -1,16 +1,26 @@
 """Functions that run on the stub, in a process of their own; arguments and results are JSON."""
 
 import ctypes
+import re
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.graph import GraphLowering
 
 from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import join_world
+from dtr_scale.engines.wrap import compile_blocks
 from dtr_scale.jobs.build import build_trainer
+from dtr_scale.jobs.sample import sample_run
+from dtr_scale.jobs.train import train_experiment
+from dtr_scale.models.dit import DiTBlock
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 from tests.gpu_stub import pretend
@@ -21,36 +31,147 @@ SMALL = (
     "--data.type=synthetic", "--data.num_workers=0", "--tracking.type=none", "--train.log_every=1",
     "--evaluation.every_steps=0", "--checkpoint.every_steps=1000",
 )  # fmt: skip
+EVALUATED = (
+    "--evaluation.every_steps=2", "--evaluation.num_samples=3", "--evaluation.batch_size=2",
+    "--evaluation.num_sampling_steps=2",
+)  # fmt: skip
+_WAIT = "called a synchronizing CUDA operation"
 PARTS = ("engine.forward", "engine.backward", "engine.step", "ema.update", "objective.update")
 
 
 def record_step(
-    log: str, overrides: list[str], gpu: int, world_size: int, steps: int = 4
+    log: str, overrides: list[str], gpu: int, world_size: int, steps: int = 5
 ) -> dict[str, Any]:
-    """Train some steps, the last of them with a log, marked by its parts; return its figures."""
-    pretend.pretend_numbers()
+    """Train some steps, the last but one of them with a log, marked by its parts."""
+    _pretend()
     experiment = _experiment(Path(log).with_suffix(""), overrides, steps)
     counters.clear()
-    with pretend.pretend_world(gpu, world_size):
+    with pretend.pretend_world(gpu, world_size), warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
         world = join_world(needs_process_group=experiment.engine.type != "single")
         trainer = build_trainer(experiment, world)
-        _log_last_step(trainer, log)
+        _log_a_step(trainer, log)
         records: list[Any] = []
         trainer.run(LeaveRequest(), log=records.append)
         trainer.loader.close()
     return {
         "steps": [record["step"] for record in records],
-        "graphs": counters["stats"].get("unique_graphs", 0),
-        "breaks": sum(counters["graph_break"].values()),
+        "parameters": sum(p.numel() for p in trainer.engine.network.parameters()),
+        "waits": [f"{w.filename}:{w.lineno}" for w in waits if _WAIT in str(w.message)],
+        **_compilations(),
     }
 
 
-def _experiment(place: Path, overrides: list[str], steps: int) -> Experiment:
+def compile_block(log: str, attention: str, gpu: int) -> dict[str, Any]:
+    """Compile a block of DiT-L/2 and run it on 32 samples; return the bytes its kernels move."""
+    # What is taken from the cache has no code to read.
+    inductor.fx_graph_cache = False
+    functorch.enable_autograd_cache = False
+    inductor.benchmark_kernel = True  # which writes the bytes beside each kernel
+    codes: list[str] = []
+    lowering: Any = GraphLowering
+    lowering.save_output_code = staticmethod(codes.append)
+    torch.cuda.set_device(gpu)
+    torch.set_default_device("cuda")
+    blocks = [DiTBlock(1024, 16).bfloat16() for _ in range(2)]
+    for block in blocks:
+        block.attn.attention_backend = attention
+    compile_blocks(blocks)
+    z = torch.empty(32, 256, 1024, dtype=torch.bfloat16, requires_grad=True)
+    c = torch.empty(32, 1024, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.empty(32, 1024, dtype=torch.bool)
+    for step in range(2):
+        _stub.stub_open_log(log.encode() if step else b"")
+        _stub.stub_mark(b"forward")
+        out = blocks[1](blocks[0](z, c, None, mask), c, None, mask)
+        _stub.stub_mark(b"backward")
+        out.backward(torch.empty_like(out))
+    _stub.stub_open_log(b"")
+    return {"gigabytes": [_gigabytes(code) for code in codes], **_compilations()}
+
+
+def _gigabytes(code: str) -> float:
+    """Return what Inductor counts that its own kernels of a graph read and write."""
+    kernels = re.findall(
+        r"^(triton_\w+) = async_compile\.triton\(.*?'kernel_num_gb': ([\d.e-]+)", code, re.S | re.M
+    )
+    sizes = {name: float(size) for name, size in kernels}
+    # Before it, each kernel runs once more, to be timed.
+    graph = code[code.index("class Runner") :]
+    return sum(sizes[name] for name in re.findall(r"(triton_\w+)\.run\(", graph))
+
+
+def live(place: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run cases one after the other, each from its first step to its samples."""
+    _pretend()
+    return [_live(Path(place) / str(number), **case) for number, case in enumerate(cases)]
+
+
+def _live(
+    place: Path, config: str, overrides: list[str], gpu: int, world_size: int, num_experts: int
+) -> dict[str, Any]:
+    counters.clear()
+    torch.compiler.reset()
+    error = None
+    try:
+        with pretend.pretend_partition(num_experts):
+            if world_size == 1:
+                _alone(place, config, overrides, gpu)
+            else:
+                _among(place, config, overrides, gpu, world_size)
+    except Exception:  # the others are tried as well
+        error = traceback.format_exc()
+    return {"error": error, **_compilations()}
+
+
+def _alone(place: Path, config: str, overrides: list[str], gpu: int) -> None:
+    """Train, save and evaluate; resume, and draw samples, by the commands' own functions."""
+    with pretend.pretend_world(gpu, 1):
+        for steps in (2, 3):
+            experiment = _experiment(place, [*overrides, *EVALUATED], steps, config)
+            assert train_experiment(experiment) == 0
+        sample_run(place, num_samples=3, latents=True, out=place / "latents.npz")
+
+
+def _among(place: Path, config: str, overrides: list[str], gpu: int, world_size: int) -> None:
+    """Go on from a checkpoint as one of several ranks, whose own nobody could complete."""
+    with pretend.pretend_world(gpu, 1):
+        begun = [*overrides, "--engine.type=single", "--engine.compile=false"]
+        assert train_experiment(_experiment(place, begun, 1, config)) == 0
+    with pretend.pretend_world(gpu, world_size):
+        world = join_world(needs_process_group=True)
+        trainer = build_trainer(_experiment(place, overrides, 3, config), world)
+        assert trainer.resume() is not None
+        assert trainer.run(LeaveRequest(), log=lambda record: None) is None
+        assert trainer.saved_step == trainer.step == 3
+        trainer.loader.close()
+        trainer.checkpoints.close()
+
+
+def _pretend() -> None:
+    pretend.pretend_numbers()
+    pretend.pretend_answers()
+    pretend.pretend_zero3()
+
+
+def _experiment(
+    place: Path, overrides: list[str], steps: int, config: str = "dit_l_dtr_antuw"
+) -> Experiment:
     own = [f"--run_dir={place}", f"--train.max_steps={steps}"]
-    return load_experiment(ROOT / "configs" / "dit_l_dtr_antuw.json", [*SMALL, *own, *overrides])
+    return load_experiment(ROOT / "configs" / f"{config}.json", [*SMALL, *own, *overrides])
 
 
-def _log_last_step(trainer: Trainer, log: str) -> None:
+def _compilations() -> dict[str, Any]:
+    """Return what the compiler has counted since the counters were cleared."""
+    return {
+        "graphs": counters["stats"].get("unique_graphs", 0),
+        "breaks": sum(counters["graph_break"].values()),
+        "cache": {**counters["inductor"], **counters["aot_autograd"]},
+    }
+
+
+def _log_a_step(trainer: Trainer, log: str) -> None:
+    """Log the last step but one, from its first batch to that of the next."""
     marked: Any = trainer
     for name in PARTS:
         owner, method = name.split(".")
@@ -58,15 +179,11 @@ def _log_last_step(trainer: Trainer, log: str) -> None:
     train_step = trainer._train_step
 
     def logged(*args: Any) -> Any:
-        last = trainer.step == trainer.max_steps - 1
-        if last:
-            _stub.stub_open_log(log.encode())
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            return train_step(*args)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            _stub.stub_open_log(b"")
+        begins = trainer.step == trainer.max_steps - 2
+        # PyTorch warns where the host waits, and names the line.
+        torch.cuda.set_sync_debug_mode("warn" if begins else "default")
+        _stub.stub_open_log(log.encode() if begins else b"")
+        return train_step(*args)
 
     marked._train_step = logged
     marked._save_for_certain = lambda *args: None

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, ProcessGroup
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers its backend)
 
 from dtr_scale.engines import world as worlds
 from dtr_scale.engines.device import choose_device
@@ -26,6 +27,14 @@ def pretend_numbers() -> None:
     torch.backends.cudnn.enabled = False  # cuDNN asks the GPU more than the stub answers
 
 
+def pretend_answers() -> None:
+    """Let absent ranks say what this one says; their tensors go to the stub's NCCL."""
+    replaced: Any = World
+    replaced.all_gather_object = lambda world, value: [value] * world.world_size
+    replaced.gather_to_main = lambda world, value: [value] * world.world_size
+    replaced.broadcast_object = lambda world, value: value
+
+
 def pretend_zero3() -> None:
     """Spare ZeRO-3 its comparison of the order of modules with that of rank 0."""
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
@@ -35,24 +44,19 @@ def pretend_zero3() -> None:
 
 @contextmanager
 def pretend_world(gpu: int, world_size: int) -> Iterator[None]:
-    """Make this process rank 0 of `world_size`, with a GPU; the others say what it says."""
+    """Make this process rank 0 of `world_size`, with a GPU."""
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     # DeepSpeed reads them again, and this trainer tells it there which GPU is its own.
     os.environ.update(variables, LOCAL_WORLD_SIZE=str(world_size))
-    store = HashStore()
-    for rank in range(1, world_size):
-        store.set(f"gpu/{rank}", f"the GPU of rank {rank}")
     originals = {name: getattr(worlds, name) for name in ("rendezvous", "choose_device")}
     replaced: Any = worlds
-    replaced.rendezvous = lambda *args, **kwargs: iter([(store, 0, world_size)])
+    replaced.rendezvous = lambda *args, **kwargs: iter([(_store(world_size), 0, world_size)])
     replaced.choose_device = lambda name, local_rank: choose_device(name, gpu)
     new_group = dist.new_group
-    if world_size > 1:
-        _speak_for_all(world_size)
-        # gloo would wait for the other ranks.
-        dist.new_group = lambda *a, backend=None, **k: (
-            dist.group.WORLD if backend == "gloo" else new_group(*a, backend=backend, **k)
-        )
+    # gloo would wait for the other ranks.
+    dist.new_group = lambda *a, backend=None, **k: new_group(
+        *a, backend="fake" if backend == "gloo" else backend, **k
+    )
     try:
         yield
     finally:
@@ -61,20 +65,19 @@ def pretend_world(gpu: int, world_size: int) -> Iterator[None]:
             setattr(worlds, name, original)
         if dist.is_initialized():
             dist.destroy_process_group()
-        _forget_deepspeeds_groups()
 
 
-def _speak_for_all(world_size: int) -> None:
-    """Answer for every rank where Python's objects are exchanged; tensors go to the stub's NCCL."""
-    replaced: Any = World
-    replaced.all_gather_object = lambda world, value: [value] * world_size
-    replaced.gather_to_main = lambda world, value: [value] * world_size
-    replaced.broadcast_object = lambda world, value: value
-    replaced.begin_sum = lambda world, number: lambda: number * world_size
+def _store(world_size: int) -> HashStore:
+    """Return where ranks meet, with what the others would say there."""
+    _forget_deepspeeds_groups()
+    store = HashStore()
+    for rank in range(1, world_size):
+        store.set(f"gpu/{rank}", f"the GPU of rank {rank}")
+    return store
 
 
 def _forget_deepspeeds_groups() -> None:
-    """Let DeepSpeed take over the next process group instead of the one that is gone."""
+    """Let DeepSpeed take over the process group that is made next, not one that is gone."""
     if "deepspeed" in sys.modules:
         from deepspeed.comm import comm
         from deepspeed.utils import groups
@@ -91,6 +94,8 @@ def pretend_partition(num_experts: int) -> Iterator[None]:
     original, calls = Tensor.nonzero, [0]
 
     def nonzero(tensor: Tensor) -> Tensor:
+        if not tensor.is_cuda:
+            return original(tensor)
         part = torch.arange(len(tensor), device=tensor.device).chunk(num_experts)
         expert, calls[0] = calls[0] % num_experts, calls[0] + 1
         return part[expert][:, None] if expert < len(part) else part[0][:0, None]

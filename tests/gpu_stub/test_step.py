@@ -1,40 +1,104 @@
-"""One step as the GPU is asked for it: how many launches, of what, and who waits for whom."""
+"""One step as the GPU is asked for it: what is launched and exchanged, and who waits for whom."""
+
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.gpu_stub.build import H100
-from tests.gpu_stub.log import launches, read_log, summary
+from tests.gpu_stub.log import Entry, exchanged, late_reductions, launches, read_log, summary
+from tests.support.engine_jobs import ENGINES
 
 pytestmark = pytest.mark.slow
 
-DEPTH = 2
+DEPTH, MICRO_STEPS, WORLD = 4, 2, 8
 WIDE = (
     "--model.variant=null", "--model.hidden_size=1024", "--model.num_heads=16",
-    "--model.patch_size=2", f"--model.depth={DEPTH}",
-    "--train.micro_batch_size=32", "--train.global_batch_size=64",
+    "--model.patch_size=2", f"--model.depth={DEPTH}", "--train.micro_batch_size=32",
+    "--data.num_workers=1",  # which pins the samples
 )  # fmt: skip
-"""Two blocks of a DiT-L/2, whose shapes choose the kernels, and two micro-steps."""
+"""Some blocks of a DiT-L/2, whose shapes choose the kernels."""
+RECORDED = {"single": 1, "zero1": WORLD, "fsdp2": WORLD, "flat": WORLD}
 
 
-@pytest.fixture(scope="module")
-def eager(machine):
-    log = machine.folder / "single_eager.log"
-    overrides = [*WIDE, "--engine.type=single", "--engine.compile=false"]
-    figures = machine.call("record_step", log, overrides, H100, 1)
-    assert figures["steps"] == [1, 2, 3, 4]
-    return read_log(log)
+class Step(NamedTuple):
+    """A step of an engine, eager."""
+
+    engine: str
+    entries: list[Entry]
+    figures: dict[str, Any]
 
 
-def test_a_network_trains_where_kernels_run_nothing(eager, tell):
-    tell(f"single eager, {DEPTH} blocks of L/2, a step of 2 micro-steps:\n{summary(eager)}")
-    kernels = " ".join(word for entry in eager for word in entry.words)
+@pytest.fixture(scope="module", params=[name for name in RECORDED if name in ENGINES])
+def step(request, machine):
+    engine, world_size = request.param, RECORDED[request.param]
+    log = machine.folder / f"{engine}.log"
+    batch = f"--train.global_batch_size={32 * MICRO_STEPS * world_size}"
+    overrides = [*WIDE, *ENGINES[engine], batch, "--engine.compile=false"]
+    figures = machine.call("record_step", log, overrides, H100, world_size)
+    assert figures["steps"] == [1, 2, 3, 4, 5]
+    return Step(engine, read_log(log), figures)
+
+
+def test_a_network_trains_where_kernels_run_nothing(step, tell):
+    tell(
+        f"{step.engine}, {DEPTH} blocks of L/2, {MICRO_STEPS} micro-steps:\n{summary(step.entries)}"
+    )
+    kernels = " ".join(word for entry in step.entries for word in entry.words)
     # The kernels of a GPU of this kind, on the dispatch of PyTorch and xformers as they are.
     assert "flash" in kernels
     assert "FusedAdam" in kernels
-    assert sum(entry.kind == "GEMM" for entry in eager) > 2 * 3 * 4 * DEPTH
+    # Forward, gradients of inputs and of weights.
+    products = sum(entry.kind == "GEMM" for entry in step.entries)
+    assert products >= MICRO_STEPS * 3 * 5 * DEPTH
 
 
-def test_the_update_takes_few_launches(eager, tell):
-    found = launches(eager, "engine.step")
-    tell(f"launches of engine.step, single: {found}")
-    assert found <= 25  # norm, clip and fused AdamW, by lists of tensors
+# What DeepSpeed waits for by itself: the GPU once where it overlaps its exchanges, and three times
+# in a norm that it searches for nan.
+OWN_WAITS = {"zero1": 4}
+
+
+def test_the_host_waits_for_nothing_in_a_step(step, tell):
+    waits = [entry for entry in step.entries if entry.is_wait]
+    tell(f"{step.engine}: {len(waits)} waits of the host in a step")
+    ours = [place for place in step.figures["waits"] if "/deepspeed/" not in place]
+    assert not ours
+    assert len(waits) <= OWN_WAITS.get(step.engine, 0), waits
+
+
+# Of a micro-step, eager, and of all that follows the last backward.
+BUDGETS = {"single": (630, 50), "zero1": (650, 95), "fsdp2": (660, 45), "flat": (610, 45)}
+UPDATE = (
+    "engine.step", "after_engine.step", "objective.update", "ema.update", "after_ema.update",
+)  # fmt: skip
+
+
+def test_launches_stay_within_their_budget(step, tell):
+    update = sum(launches(step.entries, part) for part in UPDATE)
+    micro_step = (launches(step.entries) - update) // MICRO_STEPS
+    tell(f"{step.engine}: {micro_step} launches a micro-step of {DEPTH} blocks, {update} an update")
+    assert micro_step <= BUDGETS[step.engine][0]
+    assert update <= BUDGETS[step.engine][1]
+
+
+def test_all_reductions_but_the_last_begin_inside_the_backward(step, tell):
+    late = late_reductions(step.entries)
+    total = sum(entry.is_reduction for entry in step.entries)
+    tell(f"{step.engine}: {late} of {total} reductions begin after the last product")
+    assert late <= 1
+    assert total == 0 if step.engine == "single" else total > 1
+
+
+def test_ranks_exchange_what_the_formula_says(step, tell):
+    """Gradients in fp32, weights in bf16; a reduction or a gathering counts as its whole tensor."""
+    parameters = step.figures["parameters"]
+    expected = {
+        "single": {},
+        "zero1": {"all_reduce": 4 * parameters, "all_gather": 2 * parameters},
+        # Weights stay gathered from a forward to the end of its backward.
+        "fsdp2": {"all_gather": 2 * MICRO_STEPS * parameters, "reduce_scatter": 4 * parameters},
+        "flat": {"reduce_scatter": 4 * parameters, "all_gather": 2 * parameters},
+    }[step.engine]
+    found = exchanged(step.entries)
+    megabytes = {operation: f"{size / 1e6:.1f} MB" for operation, size in found.items()}
+    tell(f"{step.engine}: exchanges {megabytes}, {parameters / 1e6:.1f}M parameters")
+    assert found == pytest.approx(expected, rel=1e-3)  # parts are padded
