@@ -207,7 +207,7 @@ def _report(
     # Before the measurement, which takes the time.
     before = read_report(arguments.compare, bench) if arguments.compare else None
     if arguments.json and launched_rank() == 0:
-        check_output(arguments.json, ".json")
+        check_output(arguments.json, ".json", "--json")
     report = measure()
     if report is None:
         return 0

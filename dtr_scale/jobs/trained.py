@@ -111,20 +111,20 @@ def _experiment(run_dir: Path, overrides: Sequence[str]) -> Experiment:
     return experiment.model_copy(update={"run_dir": str(run_dir)})
 
 
-def check_output(path: Path, suffix: str) -> None:
+def check_output(path: Path, suffix: str, option: str = "--out") -> None:
     """Raise ConfigError before a long computation whose result could not be written.
 
-    `suffix` is the ending of a file; "" stands for a folder.
+    `suffix` is the ending of a file; "" stands for a folder. `option` is what gave the path.
     """
     if (suffix and path.suffix != suffix) or (path.is_dir() == bool(suffix) and path.exists()):
         wanted = f"a file that ends in {suffix}" if suffix else "a folder"
-        raise ConfigError(f"--out={path} is not accepted; give {wanted}")
+        raise ConfigError(f"{option}={path} is not accepted; give {wanted}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()  # leaves nothing, however this ends
     except OSError as error:
         raise ConfigError(
-            f"--out={path} cannot be written: {error.strerror}; choose another place"
+            f"{option}={path} cannot be written: {error.strerror}; choose another place"
         ) from None
 
 
