@@ -155,7 +155,16 @@ def test_a_block_that_was_not_called_has_no_part_in_a_clipped_norm():
                 with engine.micro_step(last=last):
                     engine.backward(engine.forward(torch.ones(2, 4), ANY, ANY, 0).sum())
             norms[-1].append(engine.step())
-    torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-5, atol=0.0)
+
+
+def test_exchanges_keep_their_order_where_a_block_is_not_called(monkeypatch):
+    network = Chain()
+    network.left_out = 2
+    engine, order = flat(network), []
+    monkeypatch.setattr(FlatGroup, "reduce", lambda group: order.append(group))
+    engine.backward(engine.forward(torch.ones(2, 4), ANY, ANY, 0).sum())
+    assert order == engine._groups[::-1]
 
 
 def test_a_gradient_that_comes_after_its_block_was_exchanged_is_no_silent_loss():
