@@ -1,6 +1,7 @@
 """Build the stub of CUDA, and start Python functions on it."""
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -52,12 +53,11 @@ class StubMachine:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._library = build_stub(folder)
-        self._calls = 0
+        self._calls = itertools.count()
 
     def call(self, function: str, *args: Any, timeout_seconds: float = TIMEOUT_SECONDS) -> Any:
         """Return what a function of `jobs.py` returns in a process of its own on this machine."""
-        self._calls += 1
-        answer = self.folder / f"answer_{self._calls}.json"
+        answer = self.folder / f"answer_{next(self._calls)}.json"
         command = [sys.executable, "-m", "tests.gpu_stub.worker", answer, function]
         done = subprocess.run(
             [*command, json.dumps(args, default=str)],
@@ -67,7 +67,8 @@ class StubMachine:
             text=True,
             timeout=timeout_seconds,
         )
-        assert done.returncode == 0, f"{function}{args}:\n{(done.stdout + done.stderr)[-6000:]}"
+        told = (done.stdout + done.stderr)[-6000:]
+        assert done.returncode == 0, f"{function} ended with {done.returncode}:\n{told}"
         return json.loads(answer.read_text())
 
     def _environment(self) -> dict[str, str]:
@@ -81,6 +82,7 @@ class StubMachine:
             "TRITON_CACHE_DIR": str(self.folder / "triton"),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # its processes would be started each time
             "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",  # where the host reads what is the GPU's
         }
 
 

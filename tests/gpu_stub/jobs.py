@@ -32,7 +32,7 @@ SMALL = (
     "--evaluation.every_steps=0", "--checkpoint.every_steps=1000",
 )  # fmt: skip
 EVALUATED = (
-    "--evaluation.every_steps=2", "--evaluation.num_samples=3", "--evaluation.batch_size=2",
+    "--evaluation.every_steps=2", "--evaluation.num_samples=2", "--evaluation.batch_size=2",
     "--evaluation.num_sampling_steps=2",
 )  # fmt: skip
 _WAIT = "called a synchronizing CUDA operation"
@@ -130,7 +130,7 @@ def _alone(place: Path, config: str, overrides: list[str], gpu: int) -> None:
         for steps in (2, 3):
             experiment = _experiment(place, [*overrides, *EVALUATED], steps, config)
             assert train_experiment(experiment) == 0
-        sample_run(place, num_samples=3, latents=True, out=place / "latents.npz")
+        sample_run(place, num_samples=2, latents=True, out=place / "latents.npz")
 
 
 def _among(place: Path, config: str, overrides: list[str], gpu: int, world_size: int) -> None:
