@@ -71,6 +71,14 @@ class Case(NamedTuple):
         }
 
 
+# Compiling takes as long as ten cases that do not: a few, for each kind of weights that is kept.
+COMPILED = (
+    Case("fsdp2", "max_roaming", "sdpa", True, A100, 1),
+    Case("flat", "class", "sdpa", True, A100, 1),
+    Case("zero0", "class", "sdpa", True, A100, 8),
+)
+
+
 def all_cases() -> list[Case]:
     combined = product(ENGINES, NETWORKS, ("sdpa", "xformers"), (False, True), (A100, H100), (1, 8))
     return [case for values in combined if (case := Case(*values)).is_possible]

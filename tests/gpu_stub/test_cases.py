@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.gpu_stub.cases import ENGINES, Case, all_cases, pairwise
+from tests.gpu_stub.cases import COMPILED, ENGINES, Case, all_cases, pairwise
 
 HOURS = 8  # of all cases of an engine
 EAGER = [case for case in all_cases() if not case.compiled]
 PAIRWISE = pairwise(EAGER)
 GROUPS = {engine: [case for case in PAIRWISE if case.engine == engine] for engine in ENGINES}
+GROUPS |= {f"{case.engine}_compiled": [case] for case in COMPILED}
 
 
 def test_few_cases_have_every_pair_of_settings(tell):
