@@ -131,7 +131,15 @@ def pytest_folder(tmp_path_factory):
     """This environment's pytest in a folder of its own, for an image that has none."""
     folder = tmp_path_factory.mktemp("pytest")
     folder.chmod(0o755)
-    for name in ("pytest", "pytest-timeout", "pluggy", "iniconfig", "pygments"):
+    for name in (
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "execnet",
+        "pluggy",
+        "iniconfig",
+        "pygments",
+    ):
         for file in files(name) or []:
             if ".." not in file.parts and file.suffix != ".pyc":
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
