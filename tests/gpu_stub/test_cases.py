@@ -35,7 +35,8 @@ def live(machine, place, cases: list[Case], hours: float = 0.25) -> None:
 @pytest.fixture(scope="module")
 def runs(machine, request, tmp_path_factory):
     """The groups that are selected, as many at a time as there are cores."""
-    items = [item for item in request.session.items if "runs" in item.fixturenames]
+    here = [item for item in request.session.items if item.path == request.path]
+    items = [item for item in here if "runs" in item.fixturenames]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield {
             group: pool.submit(live, machine, tmp_path_factory.mktemp(group), GROUPS[group])

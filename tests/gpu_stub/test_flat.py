@@ -19,9 +19,9 @@ OVERRIDES = (
 
 
 @pytest.fixture(scope="module")
-def step(machine):
+def step(machine, tmp_path_factory):
     """The log of a step of two micro-steps."""
-    log = machine.folder / "flat.log"
+    log = tmp_path_factory.mktemp("flat") / "step.log"
     machine.call("record_step", log, OVERRIDES, H100, RANKS)
     return read_log(log)
 

@@ -29,9 +29,9 @@ class Step(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[name for name in RECORDED if name in ENGINES])
-def step(request, machine):
+def step(request, machine, tmp_path_factory):
     engine, world_size = request.param, RECORDED[request.param]
-    log = machine.folder / f"{engine}.log"
+    log = tmp_path_factory.mktemp(engine) / "step.log"
     batch = f"--train.global_batch_size={32 * MICRO_STEPS * world_size}"
     overrides = [*WIDE, *ENGINES[engine], batch, "--engine.compile=false"]
     figures = machine.call("record_step", log, overrides, H100, world_size)
