@@ -13,7 +13,7 @@ DtrScaleError
 │   └── UnfinishedError
 └── TrackingError     MLflow, where a command is there for it alone
 
-Every message says what, where, the value, what is accepted and the fix, in one line.
+Every message says what, where, the value, what is accepted and the fix, in a line per mistake.
 The command line prints it without a traceback and exits with the error's `exit_code`.
 """
 

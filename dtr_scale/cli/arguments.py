@@ -131,10 +131,11 @@ def unknown_argument(parser: Parser, argument: str, accepted: list[str]) -> Conf
 
 
 def positive_integer(text: str) -> int:
-    """Return a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
+    """Return a whole number from 1, also of 1e3."""
+    number = int(text) if text.isdecimal() else _number(text)
+    if not 1 <= number < float("inf") or number != int(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give a whole number from 1")
-    return int(text)
+    return int(number)
 
 
 def positive_number(text: str) -> float:

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DtrScaleError as error:
         # What every rank raises is told once, by rank 0; another rank's own error by itself.
         if not error.reported and (rank == 0 or not error.on_every_rank):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            for line in str(error).splitlines():  # several where a file has several mistakes
+                print(f"error: {line}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         # Python flushes stdout at its exit, and would raise the same error again.

@@ -16,10 +16,13 @@ def whole(value: Any) -> Any:  # noqa: ANN401
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-PositiveInt = Annotated[int, Field(ge=1), BeforeValidator(whole)]
+# After the bounds, or the JSON Schema would not have them.
+Whole = BeforeValidator(whole)
+Int = Annotated[int, Whole]
+PositiveInt = Annotated[int, Field(ge=1), Whole]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-Count = Annotated[int, Field(ge=0), BeforeValidator(whole)]
-Seed = Annotated[int, Field(ge=0, lt=2**64), BeforeValidator(whole)]
+Count = Annotated[int, Field(ge=0), Whole]
+Seed = Annotated[int, Field(ge=0, lt=2**64), Whole]
 """torch.manual_seed takes no others."""
 
 SectionOrFile = Annotated[

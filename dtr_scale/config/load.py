@@ -40,7 +40,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     """Return the experiment in `path` with `overrides` applied.
 
     Overrides are `--section.key=value` or `--section.key value`; a value is read as JSON, and as
-    a string where it is not JSON. Raises ConfigError, in one line.
+    a string where it is not JSON. Raises ConfigError, with a line for each mistake.
     """
     raw = _read_json(Path(path), "the experiment file", example="configs/demo_digits.json")
     given = list(parse_overrides(overrides))
@@ -58,7 +58,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
 
 
 def validate(raw: dict[str, Any], source: str, overrides: Collection[str] = ()) -> Experiment:
-    """Return `raw` as an Experiment; ConfigError names what is wrong and its fix.
+    """Return `raw` as an Experiment; ConfigError names all that is wrong, a line each.
 
     `overrides` are the keys that do not come from `source` but from the command line.
     """
@@ -68,11 +68,11 @@ def validate(raw: dict[str, Any], source: str, overrides: Collection[str] = ()) 
     except ValidationError as error:
         raise ConfigError(explain(error.errors(include_url=False), source, overrides)) from None
     # No validator of the schema: the list of known keys is made from it (messages.py).
-    for key in experiment.checkpoint.allow_changes:
-        if key not in known_keys():
-            raise ConfigError(
-                f"{source}: checkpoint.allow_changes names an unknown key {key}{suggestion(key)}"
-            )
+    allowed = "checkpoint.allow_changes"
+    where = "the command line" if allowed in overrides else source
+    if unknown := [k for k in experiment.checkpoint.allow_changes if k not in known_keys()]:
+        told = (f"{where}: {allowed} names an unknown key {k}{suggestion(k)}" for k in unknown)
+        raise ConfigError("\n".join(told))
     return experiment
 
 
@@ -161,10 +161,9 @@ def _read_json(path: Path, what: str, example: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; {what} is a JSON object")
-    if key := _twice(raw):
-        raise ConfigError(
-            f"{path}: {key} stands twice, and the first would have no effect; make them one"
-        )
+    if keys := list(_twice(raw)):
+        told = "stands twice, and the first would have no effect; make them one"
+        raise ConfigError("\n".join(f"{path}: {key} {told}" for key in keys))
     return raw
 
 
@@ -176,14 +175,13 @@ def _marking_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _twice(node: dict[str, Any], prefix: str = "") -> str | None:
-    """Return the dotted key of the first value that is marked."""
+def _twice(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of each value that is marked."""
     for key, value in node.items():
         if value is _TWICE:
-            return prefix + key
-        if isinstance(value, dict) and (found := _twice(value, f"{prefix}{key}.")):
-            return found
-    return None
+            yield prefix + key
+        elif isinstance(value, dict):
+            yield from _twice(value, f"{prefix}{key}.")
 
 
 def _parse_value(text: str) -> Any:  # noqa: ANN401

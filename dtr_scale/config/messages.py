@@ -1,4 +1,4 @@
-"""Say in one line what is wrong with an experiment: key = value: what is wrong; what to give."""
+"""Say what is wrong with an experiment, a line each: key = value: what is wrong; what to give."""
 
 import difflib
 import json
@@ -13,6 +13,8 @@ from dtr_scale.config.schema import Experiment
 # Parts that pydantic adds to a location: the branch of a union that it tried.
 _BRANCH = re.compile(r"(int|float|str|(constrained|function|literal|nullable)[-\[].*)")
 
+_NAMING_SEVERAL = ("combination", "union_tag_invalid", "union_tag_not_found")
+
 _PATTERNS = {
     "name": "is a folder's name; give letters, digits, '.', '_' and '-', a letter or digit first",
     "evaluation.num_sampling_steps": "or a whole-number stride as 'ddim50'",
@@ -20,7 +22,7 @@ _PATTERNS = {
 
 
 def explain(problems: Sequence[Any], source: str, overrides: Collection[str] = ()) -> str:
-    """Return pydantic's problems with an experiment from `source` as one line.
+    """Return pydantic's problems with an experiment from `source`, a line each.
 
     `overrides` are the keys that the command line gave: what is wrong with them is its mistake.
     """
@@ -28,12 +30,21 @@ def explain(problems: Sequence[Any], source: str, overrides: Collection[str] = (
     by_key: dict[str, list[Any]] = {}
     for problem in problems:
         by_key.setdefault(_key(problem["loc"]), []).append(problem)
-    told = ", also ".join(_explain(key, of_key) for key, of_key in by_key.items())
-    first, of_first = next(iter(by_key.items()))
-    if of_first[0]["type"].startswith("union_tag"):
-        first += ".type"
-    given = any(first == key or first.startswith(f"{key}.") for key in overrides)
-    return f"{'the command line' if given else source}: {told}"
+    lines: list[str] = []
+    for key, of_key in by_key.items():
+        for told in _explain(key, of_key).splitlines():
+            # Settings that do not fit each other are told by the name of each.
+            about = told if of_key[0]["type"] in _NAMING_SEVERAL else key
+            given = any(_is_about(override, key, about) for override in overrides)
+            lines.append(f"{'the command line' if given else source}: {told}")
+    return "\n".join(lines)
+
+
+def _is_about(override: str, key: str, about: str) -> bool:
+    """Tell whether a problem with `key`, and with the keys in `about`, is an override's."""
+    return f"{key}.".startswith(f"{override}.") or bool(
+        re.search(rf"(?<![\w.]){re.escape(override)}(?![\w.]*\w)", about)
+    )
 
 
 def known_keys() -> list[str]:

@@ -12,9 +12,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from dtr_scale.config.combinations import batch_problem, combination_problems
 from dtr_scale.config.fields import (
     Count,
     Fraction,
+    Int,
     OpenFraction,
     PositiveFloat,
     PositiveInt,
@@ -22,19 +24,18 @@ from dtr_scale.config.fields import (
     Section,
     SectionOrFile,
     Seed,
+    Whole,
     comma_separated,
     local_path,
     refuse,
-    whole,
 )
 from dtr_scale.config.network import ModelConfig
-from dtr_scale.diffusion.schedule import space_timesteps
 from dtr_scale.errors import ConfigError
 
 
 class DiffusionConfig(Section):
     noise_schedule: Literal["linear", "cosine"] = "cosine"
-    num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    num_timesteps: Annotated[int, Field(ge=2), Whole] = 1000
 
 
 class ObjectiveConfig(Section):
@@ -47,7 +48,7 @@ class ObjectiveConfig(Section):
     """Clusters that ant_uw weights; for the others, equal strata of the timesteps drawn."""
     clusters: Literal["timestep", "log_snr", "gradient"] = "timestep"
     """How ant_uw cuts the timesteps: evenly, by log SNR, or at `boundaries`."""
-    boundaries: list[int] | None = None
+    boundaries: list[Int] | None = None
     """First timestep of each gradient cluster, then num_timesteps; by `dtr-scale affinity`."""
     lr: PositiveFloat = 0.025
     """Learning rate of ant_uw's log-variances."""
@@ -123,7 +124,7 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     type: Literal["single", "deepspeed", "fsdp2", "flat"] = "deepspeed"
     """flat: as ZeRO-1, written for networks that fit a GPU whole."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3), Whole] = 1
     """DeepSpeed's: 0 shards nothing, 1 Adam's state, 2 gradients too, 3 weights too."""
     deepspeed_config: SectionOrFile = None
     """DeepSpeed's own settings, or the JSON file that holds them, laid over this trainer's."""
@@ -226,8 +227,7 @@ class EvaluationConfig(Section):
     eta: Fraction = 0.0
     """DDIM's noise: 0 none, 1 that of the posterior, as in DDPM."""
     num_sampling_steps: (
-        Annotated[int, Field(ge=2), BeforeValidator(whole)]
-        | Annotated[str, Field(pattern=r"^ddim\d+$")]
+        Annotated[int, Field(ge=2), Whole] | Annotated[str, Field(pattern=r"^ddim\d+$")]
     ) = 250
     """Timesteps that are kept, evenly spread; "ddim50": at one whole-number stride."""
     clip_denoised: bool = False
@@ -300,119 +300,15 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        for problem in (
-            # How many ranks there will be is not known here: `micro_batch_size` asks again.
-            self._batch_problem(world_size=1),
-            self._lanes_problem(),
-            self._clusters_problem(),
-            self._intervals_problem(),
-            self._sampling_problem(),
-            self._guidance_problem(),
-        ):
-            if problem:
-                raise refuse(problem)
+        if problems := combination_problems(self):
+            raise refuse("\n".join(problems))
         return self
-
-    def _lanes_problem(self) -> str | None:
-        num_lanes, batch_size = self.data.num_lanes, self.train.global_batch_size
-        if batch_size % num_lanes == 0:
-            return None
-        return (
-            f"data.num_lanes = {num_lanes} does not divide train.global_batch_size = "
-            f"{batch_size}; choose a divisor of it"
-        )
-
-    def _intervals_problem(self) -> str | None:
-        model, num_timesteps = self.model, self.diffusion.num_timesteps
-        if max(model.num_experts, model.routing.num_clusters) <= num_timesteps:
-            return None
-        return (
-            f"model.num_experts = {model.num_experts} and model.routing.num_clusters = "
-            f"{model.routing.num_clusters} share diffusion.num_timesteps = {num_timesteps}; "
-            "choose at most that"
-        )
-
-    def _sampling_problem(self) -> str | None:
-        """Say why sampling would fail when it is due, None if it would not."""
-        steps, key = self.evaluation.num_sampling_steps, "evaluation.num_sampling_steps"
-        try:
-            # By the function that sampling uses: no second set of rules to keep in step.
-            space_timesteps(self.diffusion.num_timesteps, steps, key)
-        except ConfigError as error:
-            return str(error)
-        if self.model.expert is not None and self.evaluation.every_steps:
-            return (
-                f"evaluation.every_steps = {self.evaluation.every_steps} with model.expert = "
-                f"{self.model.expert}: an expert alone cannot sample; set evaluation.every_steps=0 "
-                "and sample when all are trained"
-            )
-        return None
-
-    def _guidance_problem(self) -> str | None:
-        model, scale, channels = self.model, self.evaluation.cfg_scale, self.evaluation.cfg_channels
-        if channels and channels > model.in_channels:
-            return (
-                f"evaluation.cfg_channels = {channels} exceeds model.in_channels = "
-                f"{model.in_channels}; choose at most that, or null for all"
-            )
-        if scale != 1.0 and (model.conditioning == "none" or not model.class_dropout_prob):
-            return (
-                f"evaluation.cfg_scale = {scale} needs a network that knows the null label; set "
-                "evaluation.cfg_scale=1, or train with model.conditioning=class and "
-                "model.class_dropout_prob > 0"
-            )
-        return None
-
-    def _clusters_problem(self) -> str | None:
-        """Say why the timesteps cannot be cut into the clusters asked for, None if they can."""
-        objective, num_timesteps = self.objective, self.diffusion.num_timesteps
-        if objective.num_clusters > num_timesteps:
-            return (
-                f"objective.num_clusters = {objective.num_clusters} exceeds "
-                f"diffusion.num_timesteps = {num_timesteps}; choose at most {num_timesteps}"
-            )
-        if objective.type != "ant_uw" or objective.clusters != "gradient":
-            return None
-        if self.model.expert is not None:
-            return (
-                "objective.clusters = 'gradient' cuts all timesteps, model.expert = "
-                f"{self.model.expert} trains an interval of them; choose 'timestep' or 'log_snr'"
-            )
-        given = objective.boundaries or []
-        ascending = len(given) == objective.num_clusters + 1 and given == sorted(set(given))
-        if ascending and (given[0], given[-1]) == (0, num_timesteps):
-            return None
-        return (
-            f"objective.boundaries = {json.dumps(objective.boundaries)} do not fit "
-            f"objective.clusters = 'gradient'; give objective.num_clusters + 1 = "
-            f"{objective.num_clusters + 1} ascending whole numbers from 0 to "
-            f"diffusion.num_timesteps = {num_timesteps}, as `dtr-scale affinity RUN_DIR` measures "
-            "them"
-        )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Return the samples per forward when `world_size` ranks share the global batch."""
-        if problem := self._batch_problem(world_size):
+        if problem := batch_problem(self, world_size):
             raise ConfigError(problem)
         return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
-
-    def _batch_problem(self, world_size: int) -> str | None:
-        """Say why the global batch cannot be cut over `world_size` ranks, None if it can."""
-        batch_size, micro = self.train.global_batch_size, self.train.micro_batch_size
-        share, rest = divmod(batch_size, world_size)
-        if rest or not share:
-            return (
-                f"train.global_batch_size = {batch_size} is not divisible by {world_size} ranks; "
-                f"choose a multiple of {world_size} or another number of ranks"
-            )
-        if share % min(micro, share):
-            nearest = next(size for size in range(micro, 0, -1) if share % size == 0)
-            return (
-                f"train.micro_batch_size = {micro} does not divide the {share} samples per rank "
-                f"(train.global_batch_size = {batch_size}, ranks: {world_size}); choose {nearest} "
-                f"or another divisor of {share}"
-            )
-        return None
 
 
 def experiment_schema() -> str:

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
+from dtr_scale.cli.arguments import positive_integer
 from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.storage.folder import open_folder
@@ -143,6 +145,20 @@ def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
     line = refused(capsys, *arguments)
     assert line.startswith("error: unknown argument ")
     assert f"see dtr-scale {arguments[0]}" in line and line.endswith(" -h")
+
+
+def test_each_mistake_of_a_file_is_an_error_of_its_own(capsys):
+    assert main(["train", "--config", DEMO, "--train.lr=-1", "--model.depth=0"]) == 2
+    depth, lr = capsys.readouterr().err.splitlines()
+    assert depth.startswith("error: the command line: model.depth = 0: should be")
+    assert lr.startswith("error: the command line: train.lr = -1: should be")
+
+
+def test_a_whole_number_may_be_written_with_an_exponent():
+    assert [positive_integer(text) for text in ("7", "1e3", "2.0")] == [7, 1000, 2]
+    for text in ("0", "1.5", "-1", "inf", "nan", "many", "1e400"):
+        with pytest.raises(ArgumentTypeError, match="is not accepted; give a whole number"):
+            positive_integer(text)
 
 
 @pytest.mark.parametrize(

@@ -121,13 +121,43 @@ def test_an_override_is_no_value_of_the_one_before():
     assert list(parse_overrides(["--a", "-1"])) == [("a", -1)]
 
 
-def test_every_mistake_is_told():
+def test_every_mistake_is_told_on_a_line_of_its_own():
     with pytest.raises(ConfigError) as caught:
         load_experiment(FLAGSHIP, ["--model.routing.alpha=-4", "--model.routing.beta=2"])
-    assert str(caught.value) == (
-        "the command line: model.routing.alpha = -4: should be greater than 0, also "
-        "model.routing.beta = 2: should be less than or equal to 1"
-    )
+    assert str(caught.value).splitlines() == [
+        "the command line: model.routing.alpha = -4: should be greater than 0",
+        "the command line: model.routing.beta = 2: should be less than or equal to 1",
+    ]
+
+
+def test_settings_that_do_not_fit_each_other_are_told_together():
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(FLAGSHIP, ["--data.num_lanes=3", "--train.micro_batch_size=48"])
+    batch, lanes = str(caught.value).splitlines()
+    assert batch.startswith("the command line: train.micro_batch_size = 48 does not divide")
+    assert lanes.startswith("the command line: data.num_lanes = 3 does not divide")
+
+
+def test_each_mistake_blames_who_made_it(tmp_path):
+    path = tmp_path / "mine.json"
+    raw = json.loads(FLAGSHIP.read_text())
+    raw["train"] |= {"lr": -1, "betas": [0.9, 0.95]}
+    raw["evaluation"]["cfg_channels"] = 5
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(path, ["--train.max_steps=0", "--train.seed=3", "--model.type=unet"])
+    blamed = [line.partition(": ")[::2] for line in str(caught.value).splitlines()]
+    assert [(who, told.split()[0]) for who, told in blamed] == [
+        ("the command line", "model.type"),
+        ("the command line", "train.max_steps"),
+        (str(path), "train.lr"),
+        (str(path), "unknown"),
+    ]
+    del raw["train"]["betas"], raw["train"]["lr"]
+    path.write_text(json.dumps(raw))
+    for override, who in [("--train.seed=3", str(path)), ("--model.in_channels=3", "the command")]:
+        with pytest.raises(ConfigError, match=f"^{who}.*cfg_channels = 5 exceeds"):
+            load_experiment(path, [override])
 
 
 @pytest.mark.parametrize(
@@ -136,13 +166,16 @@ def test_every_mistake_is_told():
         ('{"name": "a", "name": "b"}', "name"),
         ('{"train": {"lr": 1e-3}, "data": {}, "train": {"seed": 1}}', "train"),
         ('{"model": {"routing": {"type": "dtr", "beta": 0.5, "beta": 0.8}}}', "model.routing.beta"),
+        ('{"name": "a", "name": "b", "train": {"lr": 1, "lr": 2}}', "name,train.lr"),
     ],
 )
 def test_what_stands_twice_is_refused(tmp_path, text, key):
     path = tmp_path / "experiment.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"experiment.json: {key} stands twice, .* make them one"):
+    with pytest.raises(ConfigError) as caught:
         load_experiment(path)
+    told = "stands twice, and the first would have no effect; make them one"
+    assert str(caught.value) == "\n".join(f"{path}: {one} {told}" for one in key.split(","))
 
 
 def test_settings_that_look_odd_but_fit_are_accepted():
@@ -150,12 +183,17 @@ def test_settings_that_look_odd_but_fit_are_accepted():
         FLAGSHIP,
         [
             "--train.max_steps=1e3",
+            "--diffusion.num_timesteps=1e3",
+            "--engine.zero_stage=1.0",
+            "--objective.boundaries=[0, 1e3]",
             f"--train.seed={2**64 - 1}",
             "--evaluation.num_sampling_steps=ddim250",
             "--train.ema_decays=[0.999, 0.9999]",
         ],
     )
     assert (odd.train.max_steps, odd.train.seed) == (1000, 2**64 - 1)
+    assert (odd.diffusion.num_timesteps, odd.engine.zero_stage) == (1000, 1)
+    assert odd.objective.boundaries == [0, 1000]
 
 
 @pytest.mark.parametrize("num_clusters", [1, 7, 1000])
