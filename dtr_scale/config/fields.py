@@ -55,3 +55,8 @@ def local_path(path: str | None) -> str | None:
 
 def comma_separated(keys: Any) -> Any:  # noqa: ANN401
     return keys.split(",") if isinstance(keys, str) else keys
+
+
+def renamed(data_type: Any) -> Any:  # noqa: ANN401
+    """Read the name that `data.type` had when shards held latents alone, as older runs keep it."""
+    return "shards" if data_type == "latents" else data_type

@@ -28,6 +28,7 @@ from dtr_scale.config.fields import (
     comma_separated,
     local_path,
     refuse,
+    renamed,
 )
 from dtr_scale.config.network import ModelConfig
 from dtr_scale.errors import ConfigError
@@ -55,7 +56,8 @@ class ObjectiveConfig(Section):
 
 
 class DataConfig(Section):
-    type: Literal["latents", "synthetic"] = "latents"
+    type: Annotated[Literal["shards", "synthetic"], BeforeValidator(renamed)] = "shards"
+    """`shards`: what `dtr-scale prepare` wrote; `synthetic`: noise, which needs no data."""
     shards: str | None = None
     """Folder or s3:// prefix that holds manifest.json and the shards."""
     num_workers: Count = 4
@@ -77,7 +79,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _has_shards(self) -> "DataConfig":
-        if self.type == "latents" and not self.shards:
+        if self.type == "shards" and not self.shards:
             raise refuse(
                 "data.shards is missing; give the folder or s3:// prefix that `dtr-scale prepare` "
                 "wrote, or try --data.type=synthetic"

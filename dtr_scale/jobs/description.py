@@ -45,10 +45,10 @@ _MEANT_FOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "objective.boundaries": ("objective.type", ("ant_uw",)),
     "objective.lr": ("objective.type", ("ant_uw",)),
     "evaluation.eta": ("evaluation.sampler", ("ddim",)),
-    "data.shards": ("data.type", ("latents",)),
-    "data.storage_options": ("data.type", ("latents",)),
-    "data.cache_dir": ("data.type", ("latents",)),
-    "data.cache_gb": ("data.type", ("latents",)),
+    "data.shards": ("data.type", ("shards",)),
+    "data.storage_options": ("data.type", ("shards",)),
+    "data.cache_dir": ("data.type", ("shards",)),
+    "data.cache_gb": ("data.type", ("shards",)),
 }
 
 

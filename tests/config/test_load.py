@@ -196,6 +196,14 @@ def test_settings_that_look_odd_but_fit_are_accepted():
     assert odd.objective.boundaries == [0, 1000]
 
 
+def test_shards_that_are_called_latents_are_read_as_before():
+    old = load_experiment(FLAGSHIP, ["--data.type=latents"])
+    assert resolved(old) == resolved(load_experiment(FLAGSHIP, ["--data.type=shards"]))
+    assert old.data.type == "shards"
+    with pytest.raises(ConfigError, match="should be 'shards' or 'synthetic'"):
+        load_experiment(FLAGSHIP, ["--data.type=pixels"])
+
+
 @pytest.mark.parametrize("num_clusters", [1, 7, 1000])
 def test_any_number_of_clusters_is_accepted(num_clusters):
     overrides = [f"--objective.num_clusters={num_clusters}"]
