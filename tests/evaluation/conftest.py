@@ -2,33 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from torch_fidelity import FeatureExtractorInceptionV3
+
+from tests.support.weights import random_inception
 
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
-    """Weights as torch-fidelity stores them, random and scaled so that features do not vanish."""
-
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_, **__):
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    nn.init.kaiming_normal_(module.weight)
-            return super().load_state_dict(self.state_dict())
-
-    folder = tmp_path_factory.mktemp("inception")
-    torch.save({}, folder / "nothing.pth")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = Untrained(
-            "inception-v3-compat",
-            ["2048"],
-            feature_extractor_weights_path=str(folder / "nothing.pth"),
-        )
-    torch.save(network.state_dict(), folder / "random.pth")
-    return folder / "random.pth"
+    return random_inception(tmp_path_factory.mktemp("inception"))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from dtr_scale.train.held_out import HeldOutLoss
 from tests.support.pictures import class_folders, small_autoencoder
 from tests.support.ranks import exit_codes
 from tests.support.runs import demo_experiment, train
+from tests.support.weights import random_inception
 
 RUN = (
     "--model.in_channels=4", "--model.input_size=8", "--model.num_classes=2", "--train.max_steps=2",
@@ -122,6 +123,18 @@ def test_latents_are_measured_in_training_as_by_evaluate(place, tmp_path, caplog
     # Of the averaged weights, which no rank holds in one piece while it trains.
     del evaluated["manifest"]["weights_sha256"]
     assert evaluated["manifest"] == last["manifest"]
+
+
+@pytest.mark.slow
+def test_fid_is_measured_in_training_where_inceptions_weights_are_at_hand(place, tmp_path):
+    weights = random_inception(tmp_path)
+    by = ("--evaluation.features=inception", f"--evaluation.inception_weights={weights}")
+    assert train(place / "latents", tmp_path / "run", *RUN, *by) == 0
+    (found,) = evaluations(tmp_path / "run")
+    out = tmp_path / "out.json"
+    assert main(["evaluate", str(tmp_path / "run"), "--json", str(out)]) == 0
+    evaluated = json.loads(out.read_text())["metrics"]
+    assert found["metrics"]["fid"] == pytest.approx(evaluated["fid"], rel=1e-4)
 
 
 def test_latents_that_nothing_decodes_are_kept_and_their_loss_is_measured(

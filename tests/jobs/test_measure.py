@@ -1,6 +1,9 @@
 """Runs on latents, folders, shards and anybody's pictures are measured, by the command line."""
 
 import json
+import subprocess
+import sysconfig
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from dtr_scale.evaluation.pictures import file_sha256
 from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import class_folders, small_autoencoder
 from tests.support.runs import train
+from tests.support.weights import random_inception
 
 LATENTS = (
     "--model.in_channels=4", "--model.input_size=8", "--model.num_classes=2", "--train.max_steps=1",
@@ -90,6 +94,43 @@ def test_a_run_is_measured_against_a_reference_file(place, reference):
         "the whole set", 12, 5
     )  # fmt: skip
     assert report["metrics"]["fd_efficientnet"] > 1
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_as_by_torch_fidelitys_command(place, tmp_path):
+    """By the same Inception, whose weights are random: those that are published need a download."""
+    weights = random_inception(tmp_path)
+    reference = tmp_path / "reference.npz"
+    by = ("--features", "inception", "--inception-weights", weights)
+    given = ["--size", 32, *by, "--num-pictures", 12, "--out", reference]
+    source = place / "pictures/train"
+    assert main(["evaluate", "reference", *map(str, [source, *given])]) == 0
+    report = evaluated(place, place / "run", "--num-samples", 12, *by, "--reference", reference)
+    out = tmp_path / "samples.npz"
+    assert main(["sample", str(place / "run"), "--num-samples", "12", "--out", str(out)]) == 0
+
+    for npz in (out, reference):
+        with np.load(npz) as stored:
+            npz.with_suffix("").mkdir()
+            for i, picture in enumerate(stored["arr_0"]):
+                Image.fromarray(picture).save(npz.with_suffix("") / f"{i:02}.png")
+    fidelity = Path(sysconfig.get_path("scripts"), "fidelity")
+    command = [
+        fidelity, "--cpu", "--json", "--no-cache", "--fid", "--isc", "--prc", "--isc-splits", "1",
+        "--feature-extractor", "inception-v3-compat", "--feature-layer-prc", "2048",
+        "--feature-extractor-weights-path", weights,
+        "--input1", out.with_suffix(""), "--input2", reference.with_suffix(""),
+    ]  # fmt: skip
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    theirs = json.loads(told[told.index("{") :])
+    ours = {
+        "fid": "frechet_inception_distance",
+        "inception_score": "inception_score_mean",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    for key, name in ours.items():
+        assert report["metrics"][key] == pytest.approx(theirs[name], rel=1e-4), key
 
 
 def test_small_pixels_are_measured_by_features_where_asked(place, digits, tmp_path):

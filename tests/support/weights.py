@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch_fidelity import FeatureExtractorInceptionV3
 
 from dtr_scale.jobs.network import build_model
 from dtr_scale.models.routing import routing_mask
@@ -74,3 +76,25 @@ AVERAGED = {name: -value for name, value in WEIGHTS.items()}
 
 def checkpoint(**extra):
     return {"model": WEIGHTS, "ema": AVERAGED, "opt": {"state": {0: {"step": 3}}}, **extra}
+
+
+def random_inception(folder: Path) -> Path:
+    """Write an Inception as torch-fidelity stores it, with weights that let no feature vanish."""
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, *_, **__):
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.kaiming_normal_(module.weight)
+            return super().load_state_dict(self.state_dict())
+
+    torch.save({}, folder / "nothing.pth")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Untrained(
+            "inception-v3-compat",
+            ["2048"],
+            feature_extractor_weights_path=str(folder / "nothing.pth"),
+        )
+    torch.save(network.state_dict(), folder / "random.pth")
+    return folder / "random.pth"
