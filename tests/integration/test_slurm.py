@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from dtr_scale.cli.main import main
 from dtr_scale.jobs.paper.collect import trainings_of
 from dtr_scale.jobs.paper.launches import Places, array_command
 from dtr_scale.jobs.paper.tables import Row
@@ -79,7 +80,7 @@ def test_the_first_host_is_slurms(slurm, nodelist):
     assert first_host(nodelist) == slurm.run("scontrol", "show", "hostnames", nodelist).split()[0]
 
 
-def test_two_tasks_write_the_journal_of_one_process(slurm, digits, tmp_path):
+def test_two_tasks_train_and_sample_as_one_process_does(slurm, digits, tmp_path):
     places = (f"--data.shards={digits}", f"--run_dir={tmp_path}/srun")
     command = ("dtr-scale", "train", "--config", str(DEMO), *FP32, *places, "--train.max_steps=20")
     slurm.run("srun", "--nodes=2", "--ntasks=2", *command, timeout_seconds=120)
@@ -90,6 +91,14 @@ def test_two_tasks_write_the_journal_of_one_process(slurm, digits, tmp_path):
         assert ours == pytest.approx(theirs, rel=1e-5)
     saved = (tmp_path / "srun").glob("checkpoints/step_00000020/rank_*.safetensors")
     assert len(list(saved)) == 2, "each rank has its part"
+
+    # Batches of 2 are dealt to the tasks in turn.
+    of_run = ("sample", str(tmp_path / "srun"), "--num-samples=6", "--evaluation.batch_size=2")
+    few = (*of_run, "--evaluation.num_sampling_steps=2", "--out")
+    out, alone = tmp_path / "srun.npz", tmp_path / "alone.npz"
+    slurm.run("srun", "--nodes=2", "--ntasks=2", "dtr-scale", *few, str(out), timeout_seconds=120)
+    assert main([*few, str(alone)]) == 0
+    assert out.read_bytes() == alone.read_bytes()
 
 
 @pytest.fixture(scope="module")
