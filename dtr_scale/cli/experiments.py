@@ -1,4 +1,4 @@
-"""Parse the commands on an experiment's file: train, health, plan and config."""
+"""Parse the commands that run an experiment: train, health and plan."""
 
 import argparse
 import json
@@ -8,11 +8,11 @@ from pathlib import Path
 from dtr_scale.cli.arguments import (
     OVERRIDES,
     Commands,
-    actions,
     add_config,
     positive_number,
     runs,
 )
+from dtr_scale.cli.config import add_config_commands
 from dtr_scale.errors import ConfigError
 from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat, launched_heartbeat
 from dtr_scale.signals import LeaveRequest
@@ -20,8 +20,8 @@ from dtr_scale.signals import LeaveRequest
 
 def add_experiments(commands: Commands) -> None:
     """Add the commands to their groups."""
+    add_config_commands(commands)
     _add_plan(commands)
-    _add_config_command(commands)
     _add_train(commands)
     _add_health(commands)
 
@@ -67,21 +67,6 @@ def _add_plan(commands: Commands) -> None:
     runs(parser, _plan, overrides=True)
 
 
-def _add_config_command(commands: Commands) -> None:
-    parser = commands.add(
-        "config",
-        "train",
-        "show an experiment with every default filled in, or the JSON Schema of all experiments",
-        "dtr-scale config show configs/dit_l_dtr_antuw.json",
-    )
-    parts = actions(parser)
-    show = parts.add_parser("show", help=f"print the resolved experiment; {OVERRIDES}")
-    show.add_argument("file", metavar="FILE", help="the experiment's JSON")
-    runs(show, _config_show, overrides=True)
-    schema = parts.add_parser("schema", help="print the JSON Schema")
-    runs(schema, _config_schema)
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     heartbeat = launched_heartbeat()
     leave = LeaveRequest(at_once=heartbeat.remove)
@@ -116,18 +101,4 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(json.dumps(plan.figures(per_layer=arguments.per_layer), indent=2))
     else:
         print(plan.table(per_layer=arguments.per_layer))
-    return 0
-
-
-def _config_show(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from dtr_scale.config.load import load_experiment, resolved
-
-    print(json.dumps(resolved(load_experiment(arguments.file, overrides)), indent=2))
-    return 0
-
-
-def _config_schema(arguments: argparse.Namespace) -> int:
-    from dtr_scale.config.schema import experiment_schema
-
-    print(experiment_schema(), end="")
     return 0

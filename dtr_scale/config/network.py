@@ -62,8 +62,11 @@ class NetworkConfig(Section):
     """What all networks have."""
 
     in_channels: PositiveInt = 4
+    """Channels of a sample: 4 of latents, 3 of colour pictures."""
     num_classes: PositiveInt = 1000
+    """Classes of the data; labels are 0 to num_classes - 1."""
     learn_sigma: bool = True
+    """Learn the variance of each step as well (improved DDPM); doubles the output's channels."""
     attention: Literal["auto", "xformers", "sdpa", "cudnn"] = "auto"
     """auto: the fastest on this GPU, which training measures. sdpa is PyTorch's own choice."""
     num_experts: PositiveInt = 1
@@ -84,15 +87,21 @@ class NetworkConfig(Section):
 
 class DitConfig(NetworkConfig):
     type: Literal["dit"]
+    """A diffusion transformer."""
     variant: Annotated[str | None, AfterValidator(_variant_name)] = None
     """`DiT-S/2` to `DiT-XL/8`; or give hidden_size, depth, num_heads and patch_size instead."""
     hidden_size: PositiveInt | None = None
+    """Width of a token; a multiple of num_heads and of 4."""
     depth: PositiveInt | None = None
+    """How many blocks."""
     num_heads: PositiveInt | None = None
+    """Attention heads of a block."""
     patch_size: PositiveInt | None = None
+    """Side of the square that becomes a token; divides input_size."""
     input_size: PositiveInt = 32
     """Height and width of a sample (latents of a 256x256 picture: 32)."""
     conditioning: Literal["class", "none", "text"] = "class"
+    """What steers samples: a class, nothing, or the tokens of a caption."""
     class_dropout_prob: Fraction = 0.1
     """How often a label or text is dropped in training, for guidance."""
     context_length: PositiveInt = 77
@@ -142,25 +151,37 @@ class AdmConfig(NetworkConfig):
     """guided-diffusion's U-Net; its argument names."""
 
     type: Literal["adm"]
+    """guided-diffusion's U-Net."""
     image_size: PositiveInt = 64
+    """Height and width of a sample."""
     in_channels: PositiveInt = 3
+    """Channels of a sample: 3 of colour pictures."""
     model_channels: PositiveInt
     """Channels of the first level; each level has channel_mult times as many."""
     num_res_blocks: PositiveInt
+    """Residual blocks of each level."""
     attention_resolutions: list[PositiveInt]
     """Downsampling rates at which there is attention."""
     channel_mult: Annotated[list[PositiveInt | PositiveFloat], Field(min_length=1)] = Field(
         default=[1, 2, 4, 8]
     )
+    """Width of each level, in model_channels."""
     num_heads: PositiveInt = 1
+    """Attention heads where num_head_channels says nothing."""
     num_head_channels: PositiveInt | Literal[-1] | None = None
     """Width of an attention head; null or -1: num_heads heads of any width."""
     use_scale_shift_norm: bool = False
+    """Let the timestep scale and shift each norm (adaptive group norm)."""
     resblock_updown: bool = False
+    """Change the resolution by residual blocks."""
     conv_resample: bool = True
+    """Change it by convolutions, where resblock_updown is false."""
     use_new_attention_order: bool = False
+    """Order of query, key and value in the weights: by kind, or by head (false)."""
     conditioning: Literal["class", "none"] = "class"
+    """What steers samples: a class, or nothing."""
     class_dropout_prob: Fraction = 0.0
+    """How often a label is dropped in training, for guidance."""
 
     @property
     def input_size(self) -> int:

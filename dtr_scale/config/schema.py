@@ -36,11 +36,14 @@ from dtr_scale.errors import ConfigError
 
 class DiffusionConfig(Section):
     noise_schedule: Literal["linear", "cosine"] = "cosine"
+    """How noise grows over the timesteps: the paper's cosine, or DiT's linear."""
     num_timesteps: Annotated[int, Field(ge=2), Whole] = 1000
+    """Timesteps of the diffusion that is trained."""
 
 
 class ObjectiveConfig(Section):
     type: Literal["vanilla", "min_snr", "p2", "ant_uw"] = "vanilla"
+    """Loss weights of the timesteps: none, Min-SNR, P2, or ANT-UW's, which are learnt."""
     gamma: PositiveFloat | None = None
     """Bound of min_snr's SNR (null: 5), or exponent of p2 (null: 1)."""
     k: PositiveFloat = 1.0
@@ -61,6 +64,7 @@ class DataConfig(Section):
     shards: str | None = None
     """Folder or s3:// prefix that holds manifest.json and the shards."""
     num_workers: Count = 4
+    """Processes of each rank that read ahead; 0: the training reads by itself."""
     num_lanes: PositiveInt = 1
     """Parts of an epoch that are read side by side; a node reads those of its ranks' places alone.
     Divides train.global_batch_size; the order of samples depends on it, for the whole run."""
@@ -74,6 +78,7 @@ class DataConfig(Section):
     """Most that is kept there, more than a node's windows; what is needed last goes first.
     0: no local disk is used, each process holds the shards of its windows in memory."""
     horizontal_flip: bool = True
+    """Mirror each sample half of the time; false for digits, text and the like."""
     storage_options: dict[str, Any] = Field(default={})
     """For s3fs: endpoint_url, key, secret, ...; better given by the usual AWS environment."""
 
@@ -89,24 +94,30 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     max_steps: PositiveInt = 400_000
+    """Updates of the weights, from the run's beginning."""
     max_minutes: PositiveFloat | None = None
     """Checkpoint and leave with exit code 75 after so long, ahead of a scheduler's limit."""
     global_batch_size: PositiveInt = 256
+    """Samples of one update, over all ranks."""
     micro_batch_size: PositiveInt = 32
     """Samples per forward on one rank, at most the rank's share of the global batch."""
     lr: PositiveFloat = 1e-4
+    """Learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of AdamW."""
     ema_decay: OpenFraction = 0.9999
     """Decay of the averaged weights that samples are drawn with."""
     ema_decays: list[OpenFraction] = Field(default=[])
     """Decays of further averages, kept in checkpoints under ema_<decay>."""
     ema_sigma_rel: list[RelativeWidth] = Field(default=[])
-    """Widths of EDM2's power-function averages, for example [0.05, 0.1]: `dtr-scale ema
-    reconstruct` makes one of any width of those in the kept checkpoints."""
+    """Widths of EDM2's power-function averages, for example [0.05, 0.1]: `dtr-scale export
+    --sigma-rel` makes one of any width of those in the kept checkpoints."""
     grad_clip: PositiveFloat | None = None
     """Largest global gradient norm; null: no clipping (the norm is logged all the same)."""
     seed: Seed = 0
+    """Of initial weights, order of samples, noise, timesteps and dropped labels."""
     log_every: PositiveInt = 100
+    """Steps between two lines of the log."""
 
     @model_validator(mode="after")
     def _averages_differ(self) -> Self:
@@ -141,11 +152,13 @@ class EngineConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU, or the CPU where none was allotted; cpu: hide the GPUs that are there."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Of matrix products; weights and Adam's state are fp32 in both."""
     compile: Literal[True, False, "auto"] = "auto"
     """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up).
 
     auto: on a GPU, where the node has a compiler for it."""
     activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward: less memory, a third more time."""
 
     @model_validator(mode="after")
     def _flat_is_zero_1(self) -> Self:
@@ -186,7 +199,9 @@ class CheckpointConfig(Section):
     dir: str | None = None
     """Folder or s3:// prefix; default: checkpoints/ in the run directory."""
     every_steps: PositiveInt = 5000
+    """Steps between two checkpoints; the last step has one besides."""
     keep_last: PositiveInt = 3
+    """How many of the newest are kept."""
     keep_every: Count = 100_000
     """Checkpoints of every n-th step are kept for ever; 0: none."""
     keep_best: Count = 0
@@ -210,7 +225,9 @@ class CheckpointConfig(Section):
 
 class TrackingConfig(Section):
     type: Literal["mlflow", "none"] = "mlflow"
+    """`none`: the journal in the run's directory alone."""
     experiment: str = "dtr-scale"
+    """The experiment of MLflow that the run is listed in."""
     uri: str | None = None
     """MLflow tracking server or database; default: MLFLOW_TRACKING_URI, else mlflow.db beside the
     run's directory."""
@@ -220,12 +237,15 @@ class EvaluationConfig(Section):
     every_steps: Count = 0
     """Sample and evaluate during training, by the averaged weights; 0: never."""
     num_samples: PositiveInt = 10_000
+    """Samples that an evaluation draws."""
     cfg_scale: Annotated[float, Field(ge=1.0)] = 1.5
+    """Classifier-free guidance; 1: none."""
     cfg_channels: PositiveInt | None = None
     """Guided channels: DTR's code guides all 4, DiT's only 3; null: all."""
     cfg_interval: tuple[Count, PositiveInt] | None = None
     """[lo, hi]: timesteps lo <= t < hi alone are guided; null: all."""
     sampler: Literal["ddpm", "ddim", "dpm_solver"] = "ddpm"
+    """ddpm is the paper's; ddim and dpm_solver do with fewer steps."""
     eta: Fraction = 0.0
     """DDIM's noise: 0 none, 1 that of the posterior, as in DDPM."""
     num_sampling_steps: (
@@ -274,10 +294,13 @@ class Experiment(Section):
     """One experiment: what `dtr-scale train --config FILE` reads."""
 
     schema_: str | None = Field(default=None, alias="$schema")
+    """For editors: where the JSON Schema of this file lies."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Of the run, its folder below runs/ and its row in MLflow."""
     run_dir: Annotated[str | None, AfterValidator(local_path)] = None
     """Where the run writes, an expert in expert_<k> below; default: runs/<name>."""
     description: str = ""
+    """Free text, shown by MLflow."""
     expected: dict[str, float] = Field(default={})
     """Published figures of this setting, to compare with."""
     model: ModelConfig

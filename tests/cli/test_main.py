@@ -214,6 +214,26 @@ def test_secrets_are_not_shown(capsys):
     assert not [secret for secret in ("KEY0", "SECRET0", "TOKEN0") if secret in shown]
 
 
+def test_config_explain_tells_a_key_or_lists_all(capsys):
+    assert main(["config", "explain", "train.lr"]) == 0
+    assert "Learning rate of AdamW" in capsys.readouterr().out
+    assert main(["config", "explain"]) == 0
+    assert "evaluation.sampler" in capsys.readouterr().out
+    assert "did you mean train.lr?" in refused(capsys, "config", "explain", "lr")
+
+
+def test_config_diff_tells_what_differs_and_what_makes_another_run(capsys, tmp_path):
+    assert main(["config", "show", DEMO, "--train.lr=2e-3", "--model.depth=2"]) == 0
+    (tmp_path / "config.json").write_text(capsys.readouterr().out)
+    assert main(["config", "diff", DEMO, str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "model.depth: 4 -> 2  (another run)",
+        "train.lr: 0.001 -> 0.002",
+    ]
+    assert main(["config", "diff", DEMO, DEMO]) == 0
+    assert capsys.readouterr().out == "no setting differs\n"
+
+
 def test_config_schema_is_a_json_schema(capsys):
     assert main(["config", "schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
