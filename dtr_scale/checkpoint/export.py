@@ -99,6 +99,8 @@ def _layout_obstacle(config: Mapping[str, Any]) -> str | None:
         return f"model.type: {config['type']!r} is no DiT"
     if config.get("conditioning") == "text":
         return "model.conditioning: 'text' adds cross-attention"
+    if config.get("qk_norm"):
+        return "model.qk_norm: true adds norms of queries and keys"
     if config.get("num_experts", 1) > 1:
         return f"model.num_experts: {config['num_experts']} networks are not one"
     if (config.get("routing") or {"type": "none"})["type"] == "max_roaming":

@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+HalfOpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Power functions have widths below 12^-0.5 = 0.289 (Karras et al., 2024, eq. 126, gamma = 0).
 RelativeWidth = Annotated[float, Field(gt=0.0, lt=0.28)]
 

@@ -104,6 +104,9 @@ class DitConfig(NetworkConfig):
     """What steers samples: a class, nothing, or the tokens of a caption."""
     class_dropout_prob: Fraction = 0.1
     """How often a label or text is dropped in training, for guidance."""
+    qk_norm: bool = False
+    """Normalise queries and keys (RMSNorm with a learned scale): attention that cannot overflow,
+    against NaN after many steps in bf16. Official weights have none."""
     context_length: PositiveInt = 77
     """Tokens of a text (CLIP: 77)."""
     context_dim: PositiveInt = 768

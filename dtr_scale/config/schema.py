@@ -16,6 +16,7 @@ from dtr_scale.config.combinations import batch_problem, combination_problems
 from dtr_scale.config.fields import (
     Count,
     Fraction,
+    HalfOpenFraction,
     Int,
     OpenFraction,
     PositiveFloat,
@@ -102,9 +103,24 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = 32
     """Samples per forward on one rank, at most the rank's share of the global batch."""
     lr: PositiveFloat = 1e-4
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW; with a warm-up or a schedule its highest value."""
+    warmup_steps: Count = 0
+    """Steps in which the learning rate rises from 0 to `lr`."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    """The learning rate after the warm-up: `cosine` falls to `final_lr` at max_steps, `wsd`
+    (warm-up, stable, decay) falls linearly in the last `decay_steps`."""
+    decay_steps: PositiveInt | None = None
+    """wsd: how long the fall takes; null: a tenth of max_steps."""
+    final_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    """cosine, wsd: where the learning rate ends, at most `lr`."""
+    betas: tuple[HalfOpenFraction, HalfOpenFraction] = (0.9, 0.999)
+    """Adam's decays of its two moments."""
+    eps: PositiveFloat = 1e-8
+    """What Adam adds to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Of AdamW."""
+    decayed: Literal["all", "matrices"] = "all"
+    """What weight_decay shrinks; matrices: no biases, norms and embeddings."""
     ema_decay: OpenFraction = 0.9999
     """Decay of the averaged weights that samples are drawn with."""
     ema_decays: list[OpenFraction] = Field(default=[])
@@ -118,6 +134,15 @@ class TrainConfig(Section):
     """Of initial weights, order of samples, noise, timesteps and dropped labels."""
     log_every: PositiveInt = 100
     """Steps between two lines of the log."""
+
+    @model_validator(mode="after")
+    def _ends_below_its_peak(self) -> Self:
+        if self.schedule != "constant" and self.final_lr > self.lr:
+            raise refuse(
+                f"train.final_lr = {self.final_lr} exceeds train.lr = {self.lr}, its highest "
+                "value; give at most that"
+            )
+        return self
 
     @model_validator(mode="after")
     def _averages_differ(self) -> Self:

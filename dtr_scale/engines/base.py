@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,11 @@ class Engine(ABC):
         found = {key.partition("/"): piece for key, piece in self._pieces.items()}
         return {name: piece for (kind, _, name), piece in found.items() if kind == MASTER}
 
+    def set_lr(self, lr: float) -> None:
+        """Use this learning rate from the next update on: a number for its kernel, no wait."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
     @property
     def optimizer_step(self) -> int:
         """Updates that Adam has made, for its bias correction."""
@@ -87,12 +93,52 @@ class Engine(ABC):
         """Bring the network's weights up to date after masters were written to."""
 
 
+class AdamSettings(TypedDict):
+    """What every engine's AdamW is told; betas and eps are PyTorch's and DiT's if left out."""
+
+    lr: float
+    weight_decay: NotRequired[float]
+    decayed: NotRequired[Literal["all", "matrices"]]
+    """matrices: neither biases and norms nor embeddings, see `undecayed`."""
+    betas: NotRequired[tuple[float, float]]
+    eps: NotRequired[float]
+
+
+def undecayed(network: nn.Module, settings: AdamSettings) -> set[str]:
+    """Return the names of the parameters that `weight_decay` leaves alone.
+
+    Under "matrices" all but the weights of linear layers and convolutions: vectors, tables of
+    embeddings, and tensors that a module holds by another name than `weight`, as null tokens.
+    """
+    if settings.get("decayed", "all") == "all":
+        return set()
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name != "weight" or parameter.ndim < 2 or isinstance(module, nn.Embedding)
+    }
+
+
 def build_optimizer(
-    parameters: list[nn.Parameter], *, lr: float, weight_decay: float
+    parameters: Iterable[tuple[str, nn.Parameter]], exempt: set[str], settings: AdamSettings
 ) -> torch.optim.AdamW:
-    """Return the AdamW of every engine (betas 0.9, 0.999, eps 1e-8: PyTorch's and DiT's)."""
-    # Fused works at every ZeRO stage; DeepSpeed's own Adams would be compiled for 85 s.
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+    """Return the AdamW of every engine; what is `exempt` by name is a group without decay."""
+    groups: dict[bool, list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        groups.setdefault(name in exempt, []).append(parameter)
+    weight_decay = settings.get("weight_decay", 0.0)
+    return torch.optim.AdamW(
+        [
+            {"params": group, "weight_decay": 0.0 if is_exempt else weight_decay}
+            for is_exempt, group in groups.items()
+        ],
+        lr=settings["lr"],
+        betas=settings.get("betas", (0.9, 0.999)),
+        eps=settings.get("eps", 1e-8),
+        # Fused works at every ZeRO stage; DeepSpeed's own Adams would be compiled for 85 s.
+        fused=True,
+    )
 
 
 def adam_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:

@@ -12,8 +12,8 @@ _REDUCE_BUCKET_SIZE = 50_000_000
 
 _UNREACHABLE = "it puts the fp32 weights where checkpoints and EMA cannot reach them"
 _ACCEPTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "optimizer": ((None,), "every engine has the AdamW of train.lr and train.weight_decay"),
-    "scheduler": ((None,), "train.lr is constant"),
+    "optimizer": ((None,), "every engine has the AdamW of the train section"),
+    "scheduler": ((None,), "train.schedule sets the learning rate of every step"),
     "zero_optimization.round_robin_gradients": ((False,), _UNREACHABLE),
     "zero_optimization.zenflow": ((None,), _UNREACHABLE),
     "zero_optimization.compute_grad_norm": ((True,), "a step is judged by the gradient's norm"),

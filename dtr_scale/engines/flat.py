@@ -9,12 +9,12 @@ GPU.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from dtr_scale.engines.base import Engine, Piece, adam_state, build_optimizer
+from dtr_scale.engines.base import AdamSettings, Engine, Piece, build_optimizer, undecayed
 from dtr_scale.engines.flat_group import FlatGroup, FlatWeights
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import wrap_call
@@ -29,10 +29,9 @@ class FlatEngine(Engine):
         *,
         blocks: Sequence[nn.Module],
         world: World,
-        lr: float,
-        weight_decay: float = 0.0,
         grad_clip: float | None = None,
         precision: str = "bf16",
+        **adam: Unpack[AdamSettings],
     ) -> None:
         self._world = world
         self._max_norm = grad_clip
@@ -42,9 +41,10 @@ class FlatEngine(Engine):
         # its backward ends after them.
         self._groups: list[FlatGroup] = []
         self._outside: list[FlatWeights] = []
+        exempt = undecayed(network, adam)
         frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
         for block, parameters in _parts(network, blocks):
-            group = FlatGroup(parameters, world=world, dtype=dtype)
+            group = FlatGroup(parameters, world=world, dtype=dtype, exempt=exempt)
             self._groups.append(group)
             if block is None:
                 self._outside.append(group)
@@ -57,11 +57,11 @@ class FlatEngine(Engine):
         self.network = network.to(world.device)  # buffers: the parameters are there
         network.register_forward_pre_hook(self._before_network)
         # Those of frozen parameters have no gradient, so Adam passes them over.
-        masters = [weights.master for weights in self._weights]
-        self._adam = build_optimizer(masters, lr=lr, weight_decay=weight_decay)
+        masters = (part for weights in self._weights for part in weights.parts())
+        self._adam = build_optimizer(masters, exempt, adam)
         self._pieces: dict[str, Piece] = {}
         for weights in self._weights:
-            for pieces in weights.pieces(adam_state(self._adam, weights.master)):
+            for pieces in weights.pieces(weights.adam_state(self._adam)):
                 self._pieces |= pieces
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:

@@ -1,12 +1,12 @@
 """Hold the weights and gradients of a part of the network in flat buffers, sharded over ranks."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtr_scale.engines.base import Piece, cut_pieces
+from dtr_scale.engines.base import ADAM_MOMENTS, Piece, adam_state, cut, cut_pieces
 from dtr_scale.engines.world import World
 
 ALIGNMENT = 64
@@ -18,14 +18,19 @@ class FlatWeights:
     """Parameters as views of one buffer; each rank keeps fp32 masters of an equal part of it.
 
     The buffer is in the dtype that the network computes in. Its end is padded with zeros, so that
-    all ranks' shards are of one size.
+    all ranks' shards are of one size. Parameters that are `exempt` from decay by name come last.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, world: World, dtype: torch.dtype
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        world: World,
+        dtype: torch.dtype,
+        exempt: Set[str] = frozenset(),
     ) -> None:
-        self.parameters = list(parameters.values())
-        self._names = list(parameters)
+        self._names = sorted(parameters, key=lambda name: name in exempt)  # else in their order
+        self.parameters = [parameters[name] for name in self._names]
         self._world = world
         self._starts, end = _lay_out(self.parameters)
         self._shard_size = -(-end // (ALIGNMENT * world.world_size)) * ALIGNMENT
@@ -38,7 +43,43 @@ class FlatWeights:
         self.master = nn.Parameter(self._shard(initial).to(world.device, copy=True))
         for view, parameter in zip(self.views(self._weights), self.parameters, strict=True):
             parameter.data = view
+        self._parts = list(self._cut_by_decay(exempt))
         self._gather: dist.Work | None = None
+
+    def parts(self) -> list[tuple[str, nn.Parameter]]:
+        """Return what the optimizer is given: the masters, cut in two where decay ends.
+
+        Each with the name of its first parameter, which tells whether it is decayed.
+        """
+        return [(name, part) for name, _, part in self._parts]
+
+    def adam_state(self, adam: torch.optim.AdamW) -> dict[str, Tensor]:
+        """Return the moments of all masters; those of each part are views of them."""
+        whole = {moment: torch.zeros_like(self.master.detach()) for moment in ADAM_MOMENTS}
+        for _, start, part in self._parts:
+            state = adam_state(adam, part)
+            for moment, values in whole.items():
+                state[moment] = cut(values, start, part.numel())
+        return whole
+
+    def _cut_by_decay(self, exempt: Set[str]) -> Iterator[tuple[str, int, nn.Parameter]]:
+        """Yield the first name, the place in this rank's masters and the masters of each part."""
+        decayed = [name for name in self._names if name not in exempt]
+        begin = self._world.rank * self._shard_size
+        end = [*self._starts, self._shard_size * self._world.world_size][len(decayed)]
+        cut_at = min(max(end - begin, 0), self._shard_size)
+        for names, start, stop in (
+            (decayed, 0, cut_at),
+            (self._names[len(decayed) :], cut_at, self._shard_size),
+        ):
+            if not names or start == stop:
+                continue
+            is_whole = stop - start == self._shard_size
+            yield (
+                names[0],
+                start,
+                self.master if is_whole else nn.Parameter(cut(self.master, start, stop - start)),
+            )
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return each parameter's part of a buffer of this layout, in the parameter's shape."""
@@ -99,9 +140,14 @@ class FlatGroup(FlatWeights):
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], *, world: World, dtype: torch.dtype
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        world: World,
+        dtype: torch.dtype,
+        exempt: Set[str] = frozenset(),
     ) -> None:
-        super().__init__(parameters, world=world, dtype=dtype)
+        super().__init__(parameters, world=world, dtype=dtype, exempt=exempt)
         # The padding stays zero: so do its moments, and its masters.
         self._gradients = torch.zeros_like(self._weights, dtype=torch.float32)
         self._gradient_views = self.views(self._gradients)
@@ -109,6 +155,8 @@ class FlatGroup(FlatWeights):
         # Of this rank's shard, summed over all ranks: what the optimizer is given.
         self.gradient = self._gradients if alone else torch.zeros_like(self.master.detach())
         self.master.grad = self.gradient
+        for _, start, part in self._parts:
+            part.grad = cut(self.gradient, start, part.numel())
         self._is_empty = True
         self._reduction: dist.Work | None = None
 

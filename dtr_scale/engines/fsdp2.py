@@ -7,6 +7,7 @@ same shards: neighbours in rank order, which launchers put on one node, exchange
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from dtr_scale.engines.base import (
     ADAM_MOMENTS,
+    AdamSettings,
     Engine,
     Piece,
     adam_state,
     build_optimizer,
     pieces_of,
+    undecayed,
 )
 from dtr_scale.engines.world import World
 
@@ -36,11 +39,10 @@ class Fsdp2Engine(Engine):
         world: World,
         replicate: int,
         shard: int,
-        lr: float,
-        weight_decay: float = 0.0,
         grad_clip: float | None = None,
         precision: str = "bf16",
         reshard_after_forward: bool = True,
+        **adam: Unpack[AdamSettings],
     ) -> None:
         sizes = {"replicate": replicate, "shard": shard} if replicate > 1 else {"shard": shard}
         mesh = init_device_mesh(
@@ -66,7 +68,8 @@ class Fsdp2Engine(Engine):
         # After sharding, which replaces every parameter by a DTensor: an optimizer made before
         # would go on updating the whole ones.
         self._parameters = list(network.parameters())
-        self._adam = build_optimizer(self._parameters, lr=lr, weight_decay=weight_decay)
+        exempt = undecayed(network, adam)
+        self._adam = build_optimizer(network.named_parameters(), exempt, adam)
         self._grad_clip = grad_clip
         self._pieces = self._local_pieces()
 

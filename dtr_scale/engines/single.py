@@ -1,13 +1,17 @@
 """Train in one process on one device, with fp32 masters; bf16 by autocast or by bf16 weights."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from dtr_scale.engines.base import (
+    AdamSettings,
     Engine,
     Piece,
     adam_state,
     build_optimizer,
+    undecayed,
     whole_pieces,
 )
 
@@ -25,11 +29,10 @@ class SingleEngine(Engine):
         network: nn.Module,
         *,
         device: torch.device,
-        lr: float,
-        weight_decay: float = 0.0,
         grad_clip: float | None = None,
         precision: str = "fp32",
         casts_weights: bool = False,
+        **adam: Unpack[AdamSettings],
     ) -> None:
         # Before the optimizer and the pieces, which hold on to the tensors that they are given.
         self.network = network.to(device)
@@ -39,12 +42,14 @@ class SingleEngine(Engine):
         if self._casts_weights:
             self._masters = [nn.Parameter(weight.detach().clone()) for weight in self._weights]
             network.to(torch.bfloat16)
-        self._adam = build_optimizer(self._masters, lr=lr, weight_decay=weight_decay)
+        names = [name for name, _ in network.named_parameters()]
+        named = zip(names, self._masters, strict=True)
+        self._adam = build_optimizer(named, undecayed(network, adam), adam)
         self._grad_clip = grad_clip
         autocasts = precision == "bf16" and not self._casts_weights
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=autocasts)
         self._pieces: dict[str, Piece] = {}
-        for (name, _), master in zip(network.named_parameters(), self._masters, strict=True):
+        for name, master in zip(names, self._masters, strict=True):
             self._pieces |= whole_pieces(name, master, adam_state(self._adam, master))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor, step: int) -> Tensor:

@@ -9,19 +9,21 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dtr_scale.engines.base import (
+    AdamSettings,
     Engine,
     Piece,
     adam_state,
     build_optimizer,
     cut,
     cut_pieces,
+    undecayed,
     whole_pieces,
 )
 from dtr_scale.engines.deepspeed_config import SECTION
@@ -45,8 +47,7 @@ class DeepSpeedEngine(Engine):
         *,
         world: World,
         config: dict[str, Any],
-        lr: float,
-        weight_decay: float = 0.0,
+        **adam: Unpack[AdamSettings],
     ) -> None:
         """Take over `network`, to be trained as `config` (by `build_deepspeed_config`) says."""
         self.network = network
@@ -58,7 +59,8 @@ class DeepSpeedEngine(Engine):
         if config["bf16"]["enabled"]:
             initial = {name: p.detach() for name, p in network.named_parameters()}
         _prepare_process(world)
-        optimizer = build_optimizer(list(network.parameters()), lr=lr, weight_decay=weight_decay)
+        exempt = undecayed(network, adam)
+        optimizer = build_optimizer(network.named_parameters(), exempt, adam)
         try:
             engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
         except ValidationError as error:

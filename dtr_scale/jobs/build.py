@@ -27,7 +27,7 @@ from dtr_scale.data.synthetic import SyntheticSource
 from dtr_scale.diffusion.clusters import log_snr_clusters, timestep_clusters
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
-from dtr_scale.engines.base import Engine
+from dtr_scale.engines.base import AdamSettings, Engine
 from dtr_scale.engines.deepspeed_config import build_deepspeed_config
 from dtr_scale.engines.flat import FlatEngine
 from dtr_scale.engines.fsdp2 import Fsdp2Engine
@@ -41,6 +41,7 @@ from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
+from dtr_scale.train.learning_rate import LearningRate
 from dtr_scale.train.run_dir import CHECKPOINTS
 from dtr_scale.train.trainer import Trainer
 
@@ -98,11 +99,23 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         },
         global_batch_size=train.global_batch_size,
         max_steps=train.max_steps,
-        lr=train.lr,
+        lr=_learning_rate(train),
         log_every=train.log_every,
         save_every=experiment.checkpoint.every_steps,
         compile_loss=compiles,
         evaluate_every=experiment.evaluation.every_steps,
+    )
+
+
+def _learning_rate(train: TrainConfig) -> LearningRate:
+    return LearningRate(
+        train.lr,
+        train.max_steps,
+        train.schedule,
+        warmup_steps=train.warmup_steps,
+        # "wsd" alone reads it: a tenth of the steps unless given.
+        decay_steps=train.decay_steps or max(train.max_steps // 10, 1),
+        final=train.final_lr,
     )
 
 
@@ -259,7 +272,13 @@ def _build_engine(
         compile_blocks(network.routed_blocks())
     if config.activation_checkpointing:
         checkpoint_activations(network.routed_blocks())
-    optimizer = {"lr": train.lr, "weight_decay": train.weight_decay}
+    optimizer: AdamSettings = {
+        "lr": train.lr,
+        "weight_decay": train.weight_decay,
+        "decayed": train.decayed,
+        "betas": train.betas,
+        "eps": train.eps,
+    }
     step: Any = {"grad_clip": train.grad_clip, "precision": config.precision}
     match config.type:
         case "single":

@@ -44,6 +44,8 @@ _MEANT_FOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "objective.clusters": ("objective.type", ("ant_uw",)),
     "objective.boundaries": ("objective.type", ("ant_uw",)),
     "objective.lr": ("objective.type", ("ant_uw",)),
+    "train.decay_steps": ("train.schedule", ("wsd",)),
+    "train.final_lr": ("train.schedule", ("cosine", "wsd")),
     "evaluation.eta": ("evaluation.sampler", ("ddim",)),
     "data.shards": ("data.type", ("shards",)),
     "data.storage_options": ("data.type", ("shards",)),

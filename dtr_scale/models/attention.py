@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from dtr_scale.errors import ConfigError
 
@@ -13,14 +13,33 @@ ATTENTION_BACKENDS = ("auto", "xformers", "sdpa", "cudnn")
 """PyTorch's own attention is "sdpa", which has FlashAttention on a GPU, and "cudnn" by cuDNN."""
 
 
-class AttentionModule(nn.Module):
-    """A module that attends by `attention_backend`, which is set before the first step."""
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of its input, also where autocast leaves weights in fp32."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class AttentionModule(nn.Module):
+    """A module that attends by `attention_backend`, which is set before the first step.
+
+    With `qk_norm` each query and key is divided by its root mean square and scaled by channel
+    (Dehghani et al., 2023): their products stay bounded however large the weights grow.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = width // num_heads
         self.attention_backend = "sdpa"
+        # The names of timm, which papers that use it with DiT have.
+        self.q_norm, self.k_norm = (
+            HeadNorm(self.head_dim, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2)
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return what `attention` does, of normalised queries and keys."""
+        return attention(self.q_norm(q), self.k_norm(k), v, self.attention_backend)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from dtr_scale.models.attention import AttentionModule, attention
+from dtr_scale.models.attention import AttentionModule
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.embedders import (
     LabelEmbedder,
@@ -41,8 +41,8 @@ VARIANTS = {
 class Attention(AttentionModule):
     """Multi-head self-attention over the tokens of [N, L, D]."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__(hidden_size, num_heads)
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
+        super().__init__(hidden_size, num_heads, qk_norm=qk_norm)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
@@ -51,15 +51,17 @@ class Attention(AttentionModule):
         # The rows of qkv are ordered (qkv, head, channel), as in official weights.
         qkv = self.qkv(x).view(n, length, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(2)
-        out = attention(q, k, v, self.attention_backend)
+        out = self.attend(q, k, v)
         return self.proj(out.reshape(n, length, width))
 
 
 class CrossAttention(AttentionModule):
     """Multi-head attention from tokens [N, L, D] to text tokens [N, M, context_dim]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, context_dim: int) -> None:
-        super().__init__(hidden_size, num_heads)
+    def __init__(
+        self, hidden_size: int, num_heads: int, context_dim: int, *, qk_norm: bool = False
+    ) -> None:
+        super().__init__(hidden_size, num_heads, qk_norm=qk_norm)
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(context_dim, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -69,7 +71,7 @@ class CrossAttention(AttentionModule):
         heads = self.num_heads, self.head_dim
         q = self.q(x).view(n, length, *heads)
         k, v = self.kv(context).view(n, context.shape[1], 2, *heads).unbind(2)
-        out = attention(q, k, v, self.attention_backend)
+        out = self.attend(q, k, v)
         return self.proj(out.reshape(n, length, width))
 
 
@@ -92,14 +94,21 @@ class DiTBlock(nn.Module):
     With a `context_dim` it attends to text tokens between self-attention and MLP.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, context_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        *,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.norm1 = _layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.cross_attn = None
         if context_dim is not None:
             self.norm_cross = _layer_norm(hidden_size)
-            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim)
+            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim, qk_norm=qk_norm)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
         # Shift, scale and gate of each layer that is modulated.
@@ -174,6 +183,7 @@ class DiT(Denoiser):
         class_dropout_prob: float = 0.1,
         context_length: int = 77,
         context_dim: int = 768,
+        qk_norm: bool = False,
         learn_sigma: bool = True,
         routing: RoutingSpec | None = None,
         num_timesteps: int = 1000,
@@ -196,7 +206,8 @@ class DiT(Denoiser):
         else:
             self.y_embedder = LabelEmbedder(self.num_classes, hidden_size, self.class_dropout_prob)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, context_dim if by_text else None) for _ in range(depth)
+            DiTBlock(hidden_size, num_heads, context_dim if by_text else None, qk_norm=qk_norm)
+            for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.routing = build_routing(routing or RoutingSpec(), num_timesteps, [hidden_size] * depth)

@@ -21,6 +21,7 @@ from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.figures import Readback, StepFigures, StepResult, StepSums
+from dtr_scale.train.learning_rate import LearningRate
 from dtr_scale.train.loss import StepLoss
 from dtr_scale.train.progress import Stopwatch
 from dtr_scale.train.state import Probe, RunState, take_probe
@@ -43,7 +44,7 @@ class Trainer:
         meta: dict[str, Any],
         global_batch_size: int,
         max_steps: int,
-        lr: float,
+        lr: LearningRate,
         log_every: int,
         save_every: int,
         evaluate_every: int = 0,
@@ -138,7 +139,7 @@ class Trainer:
         """Copy the state and let it be written while training goes on."""
         probe = self.probe()
         meta = {**self.meta, **self.state.meta(), "probe": probe.as_dict() if probe else None}
-        self.checkpoints.save(self.step, self.state.pieces(), meta, result.record(self.lr))
+        self.checkpoints.save(self.step, self.state.pieces(), meta, self._record(result))
 
     def _save_for_certain(self, result: StepResult) -> None:
         """Save and wait for it: no later one makes up for the last. UnsavedError if it cannot."""
@@ -187,6 +188,8 @@ class Trainer:
         sums.reduce(self.world)
         # A save may still copy what the update changes; the device waits for it, the host does not.
         self.checkpoints.before_change()
+        # By the step alone, so a resumed run has the same; its updates count from 1.
+        self.engine.set_lr(self.lr.at(self.step + 1))
         grad_norm = self.engine.step()
         # After the last backward: all micro-batches were weighted by the same log-variances. Their
         # gradient is made of reduced losses, so each rank makes the same update of its replica.
@@ -203,7 +206,10 @@ class Trainer:
         self._watch.count(self.global_batch_size)
         # Not where the run is asked to leave: its journal must not tell how often it was.
         if self._due(self.log_every, result.step):
-            log({**result.record(self.lr), **self._watch.read()})
+            log({**self._record(result), **self._watch.read()})
+
+    def _record(self, result: StepResult) -> Record:
+        return result.record(self.lr.at(result.step))
 
     def _refuse_divergence(self, result: StepResult) -> None:
         """Stop before broken weights reach a checkpoint."""

@@ -46,6 +46,7 @@ UNFIT = [
     (ADM, "'adm' is no DiT"),
     (CONFIG | {"conditioning": "text"}, "'text' adds cross-attention"),
     (CONFIG | {"num_experts": 2}, "2 networks are not one"),
+    (CONFIG | {"qk_norm": True}, "qk_norm: true adds norms"),
     (CONFIG | {"routing": {"type": "max_roaming"}}, "'max_roaming' has other masks at every"),
 ]
 

@@ -74,7 +74,7 @@ def test_overrides_reach_the_experiment():
         ("--train.lrr=3", "the command line: unknown key train.lrr; did you mean train.lr?"),
         ("--model.type=unet", 'the command line: model.type = "unet" is unknown; accepted are dit'),
         ("--model.routing.foo=1", "unknown key model.routing.foo; did you mean model.routing.type"),
-        ("--train.betas=[0.9, 0.95]", "unknown key train.betas; known are train.max_steps, train."),
+        ("--train.momenta=[0.9, 0.95]", "unknown key train.momenta; known are train.max_steps, train."),
         ("--train.zero_stage=1", "unknown key train.zero_stage; did you mean engine.zero_stage?"),
         ("--train.max_steps=1.5", "train.max_steps = 1.5: should be a valid integer"),
         ("--train.seed=18446744073709551616", "train.seed = 18446744073709551616: should be less"),
@@ -141,7 +141,7 @@ def test_settings_that_do_not_fit_each_other_are_told_together():
 def test_each_mistake_blames_who_made_it(tmp_path):
     path = tmp_path / "mine.json"
     raw = json.loads(FLAGSHIP.read_text())
-    raw["train"] |= {"lr": -1, "betas": [0.9, 0.95]}
+    raw["train"] |= {"lr": -1, "momenta": [0.9, 0.95]}
     raw["evaluation"]["cfg_channels"] = 5
     path.write_text(json.dumps(raw))
     with pytest.raises(ConfigError) as caught:
@@ -153,7 +153,7 @@ def test_each_mistake_blames_who_made_it(tmp_path):
         (str(path), "train.lr"),
         (str(path), "unknown"),
     ]
-    del raw["train"]["betas"], raw["train"]["lr"]
+    del raw["train"]["momenta"], raw["train"]["lr"]
     path.write_text(json.dumps(raw))
     for override, who in [("--train.seed=3", str(path)), ("--model.in_channels=3", "the command")]:
         with pytest.raises(ConfigError, match=f"^{who}.*cfg_channels = 5 exceeds"):

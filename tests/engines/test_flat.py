@@ -70,6 +70,57 @@ def test_it_trains_as_one_process_does(kind):
     assert engine.optimizer_step == 3
 
 
+def test_biases_norms_and_embeddings_are_a_group_without_decay():
+    settings: Any = {**OPTIMIZER, "weight_decay": 10.0}
+    norms = {}
+    for decayed in ("all", "matrices"):
+        expected = SingleEngine(dit(), device=LONE.device, decayed=decayed, **settings)
+        engine = flat(dit(), decayed=decayed, **settings)
+        train(engine)
+        train(expected)
+        assert engine.pieces().keys() == expected.pieces().keys()
+        for key, piece in expected.pieces().items():
+            assert torch.equal(engine.pieces()[key].data, piece.data), key
+        norms[decayed] = {name: m.data.norm().item() for name, m in expected.masters().items()}
+    for name, norm in norms["matrices"].items():
+        is_matrix = name.endswith(".weight") and "embedding_table" not in name
+        # Three steps shrink by 0.1 each; the gradients differ a little.
+        assert (norm < 1.1 * norms["all"][name]) == is_matrix, name
+
+
+@pytest.mark.parametrize("settings", [{"betas": (0.5, 0.9)}, {"eps": 1.0}])
+def test_adam_is_told_its_settings(settings):
+    engines = [flat(dit(), **told) for told in ({}, settings, settings)]
+    first, *others = [torch.stack(train(engine)) for engine in engines]
+    assert torch.equal(*others)
+    assert not torch.equal(first, others[0])
+
+
+def test_the_masters_of_a_rank_are_cut_where_decay_ends():
+    """Whatever rank the cut falls to; the moments of both parts are those of the whole."""
+    sizes = {"a.bias": (70,), "a.weight": (100, 3), "b.weight": (64, 3), "b.bias": (5,)}
+    exempt = {"a.bias", "b.bias"}
+    held: dict[str, int] = {}
+    for rank in range(3):
+        parameters = {name: nn.Parameter(torch.ones(size)) for name, size in sizes.items()}
+        world = World(rank, rank, 3, LONE.device)
+        group = FlatGroup(parameters, world=world, dtype=torch.float32, exempt=exempt)
+        adam = torch.optim.AdamW([part for _, part in group.parts()], lr=1.0, fused=True)
+        state = group.adam_state(adam)
+        group.gradient.fill_(1.0)
+        adam.step()
+        for name, part in group.parts():
+            held[name] = held.get(name, 0) + part.numel()
+        for pieces in group.pieces(state):
+            for key, piece in pieces.items():
+                kind, _, name = key.partition("/")
+                if kind == "exp_avg":
+                    assert torch.equal(piece.data, torch.full_like(piece.data, 0.1)), key
+        assert bool((group.master == 1).any()) is False
+    # 300 and 192 decayed, with their alignment 320 + 192; 128 + 64 exempt, and the padding.
+    assert held == {"a.weight": 512, "a.bias": 256}
+
+
 def test_weights_are_casts_of_masters_that_keep_what_bf16_has_not():
     initial = dict(dit().named_parameters())
     engine = flat(dit(), precision="bf16")

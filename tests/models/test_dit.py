@@ -292,3 +292,37 @@ def test_conditioning_none_has_one_class():
     model = tiny_dit(conditioning="none")
     assert (model.num_classes, model.class_dropout_prob) == (1, 0.0)
     assert model.y_embedder.embedding_table.num_embeddings == 1
+
+
+@pytest.mark.parametrize("conditioning", ["class", "text"])
+def test_normalised_queries_and_keys_bound_attention(conditioning):
+    """However large their weights are, no score exceeds sqrt(head_dim)."""
+    torch.manual_seed(0)
+    layers = (
+        [Attention(32, 2, qk_norm=True)]
+        if conditioning == "class"
+        else [CrossAttention(32, 2, 12, qk_norm=True)]
+    )
+    x, context = torch.randn(3, 5, 32), torch.randn(3, 7, 12)
+    for layer in layers:
+        inputs = (x,) if conditioning == "class" else (x, context)
+        small = layer(*inputs)
+        for name, parameter in layer.named_parameters():
+            if name in ("qkv.weight", "qkv.bias", "q.weight", "q.bias"):
+                with torch.no_grad():
+                    parameter[:32].mul_(1e4)
+        torch.testing.assert_close(layer(*inputs), small, rtol=1e-3, atol=1e-4)
+        assert layer.q_norm.weight.shape == layer.k_norm.weight.shape == (16,)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_a_network_with_qk_norm_trains_in_bf16(precision):
+    model, plain = tiny_dit(qk_norm=True, routing=DTR), tiny_dit(routing=DTR)
+    added = model.state_dict().keys() - plain.state_dict().keys()
+    assert added == {f"blocks.{k}.attn.{n}_norm.weight" for k in range(2) for n in "qk"}
+    if precision == "bf16":
+        model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        model(*tiny_batch()).float().square().mean().backward()
+    for name in added:
+        assert model.get_parameter(name).grad.abs().max() > 0
