@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 from dtr_scale.cli.arguments import OVERRIDES, Commands, actions, runs
@@ -12,12 +13,20 @@ def add_config_commands(commands: Commands) -> None:
     parser = commands.add(
         "config",
         "train",
-        "show, compare or explain experiments' files",
-        "dtr-scale config explain train.lr\n"
+        "make, show, compare or explain experiments' files",
+        "dtr-scale config init --data data/mine --out mine.json\n"
+        "  dtr-scale config explain train.lr\n"
         "  dtr-scale config diff configs/dit_l_dtr_antuw.json runs/mine\n"
         "  dtr-scale config show configs/dit_l_dtr_antuw.json",
     )
     parts = actions(parser)
+    init = parts.add_parser(
+        "init", help="write an experiment for prepared data that fits this machine; asks nothing"
+    )
+    init.add_argument("--data", required=True, metavar="DIR_OR_S3", help="what prepare wrote")
+    init.add_argument("--out", type=Path, required=True, metavar="FILE", help="the JSON to write")
+    init.add_argument("--force", action="store_true", help="replace a file that is there")
+    runs(init, _init)
     show = parts.add_parser("show", help=f"print the resolved experiment; {OVERRIDES}")
     show.add_argument("file", metavar="FILE", help="the experiment's JSON, or a run directory")
     runs(show, _show, overrides=True)
@@ -34,6 +43,16 @@ def add_config_commands(commands: Commands) -> None:
     runs(diff, _diff)
     schema = parts.add_parser("schema", help="print the JSON Schema of all experiments")
     runs(schema, _schema)
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.propose import propose, write_proposal
+
+    proposal = propose(arguments.data, arguments.out)
+    write_proposal(proposal, arguments.out, force=arguments.force)
+    print(f"{arguments.out}: {proposal.told}")
+    print(f"next: deepspeed launch/train.py --config {shlex.quote(str(arguments.out))}")
+    return 0
 
 
 def _file(place: str) -> Path:
