@@ -17,7 +17,7 @@ deepspeed --log_level error launch/train.py --config $config \
 deepspeed --log_level error launch/train.py --config $config
 dtr-scale evaluate $plain --num-samples 500 > $plain/evaluation.txt
 dtr-scale evaluate $run --num-samples 500 > $run/evaluation.txt
-dtr-scale sample $run --num-samples 100
+picture=$(dtr-scale sample $run --num-samples 100 --force)
 dtr-scale plots $run > /dev/null
 
 echo
@@ -26,7 +26,7 @@ echo
 echo "commands: source .venv/bin/activate"
 echo "compared: $page/index.html"
 echo "curves:   $run/plots/sheet.png"
-echo "picture:  $run/samples/grid.png"
+echo "picture:  $picture"
 echo "numbers:  $run/evaluation.json, $run/journal.jsonl"
 echo "MLflow:   cd runs && mlflow server"
 echo

@@ -138,6 +138,31 @@ def positive_integer(text: str) -> int:
     return int(number)
 
 
+def whole_number(text: str) -> int:
+    """Return a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give a whole number from 0")
+    return int(text)
+
+
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Return what stands between commas."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; give values, as in 3,7")
+    return parts
+
+
+def scales(text: str) -> tuple[float, ...]:
+    """Return scales of guidance, numbers from 1, between commas."""
+    found = tuple(_number(part) for part in text.split(","))
+    if not all(1 <= scale < float("inf") for scale in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted; give numbers from 1, as in 1,1.5,4"
+        )
+    return found
+
+
 def positive_number(text: str) -> float:
     """Return a number above 0."""
     number = _number(text)

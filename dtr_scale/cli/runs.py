@@ -10,8 +10,11 @@ from dtr_scale.cli.arguments import (
     actions,
     add_run_dir,
     add_weights,
+    comma_separated,
     positive_integer,
     runs,
+    scales,
+    whole_number,
 )
 from dtr_scale.cli.evaluation import add_evaluate, check_overrides
 from dtr_scale.launchers import launched_rank
@@ -56,34 +59,72 @@ def _add_sample(commands: Commands) -> None:
         "torchrun, deepspeed or srun all ranks draw; started again, it goes on where it was "
         "killed; evaluation.* and data.storage_options.* can be overridden",
         "torchrun --nproc_per_node 8 launch/sample.py runs/dit_l --num-samples 50000 --out x.npz\n"
-        "  dtr-scale sample runs/demo_digits --num-samples 100 --evaluation.cfg_scale=2",
+        "  dtr-scale sample runs/demo_digits --classes 3,7 --seed 1 --evaluation.cfg_scale=2\n"
+        "  dtr-scale sample runs/demo_digits --guidance 1,1.5,4",
     )
     add_run_dir(parser)
-    _add_num_samples(parser)
+    parser.add_argument(
+        "--num-samples",
+        type=positive_integer,
+        help="samples; with --guidance of each scale (default: 64; with --guidance 8, or one for "
+        "each class or text)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
         help="an .npz as ADM's, with a picture of the first samples and a manifest beside it, or a "
-        ".png of all (default: RUN_DIR/samples/grid.png)",
+        ".png of all (default: RUN_DIR/samples/step_STEP_grid.png)",
     )
-    parser.add_argument("--pngs", type=Path, metavar="FOLDER", help="a PNG for each sample as well")
+    parser.add_argument(
+        "--folder", "--pngs", type=Path, metavar="FOLDER", help="a PNG for each sample as well"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="overwrite what is finished, of other settings too"
+    )
+    parser.add_argument(
+        "--classes",
+        type=comma_separated,
+        default=(),
+        metavar="CLASS,...",
+        help="names or numbers of classes, in turn (default: all)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole_number,
+        help="of the noise; others give other samples (default: the run's)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=scales,
+        default=(),
+        metavar="SCALE,...",
+        help="draw one sheet: a row of the same samples for each scale of guidance",
+    )
     parser.add_argument(
         "--latents", action="store_true", help="store latents as they are, in the .npz"
     )
     parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
     add_weights(parser)
-    text = parser.add_argument_group("models of text")
+    group = parser.add_argument_group("models of text")
+    text = group.add_mutually_exclusive_group()
+    text.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="draw this; may be given again, for several in turn",
+    )
     text.add_argument(
         "--captions",
         type=Path,
         metavar="FILE",
         help="a caption a line; sample i is of line i (default: the held-out split's)",
     )
-    text.add_argument(
+    group.add_argument(
         "--text-encoder", metavar="NAME", help="open_clip's or a folder (default: the data's)"
     )
-    text.add_argument("--text-pretrained", metavar="WEIGHTS", default="openai", help="its weights")
+    group.add_argument("--text-pretrained", metavar="WEIGHTS", default="openai", help="its weights")
     runs(parser, _sample, overrides=True, on_ranks=True)
 
 
@@ -172,26 +213,32 @@ def _add_num_timesteps(parser: argparse.ArgumentParser) -> None:
 def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
     # Before torch is imported: a mistake is told at once.
     check_overrides(arguments, overrides)
-    if arguments.text_encoder is not None and arguments.captions is None:
-        arguments.parser.error("--text-encoder is for --captions FILE")
+    if arguments.text_encoder is not None and not (arguments.captions or arguments.prompt):
+        arguments.parser.error("--text-encoder is for --prompt TEXT or --captions FILE")
     leave = LeaveRequest()
     with leave.listening():
         from dtr_scale.jobs.averages import Choice
-        from dtr_scale.jobs.conditions import Captions
+        from dtr_scale.jobs.conditions import Wanted
         from dtr_scale.jobs.sample import sample_run
 
-        captions = None
-        if file := arguments.captions:
-            captions = Captions(file, arguments.text_encoder, arguments.text_pretrained)
         path = sample_run(
             arguments.run_dir,
             num_samples=arguments.num_samples,
             out=arguments.out,
-            pngs=arguments.pngs,
+            folder=arguments.folder,
             latents=arguments.latents,
             vae=arguments.vae,
             choice=Choice(arguments.ema, arguments.sigma_rel, arguments.step),
-            captions=captions,
+            wanted=Wanted(
+                arguments.classes,
+                tuple(arguments.prompt),
+                arguments.captions,
+                arguments.text_encoder,
+                arguments.text_pretrained,
+            ),
+            seed=arguments.seed,
+            guidance=arguments.guidance,
+            force=arguments.force,
             overrides=overrides,
             leave=leave,
         )

@@ -10,17 +10,15 @@ from torch import Tensor
 
 from dtr_scale.data.reader import Samples
 from dtr_scale.evaluation.features import Extractor, Features
+from dtr_scale.evaluation.grid import Titles, num_shown, save_level_grid
 from dtr_scale.evaluation.pictures import to_uint8
 from dtr_scale.evaluation.reference import Reference, distances, summary, warn_of_sizes
 from dtr_scale.evaluation.report import pixel_frechet_distance, read_all
-from dtr_scale.evaluation.sampling import grid_columns, save_grid
 
 log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 
-_GRID_ROWS = 8
-_GRID_HEIGHT = 2048  # pixels of a grid, about
 _SAMPLES, _GRID = "x_start", "grid"
 
 
@@ -36,7 +34,7 @@ class BatchMeasure:
         self,
         *,
         decode: Callable[[Tensor], Tensor] | None,
-        num_classes: int,
+        titles: Titles | None = None,
         held_out: Samples | None = None,
         extractors: Sequence[Extractor] = (),
         reference: Reference | None = None,
@@ -44,7 +42,7 @@ class BatchMeasure:
         self.extractors = extractors
         self.reference = reference
         self._decode = decode
-        self._columns = grid_columns(num_classes)
+        self._titles = titles
         self._held_out = held_out
 
     @property
@@ -95,14 +93,13 @@ class BatchMeasure:
         """Return the content of a PNG of the first samples, or of an .npz of all of them."""
         file = io.BytesIO()
         if _GRID in arrays:
-            images = torch.from_numpy(arrays[_GRID]).float() / 127.5 - 1.0
-            save_grid(file, images, columns=self._columns)
+            save_level_grid(file, torch.from_numpy(arrays[_GRID]), titles=self._titles)
         else:
             np.savez(file, latents=arrays[_SAMPLES])
         return file.getbuffer()
 
     def _num_shown(self, height: int) -> int:
-        return self._columns * max(1, min(_GRID_ROWS, _GRID_HEIGHT // height))
+        return num_shown(height, self._titles.period if self._titles else 0)
 
 
 def _stored(extractor: Extractor, features: Features) -> Arrays:

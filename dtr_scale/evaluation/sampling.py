@@ -1,9 +1,8 @@
 """Draw samples of a trained network: sample i is a function of (seed, i), whoever draws it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,8 @@ from dtr_scale.diffusion.samplers import (
     dpm_solver_sample,
 )
 from dtr_scale.errors import ConfigError
-from dtr_scale.evaluation.pictures import to_uint8
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.randomness import KeyedStream
-
-_GRID_PIXELS = 48  # small pictures are enlarged to about this
 
 
 @dataclass(frozen=True)
@@ -130,6 +126,7 @@ class Sampler:
             settings.cfg_interval,
             null_condition,
         )
+        self._null_condition = null_condition
         self._conditions = conditions or (
             lambda indices: sample_labels(settings, indices, network.num_classes)
         )
@@ -139,6 +136,16 @@ class Sampler:
     def num_steps(self) -> int:
         """How many sampling steps a batch takes."""
         return self._diffusion.num_timesteps
+
+    def guided(self, cfg_scale: float) -> "Sampler":
+        """Return what draws the same samples with another scale of guidance."""
+        return Sampler(
+            self._network,
+            replace(self._settings, cfg_scale=cfg_scale),
+            conditions=self._conditions,
+            null_condition=self._null_condition,
+            step=self._step,
+        )
 
     @torch.no_grad()
     def draw(self, indices: range, progress: Progress | None = None) -> Tensor:
@@ -217,33 +224,3 @@ def _sample(
             raise ConfigError(
                 f"evaluation.sampler: {other!r} is unknown; accepted: ddpm, ddim, dpm_solver"
             )
-
-
-def grid_columns(num_classes: int) -> int:
-    """Return the columns of a picture of samples: one per class where they are few."""
-    return num_classes if 1 < num_classes <= 16 else 8
-
-
-def save_grid(file: Path | BinaryIO, images: Tensor, *, columns: int) -> None:
-    """Write images [n, C, H, W] in [-1, 1], one or three channels, as one PNG, row by row."""
-    save_level_grid(file, to_uint8(images), columns=columns)
-
-
-def save_level_grid(file: Path | BinaryIO, levels: Tensor, *, columns: int) -> None:
-    """Write pictures uint8 [n, C, H, W], one or three channels, as one PNG, row by row."""
-    from PIL import Image
-
-    n, channels, height, width = levels.shape
-    rows = -(-n // columns)
-    shape = channels, rows * (height + 1) + 1, columns * (width + 1) + 1
-    sheet = torch.zeros(shape, dtype=torch.uint8)
-    for i, image in enumerate(levels):
-        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        sheet[:, top : top + height, left : left + width] = image
-    pixels = sheet.permute(1, 2, 0).squeeze(-1).numpy()
-    enlarged = max(1, _GRID_PIXELS // height)
-    picture = Image.fromarray(pixels)
-    size = (picture.width * enlarged, picture.height * enlarged)
-    if isinstance(file, Path):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize(size, Image.Resampling.NEAREST).save(file, format="PNG")

@@ -176,14 +176,7 @@ class StoredBatches:
 
     def _differences(self, wanted: dict[str, Any]) -> str:
         stored = self.unfinished_manifest()
-        if stored is None:
-            return ""
-        keys = [key for key in {**stored, **wanted} if key not in TOLD_ALONE]
-        return ", ".join(
-            f"{key} was {_short(stored.get(key))} and is {_short(wanted.get(key))}"
-            for key in keys
-            if stored.get(key) != wanted.get(key)
-        )
+        return "" if stored is None else differences(stored, wanted)
 
     def _is_whole(self, batch: int) -> bool:
         # The directory is a zip's last part: in a file that was cut it is missing.
@@ -211,6 +204,16 @@ class StoredPictures(Pictures):
         for batch in self._stored:
             digest.update(np.ascontiguousarray(batch).data)
         return digest.hexdigest()
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return how the samples of two manifests differ, "" if they are the same."""
+    keys = [key for key in {**stored, **wanted} if key not in TOLD_ALONE]
+    return ", ".join(
+        f"{key} was {_short(stored.get(key))} and is {_short(wanted.get(key))}"
+        for key in keys
+        if stored.get(key) != wanted.get(key)
+    )
 
 
 def _name(batch: int) -> str:

@@ -37,12 +37,15 @@ class Drawing(NamedTuple):
     num_samples: int
     conditions: Conditions
     decoder: PictureEncoder | None
+    guidance: tuple[float, ...] = ()
+    """Scales of a sheet: each stored batch is the same samples, drawn with the next of them."""
 
     def manifest(self, device: torch.device) -> dict[str, Any]:
         """Return all that the samples depend on."""
         run, evaluation = self.run, self.run.experiment.evaluation
         record = self.decoder.record if self.decoder else None
         rounding = {"rounding": ROUNDING} if self.decoder else {}
+        sheet = {"guidance": list(self.guidance)} if self.guidance else {}
         return {
             **samples_manifest(
                 run.experiment,
@@ -60,6 +63,7 @@ class Drawing(NamedTuple):
             "decoder": record.sha256 if record else None,
             "decoder_precision": record.precision if record else None,
             **rounding,
+            **sheet,
             "dtr_scale": __version__,
         }
 
@@ -118,7 +122,11 @@ def _draw(drawing: Drawing, stored: StoredBatches, batches: list[int], ranks: Ra
     try:
         with products_in(precision, device), one_thread(device):
             for batch in batches:
-                x_start = sampler.draw(stored.members(batch), _leaving(ranks, progress))
+                members = stored.members(batch)
+                if drawing.guidance:
+                    sampler = sampler.guided(drawing.guidance[batch])
+                    members = stored.members(0)  # the same in each row
+                x_start = sampler.draw(members, _leaving(ranks, progress))
                 stored.write(batch, _stored_as(x_start, drawing.decoder))
     except UnfinishedError as error:
         return str(error)

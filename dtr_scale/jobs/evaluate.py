@@ -16,7 +16,7 @@ from dtr_scale.evaluation.sampling import sample_labels
 from dtr_scale.evaluation.stored import TOLD_ALONE, StoredBatches, StoredPictures
 from dtr_scale.jobs.averages import Choice
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.jobs.conditions import conditions_of
+from dtr_scale.jobs.conditions import Wanted, conditions_of
 from dtr_scale.jobs.drawing import Drawing, draw_stored
 from dtr_scale.jobs.measure import (
     HELD_OUT,
@@ -75,7 +75,7 @@ def evaluate_run(
         with world.agree():
             # Before samples are drawn, which takes the time: what is missing is told at once.
             compared, decoder = _compared(run, world, reference, features, weights or {}, vae)
-            conditions = conditions_of(run.experiment, None, world.device)
+            conditions = conditions_of(run.experiment, Wanted(), world.device)
         drawing = Drawing(run, num_samples or asked.num_samples, conditions, decoder)
         manifest = world.broadcast_object(drawing.manifest(world.device) if world.is_main else None)
         path = run_dir / SAMPLES / f"evaluated_{_short_hash(manifest)}.parts"

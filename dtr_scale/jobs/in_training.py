@@ -12,6 +12,7 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import DtrScaleError
 from dtr_scale.evaluation.batchwise import BatchMeasure
 from dtr_scale.evaluation.features import Extractor
+from dtr_scale.evaluation.grid import Titles
 from dtr_scale.jobs.build import (
     build_diffusion,
     build_timesteps,
@@ -19,7 +20,7 @@ from dtr_scale.jobs.build import (
     compiles_blocks,
     open_samples,
 )
-from dtr_scale.jobs.conditions import conditions_of
+from dtr_scale.jobs.conditions import Wanted, conditions_of
 from dtr_scale.jobs.drawing import device_name
 from dtr_scale.jobs.measure import (
     HELD_OUT,
@@ -65,9 +66,9 @@ def build_evaluation(
     extractors = _extractors(experiment, world, decoder)
     with world.agree():
         # Storage can fail on one rank alone.
-        measure, measured = _measure(experiment, decoder, extractors)
+        conditions = conditions_of(experiment, Wanted(), world.device)
+        measure, measured = _measure(experiment, decoder, extractors, conditions.titles)
         held_out_loss = _held_out_loss(experiment, world)
-        conditions = conditions_of(experiment, None, world.device)
         batch_size = min(evaluation.batch_size, evaluation.num_samples)
 
         def manifest(step: int) -> dict[str, Any]:
@@ -170,25 +171,27 @@ def _on_all_ranks(
 
 
 def _measure(
-    experiment: Experiment, decoder: PictureEncoder | None, extractors: list[Extractor]
+    experiment: Experiment,
+    decoder: PictureEncoder | None,
+    extractors: list[Extractor],
+    titles: Titles | None,
 ) -> tuple[BatchMeasure, dict[str, Any]]:
     """Return what measures samples, and what a manifest tells of it."""
-    num_classes = experiment.model.num_classes
     if decoder is None:
-        return BatchMeasure(decode=None, num_classes=num_classes), {"decoder": None}
+        return BatchMeasure(decode=None), {"decoder": None}
     if extractors:
         reference = open_reference(experiment, experiment.evaluation.reference, decoder)
         measure = BatchMeasure(
             decode=decoder.decode,
-            num_classes=num_classes,
+            titles=titles,
             extractors=extractors,
             reference=reference,
         )
         return measure, features_manifest(decoder, reference, extractors)
     if not is_measured_by_pixels(experiment):
-        return BatchMeasure(decode=decoder.decode, num_classes=num_classes), {"decoder": None}
+        return BatchMeasure(decode=decoder.decode, titles=titles), {"decoder": None}
     held_out = open_samples(experiment, HELD_OUT)
-    measure = BatchMeasure(decode=decoder.decode, num_classes=num_classes, held_out=held_out)
+    measure = BatchMeasure(decode=decoder.decode, titles=titles, held_out=held_out)
     return measure, pixels_manifest(held_out)
 
 

@@ -1,9 +1,6 @@
 """Draw samples of a trained run into pictures or latents, with a manifest beside them."""
 
-import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,96 +10,150 @@ import torch
 
 from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError, DataError
-from dtr_scale.evaluation.pictures import ARRAY, rgb, write_npz, write_pngs
-from dtr_scale.evaluation.sampling import grid_columns, sample_labels, save_level_grid
 from dtr_scale.evaluation.stored import StoredBatches
 from dtr_scale.jobs.averages import Choice
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.jobs.conditions import Captions, conditions_of
-from dtr_scale.jobs.drawing import Drawing, checked, draw_stored
-from dtr_scale.jobs.ranks import Ranks, joined_ranks
-from dtr_scale.jobs.sampling import sampling_settings
+from dtr_scale.jobs.conditions import Conditions, Wanted, conditions_of
+from dtr_scale.jobs.drawing import Drawing, draw_stored
+from dtr_scale.jobs.ranks import joined_ranks
+from dtr_scale.jobs.sample_files import Asked, default_name, write_files
 from dtr_scale.jobs.trained import TrainedRun, check_output, load_run
 from dtr_scale.prepare.encode import PictureEncoder, PixelEncoder, autoencoder, decoder_of
 from dtr_scale.signals import LeaveRequest
-from dtr_scale.storage.folder import open_folder
-from dtr_scale.storage.local import replacing
 from dtr_scale.train.run_dir import SAMPLES
 
 log = logging.getLogger(__name__)
 
-_GRID_ROWS = 8
-"""Of the picture beside an .npz, which may hold 50,000 samples."""
+NUM_SAMPLES = 64
+_SHEET_COLUMNS = 8  # of a sheet of scales of guidance, unless classes or texts say how many
 
 
 def sample_run(
     run_dir: Path,
     *,
-    num_samples: int,
+    num_samples: int | None = None,
     out: Path | None = None,
-    pngs: Path | None = None,
+    folder: Path | None = None,
     latents: bool = False,
     vae: str | None = None,
     choice: Choice | None = None,
-    captions: Captions | None = None,
+    wanted: Wanted | None = None,
+    seed: int | None = None,
+    guidance: Sequence[float] = (),
+    force: bool = False,
     overrides: Sequence[str] = (),
     leave: LeaveRequest | None = None,
 ) -> Path:
-    """Draw samples 0 to `num_samples` of a run; return the path of `out`.
+    """Draw samples 0 to `num_samples` (64) of a run; return the path of `out`.
 
     An .npz holds pictures as ADM's do (`arr_0`, and `arr_1` the labels of classes), with a picture
     of the first ones beside it, or with `latents` x_start as `latents`; a .png shows all of them.
-    FILE.json beside either is the manifest. `pngs` is a folder for one picture each. Without `out`
-    it is `samples/grid.png` of the run, or `latents.npz` if nothing here decodes them.
+    FILE.json beside either is the manifest. `folder` is for one picture each. Without `out` it is
+    `samples/step_STEP_grid.png` of the run, or `..._latents.npz` if nothing here decodes them.
+    With scales of `guidance` it is one sheet, a row of the same samples for each scale.
 
     Latents are decoded by the autoencoder that made the data, if it is on this disk, or by `vae`.
-    `overrides` are those of evaluation. Under a launcher all ranks draw and rank 0 writes. Where a
-    job was killed the next one goes on, with the checkpoint that `out` was begun with. `leave` is
-    that of `joined_ranks`. Raises UnfinishedError where this one is asked to leave.
+    `overrides` are those of evaluation, `seed` that of the noise (by default the run's). Under a
+    launcher all ranks draw and rank 0 writes. Where a job was killed the next one goes on, with the
+    checkpoint that `out` was begun with. What is finished is left as it is: other settings are a
+    ConfigError, unless `force` overwrites it. `leave` is that of `joined_ranks`. Raises
+    UnfinishedError where this one is asked to leave.
     """
+    asked = Asked(out, folder, latents, force)
+    wanted, choice = wanted or Wanted(), choice or Choice()
     with joined_ranks(leave) as ranks:
         world = ranks.world
         with world.agree():
-            _check_outputs(out, pngs, latents)
-        run = _load(run_dir, overrides, choice or Choice(), out, world)
+            asked.check(guidance)
+        run = _seeded(_load(run_dir, overrides, choice, out, world), seed)
         with world.agree():
-            needed = out is not None or pngs is not None
-            decoder = None if latents else _decoder(run, vae, world.device, needed=needed)
-            conditions = conditions_of(run.experiment, captions, world.device)
+            decoder = None
+            if not latents:
+                needed = asked.needs_pictures or bool(guidance)
+                decoder = _decoder(run, vae, world.device, needed=needed)
+            conditions = conditions_of(run.experiment, wanted, world.device)
+            count = num_samples or _default_count(conditions, guidance)
+            _check_guidance(run, guidance, count)
         if not all(world.all_gather_object(decoder is not None)):
             decoder = None
-        path = out or run_dir / SAMPLES / ("grid.png" if decoder else "latents.npz")
-        drawing = Drawing(run, num_samples, conditions, decoder)
-        stored = _stored(path, num_samples, run.experiment.evaluation.batch_size)
+        drawing = Drawing(run, count, conditions, decoder, tuple(guidance))
+        path = out or run_dir / SAMPLES / _name(drawing, wanted, choice, seed)
+        stored = _stored(drawing, path)
         manifest: dict[str, Any] = {}
+        is_finished = False
         with closing(stored):
             with world.agree():
                 check_output(path, path.suffix)
                 if world.is_main:
                     manifest = drawing.manifest(world.device)
-                    if out is None:
-                        stored.forget_others(manifest)
-                    stored.begin(manifest)
+                    is_finished = asked.is_finished(path, manifest)
+                    if not is_finished:
+                        if out is None:
+                            stored.forget_others(manifest)
+                        stored.begin(manifest)
+            if world.broadcast_object(is_finished):
+                if world.is_main:
+                    log.info("%s is finished, of these settings; --force draws it again", path)
+                ranks.part(None)
+                return path
             draw_stored(drawing, stored, ranks)
             if world.is_main:
-                _write(drawing, stored, path, pngs, manifest, ranks)
+                write_files(drawing, stored, path, folder, manifest, ranks)
     return path
 
 
-def _check_outputs(out: Path | None, pngs: Path | None, latents: bool) -> None:
-    # Before samples are drawn, which takes the time.
-    if out is not None:
-        if out.suffix not in (".png", ".npz"):
-            raise ConfigError(f"--out={out} is not accepted; give a file that ends in .npz or .png")
-        check_output(out, out.suffix)
-    if latents and (pngs is not None or (out is not None and out.suffix != ".npz")):
-        raise ConfigError("--latents are no pictures; give --out FILE.npz, and no --pngs")
-    if pngs is not None and pngs.exists() and not (pngs.is_dir() and not any(pngs.iterdir())):
-        raise ConfigError(f"--pngs={pngs} is there and not empty; give a new folder")
+def _seeded(run: TrainedRun, seed: int | None) -> TrainedRun:
+    """Return a run whose samples begin as the noise of another seed."""
+    if seed is None:
+        return run
+    train = run.experiment.train.model_copy(update={"seed": seed})
+    return run._replace(experiment=run.experiment.model_copy(update={"train": train}))
 
 
-def _stored(path: Path, num_samples: int, batch_size: int) -> StoredBatches:
-    return StoredBatches(path.with_name(f"{path.name}.parts"), num_samples, batch_size)
+def _default_count(conditions: Conditions, guidance: Sequence[float]) -> int:
+    if not guidance:
+        return NUM_SAMPLES
+    period = conditions.titles.period if conditions.titles else 0
+    return period if 1 < period <= 2 * _SHEET_COLUMNS else _SHEET_COLUMNS
+
+
+def _check_guidance(run: TrainedRun, guidance: Sequence[float], count: int) -> None:
+    batch_size = run.experiment.evaluation.batch_size
+    if guidance and count > batch_size:
+        raise ConfigError(
+            f"--guidance shows a row of {count} samples for each scale, which is more than "
+            f"evaluation.batch_size = {batch_size}; give a smaller --num-samples"
+        )
+
+
+def _name(drawing: Drawing, wanted: Wanted, choice: Choice, seed: int | None) -> str:
+    """Return the name of a file that is asked for without one."""
+    kind = "guidance" if drawing.guidance else "grid" if drawing.decoder else "latents"
+    told = [f"classes_{'_'.join(wanted.classes)}"] if wanted.classes else []
+    if wanted.prompts:
+        told.append("_".join(wanted.prompts))
+    if wanted.captions is not None:
+        told.append(wanted.captions.stem)
+    if choice.ema is not None:
+        told.append(f"ema_{choice.ema}")
+    if choice.sigma_rel is not None:
+        told.append(f"sigma_rel_{choice.sigma_rel:g}")
+    if seed is not None:
+        told.append(f"seed_{seed}")
+    suffix = ".png" if drawing.decoder else ".npz"
+    return default_name(kind, drawing.run.step, told) + suffix
+
+
+def _stored(drawing: Drawing, path: Path) -> StoredBatches:
+    """Return where a drawing's batches are kept; of a sheet each is a row."""
+    count, batch_size = drawing.num_samples, drawing.run.experiment.evaluation.batch_size
+    if drawing.guidance:
+        count, batch_size = count * len(drawing.guidance), count
+    return StoredBatches(_parts(path), count, batch_size)
+
+
+def _parts(path: Path) -> Path:
+    return path.with_name(f"{path.name}.parts")
 
 
 def _load(
@@ -112,7 +163,7 @@ def _load(
 
     The run may have trained on since, and the same command has to go on.
     """
-    begun = _stored(out, 1, 1).unfinished_manifest() if out else None
+    begun = StoredBatches(_parts(out), 1, 1).unfinished_manifest() if out else None
     if begun is None or choice.step is not None or len(begun["checkpoints"]) != 1:
         return load_run(run_dir, overrides, choice, world)
     log.info("%s was begun with the checkpoint of step %d", out, begun["step"])
@@ -154,50 +205,3 @@ def _decoder(
             raise
         log.info("samples are not decoded: %s", error)
         return None
-
-
-def _write(
-    drawing: Drawing,
-    stored: StoredBatches,
-    path: Path,
-    pngs: Path | None,
-    manifest: dict[str, Any],
-    ranks: Ranks,
-) -> None:
-    """Write all files whole or not at all, then remove the stored batches."""
-    run, count = drawing.run, stored.num_samples
-    num_classes = run.network.num_classes
-    columns = grid_columns(num_classes)
-    labels = None
-    if run.network.conditioning == "class":
-        labels = sample_labels(sampling_settings(run.experiment), range(count), num_classes).numpy()
-    if path.suffix == ".npz":
-        shape = next(iter(stored)).shape[1:]
-        batches = checked(stored, ranks)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            if drawing.decoder is None:
-                write_npz(file, batches, (count, *shape), "float32", labels, name="latents")
-            else:
-                pictures = (rgb(batch) for batch in batches)
-                write_npz(file, pictures, (count, *shape[:2], 3), "uint8", labels, name=ARRAY)
-            file.flush()
-            os.fsync(file.fileno())
-    if drawing.decoder is not None:
-        shown = count if path.suffix == ".png" else _GRID_ROWS * columns
-        levels = torch.from_numpy(stored.first(shown)).permute(0, 3, 1, 2)
-        with replacing(path.with_suffix(".png")) as temporary, temporary.open("wb") as file:
-            save_level_grid(file, levels, columns=columns)
-    content = json.dumps(manifest, indent=2) + "\n"
-    open_folder(path.parent).write_bytes(path.with_suffix(".json").name, content.encode())
-    if pngs is not None:
-        _write_pngs(pngs, stored, ranks)
-    stored.remove()
-
-
-def _write_pngs(folder: Path, stored: StoredBatches, ranks: Ranks) -> None:
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write_pngs(unfinished, checked(stored, ranks))
-    if folder.exists():
-        folder.rmdir()  # empty, as was looked at first
-    unfinished.rename(folder)

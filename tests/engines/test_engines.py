@@ -128,7 +128,7 @@ def draw(world: World, digits: Path, place: Path, engine: str) -> list[np.ndarra
             batch_size=2,
             conditions=None,
             null_condition=None,
-            measure=BatchMeasure(decode=None, num_classes=10),
+            measure=BatchMeasure(decode=None),
             held_out_loss=None,
             manifest=lambda step: {"step": step},
             run_dir=place if world.is_main else None,

@@ -4,10 +4,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from dtr_scale.config.schema import EvaluationConfig
 from dtr_scale.errors import ConfigError
@@ -16,8 +14,6 @@ from dtr_scale.evaluation.sampling import (
     SamplingSettings,
     class_labels,
     draw_samples,
-    grid_columns,
-    save_grid,
 )
 from dtr_scale.jobs.network import build_model
 from dtr_scale.models.dit import DiT
@@ -209,36 +205,6 @@ def test_progress_sees_the_steps_of_every_batch():
     assert seen == [[0, 1, 2, 3]] * 2
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_grid_shows_every_image_in_its_place(tmp_path, channels):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(5, channels, 8, 8, generator=generator) * 2.4 - 1.2
-    path = tmp_path / "new" / "grid"
-    save_grid(path, images, columns=3)
-
-    with Image.open(path) as picture:
-        assert (picture.format, picture.mode) == ("PNG", {1: "L", 3: "RGB"}[channels])
-        shown = np.asarray(picture).reshape(picture.height, picture.width, channels)
-    enlarged = 48 // 8
-    assert shown.shape[:2] == ((2 * 9 + 1) * enlarged, (3 * 9 + 1) * enlarged)
-    small = shown[::enlarged, ::enlarged]
-    np.testing.assert_array_equal(shown, small.repeat(enlarged, 0).repeat(enlarged, 1))
-    expected = ((images.numpy().clip(-1, 1) + 1) * 127.5).round().transpose(0, 2, 3, 1)
-    for i, image in enumerate(expected):
-        row, column = divmod(i, 3)
-        cell = small[row * 9 + 1 : row * 9 + 9, column * 9 + 1 : column * 9 + 9]
-        np.testing.assert_array_equal(cell, image)
-    assert not small[10:, 19:].any()
-    assert not small[::9].any()
-    assert not small[:, ::9].any()
-
-
-def test_large_images_are_not_enlarged(tmp_path):
-    save_grid(tmp_path / "grid.png", torch.zeros(1, 3, 64, 64), columns=1)
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.size == (66, 66)
-
-
 def test_the_manifest_holds_every_setting():
     assert SETTINGS.manifest() == {
         "noise_schedule": "cosine", "num_timesteps": 1000, "sampler": "ddpm",
@@ -258,8 +224,3 @@ def test_the_experiment_names_the_settings():
             EvaluationConfig.model_validate(wrong)
     with pytest.raises(ValueError, match=r"evaluation\.cfg_interval = \[7, 7\] is empty; give"):
         EvaluationConfig.model_validate({"cfg_interval": [7, 7]})
-
-
-@pytest.mark.parametrize(("num_classes", "columns"), [(1, 8), (10, 10), (16, 16), (1000, 8)])
-def test_a_picture_has_a_column_per_class_where_they_are_few(num_classes, columns):
-    assert grid_columns(num_classes) == columns

@@ -125,7 +125,7 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
 
     draw = ["sample", str(run_dir), "--num-samples", "20", "--evaluation.num_sampling_steps=5"]
     assert main(draw) == 0
-    with Image.open(run_dir / "samples" / "grid.png") as picture:
+    with Image.open(run_dir / "samples" / "step_00000200_grid.png") as picture:
         assert picture.mode == "RGB"
     assert main([*draw, "--latents", "--out", str(tmp_path / "latents.npz")]) == 0
     assert np.load(tmp_path / "latents.npz")["latents"].shape == (20, 4, 8, 8)
@@ -135,7 +135,7 @@ def test_photos_become_latents_on_s3_and_are_trained_on(s3_url, tmp_path, capsys
     again = ("--out", str(tmp_path / "grid.png"), "--vae", str(tmp_path / "elsewhere"))
     assert main([*draw, *again]) == 0
     drawn = (tmp_path / "grid.png").read_bytes()
-    assert drawn == (run_dir / "samples" / "grid.png").read_bytes()
+    assert drawn == (run_dir / "samples" / "step_00000200_grid.png").read_bytes()
 
 
 @pytest.mark.slow

@@ -19,13 +19,17 @@ from dtr_scale.evaluation.pictures import NpzPictures, to_uint8
 from dtr_scale.evaluation.sampling import Sampler, class_labels, draw_samples
 from dtr_scale.evaluation.stored import StoredBatches
 from dtr_scale.jobs.averages import Choice, find_average
+from dtr_scale.jobs.conditions import Wanted, conditions_of
 from dtr_scale.jobs.sample import sample_run
 from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.jobs.trained import load_run
+from dtr_scale.prepare.writer import StoredSample
+from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import small_clip
 from tests.support.processes import free_port, started_processes, wait_for
 from tests.support.ranks import exit_codes, run_on_ranks
 from tests.support.runs import ROOT, train
+from tests.support.shards import write_data
 
 SMALL = (
     "--train.global_batch_size=16", "--train.micro_batch_size=16", "--train.max_steps=4",
@@ -80,7 +84,9 @@ def test_the_files_hold_what_adm_writes(run_dir, whole):
     grey = to_uint8(x_start).permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(pictures[:32], grey.repeat(3, axis=3))
     with Image.open(whole.with_suffix(".png")) as grid:
-        assert grid.size == ((10 * 9 + 1) * 6, (8 * 9 + 1) * 6)  # eight rows, a column per class
+        width, height = grid.size
+    assert width == 10 * 66 + 2, "a column per class"
+    assert 10 < height - (8 * 66 + 2) < 25, "eight rows, and a line with the classes' names"
 
 
 def test_the_manifest_tells_what_the_samples_depend_on(run_dir, whole):
@@ -204,8 +210,10 @@ def test_unfinished_samples_of_other_settings_are_refused(run_dir, tmp_path, mon
         asked_to_leave(patch, 1)
         with pytest.raises(UnfinishedError):
             sample_run(run_dir, num_samples=100, overrides=FAST)
-    sample_run(run_dir, num_samples=32, overrides=[*FAST, "--evaluation.cfg_scale=2"])
-    assert "grid.png.parts" not in names(run_dir / "samples")
+    path = sample_run(run_dir, num_samples=32, overrides=[*FAST, "--evaluation.cfg_scale=2"])
+    assert path == run_dir / "samples" / "step_00000004_grid.png"
+    assert "step_00000004_grid.png.parts" not in names(run_dir / "samples")
+    path.unlink()
 
 
 def test_a_run_that_has_trained_on_goes_on_with_its_older_weights(digits, tmp_path, monkeypatch):
@@ -255,7 +263,8 @@ def test_labels_are_balanced_or_drawn_by_the_index(run_dir, tmp_path):
 
     def x_start(*overrides):
         path = tmp_path / "latents.npz"
-        sample_run(run_dir, num_samples=50, out=path, latents=True, overrides=[*FAST, *overrides])
+        options = {"num_samples": 50, "latents": True, "overrides": [*FAST, *overrides]}
+        sample_run(run_dir, out=path, force=True, **options)
         with np.load(path) as stored:
             return stored["latents"], stored["arr_1"]
 
@@ -272,15 +281,22 @@ def test_labels_are_balanced_or_drawn_by_the_index(run_dir, tmp_path):
 def test_each_sample_can_be_a_png(run_dir, whole, tmp_path, capsys):
     place = tmp_path / "pngs"
     sheet = tmp_path / "x.png"
-    sample_run(run_dir, num_samples=34, out=sheet, pngs=place, overrides=FAST)
+    sample_run(run_dir, num_samples=34, out=sheet, folder=place, overrides=FAST)
     assert sorted(names(place)) == [f"{i:06d}.png" for i in range(34)]
     expected = np.load(whole)["arr_0"]
     for i in (0, 33):
         with Image.open(place / f"{i:06d}.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), expected[i, :, :, 0])
     with Image.open(sheet) as grid:
-        assert grid.size == ((10 * 9 + 1) * 6, (4 * 9 + 1) * 6), "all of them"
-    assert "not empty; give a new folder" in refused(capsys, run_dir, "--pngs", place, *FAST)
+        assert grid.width == 10 * 66 + 2 and 4 * 66 < grid.height < 5 * 66, "all of them"
+    line = refused(capsys, run_dir, "--folder", place, *FAST)
+    assert "not empty; give a new folder, or --force" in line
+    # By force they are replaced, but nothing else is removed.
+    again = ["--num-samples", 2, "--folder", place, "--out", sheet, "--force", *FAST]
+    assert main(["sample", str(run_dir), *map(str, again)]) == 0
+    assert sorted(names(place)) == ["000000.png", "000001.png"]
+    (place / "mine.txt").write_text("")
+    assert "a folder with nothing but samples in it" in refused(capsys, run_dir, *again)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +304,15 @@ def test_each_sample_can_be_a_png(run_dir, whole, tmp_path, capsys):
     [
         (["--out", "x.jpg"], "give a file that ends in .npz or .png"),
         (["--latents", "--out", "x.png"], "--latents are no pictures; give --out FILE.npz"),
-        (["--captions", "x.txt"], "is for models of text, this one has"),
+        (["--latents", "--folder", "x"], "give --out FILE.npz, and no --folder"),
+        (["--captions", "x.txt"], "--captions=x.txt is for models of text, this one has"),
+        (["--prompt", "a cat"], "--prompt='a cat' is for models of text, this one has"),
+        (["--classes", "3,10"], "--classes: '10' is no class of this run; give 0 to 9, or a name"),
+        (
+            ["--guidance", "1,2", "--out", "x.npz"],
+            "--guidance makes one sheet; give --out FILE.png",
+        ),
+        (["--guidance", "1,2", "--num-samples", "33", BATCH], "give a smaller --num-samples"),
         (["--ema", "0.3"], "--ema=0.3: "),
         (["--step", "3"], "has no checkpoint of that step"),
         (["--evaluation.precision=tf32"], "evaluation.precision = 'tf32' needs a GPU"),
@@ -300,6 +324,113 @@ def test_what_cannot_be_drawn_is_refused(
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, run_dir, *arguments)
     assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+def test_what_is_finished_is_not_overwritten(run_dir, tmp_path, capsys):
+    out = tmp_path / "x.npz"
+    command = ["sample", *map(str, [run_dir, "--num-samples", 4, "--out", out, *FAST])]
+    assert main(command) == 0
+    before = out.read_bytes()
+    out.write_bytes(b"finished")
+    assert main(command) == 0
+    assert out.read_bytes() == b"finished", "of the same settings: nothing is to be drawn"
+    assert "x.npz is finished, of these settings; --force draws it" in capsys.readouterr().err
+    line = refused(capsys, *command[1:], "--seed", 5)
+    assert f"{out} is finished, and of other settings: seed was 0 and is 5; give --out" in line
+    assert out.read_bytes() == b"finished"
+    assert main([*command, "--force"]) == 0
+    assert out.read_bytes() == before
+    out.with_suffix(".json").unlink()
+    assert "what it was made with is not known; give --out" in refused(capsys, *command[1:])
+
+
+def test_default_names_tell_the_step_and_what_was_asked_for(run_dir):
+    few = {"num_samples": 4, "overrides": FAST}
+    wanted = [
+        ({}, "step_00000004_grid.png"),
+        ({"choice": Choice(step=2)}, "step_00000002_grid.png"),
+        ({"wanted": Wanted(("3", "7")), "seed": 1}, "step_00000004_grid_classes_3_7_seed_1.png"),
+        ({"choice": Choice(sigma_rel=0.08)}, "step_00000004_grid_sigma_rel_0_08.png"),
+        ({"guidance": (1.0, 4.0)}, "step_00000004_guidance.png"),
+        ({"latents": True}, "step_00000004_latents.npz"),
+    ]
+    for options, name in wanted:
+        path = sample_run(run_dir, **few, **options)
+        assert path == run_dir / "samples" / name and path.exists()
+        assert path.with_suffix(".json").exists()
+        path.unlink()
+
+
+def test_classes_are_drawn_in_turn(run_dir, tmp_path):
+    def latents(name, wanted):
+        path, few = tmp_path / name, {"num_samples": 8, "latents": True, "overrides": FAST}
+        sample_run(run_dir, out=path, wanted=wanted, **few)
+        with np.load(path) as drawn:
+            return drawn["latents"], drawn["arr_1"].tolist()
+
+    chosen, labels = latents("chosen.npz", Wanted(("3", "7", "3")))
+    every, all_labels = latents("every.npz", None)
+    assert (labels, all_labels) == ([3, 7, 3, 3, 7, 3, 3, 7], [*range(8)])
+    # Sample 3 is a 3 in both, and 7 a 7, of the same noise; the network was asked for the others.
+    same = (chosen == every).all((1, 2, 3))
+    assert same.tolist() == [i in (3, 7) for i in range(8)]
+    assert json.loads((tmp_path / "chosen.json").read_text())["labels"] == "classes 3, 7, 3"
+
+
+def test_classes_are_known_by_their_names(tmp_path, capsys):
+    arrays = np.random.default_rng(0).integers(0, 17, (30, 1, 8, 8), np.uint8)
+    samples = [StoredSample(array, i % 3) for i, array in enumerate(arrays)]
+    told = {
+        "encoding": "pixels", "shape": (1, 8, 8), "dtype": "uint8", "scale_factor": 1 / 8,
+        "shift": -1, "num_classes": 3, "class_names": ("cat", "1", "dog"),
+    }  # fmt: skip
+    write_data(open_folder(tmp_path / "data"), samples, 30, **told)
+    run_dir = tmp_path / "run"
+    assert train(tmp_path / "data", run_dir, *SMALL, "--model.num_classes=3") == 0
+    options = ["--num-samples", 6, "--out", tmp_path / "x.npz", *FAST]
+    command = ["sample", *map(str, [run_dir, "--classes", "dog,1,0", *options])]
+    assert main(command) == 0
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [2, 1, 0] * 2
+    line = refused(capsys, run_dir, "--classes", "dgo", *options)
+    assert line.endswith("'dgo' is no class of this run; give 0 to 2, or a name such as 'dog'")
+    conditions = conditions_of(load_run(run_dir).experiment, Wanted(), torch.device("cpu"))
+    assert conditions.titles is not None and conditions.titles.period == 3
+    assert conditions.titles.of(range(4)) == ["cat", "1", "dog", "cat"]
+    # Without their data, classes are known by their numbers.
+    (tmp_path / "data").rename(tmp_path / "gone")
+    assert "'dog' is no class of this run; give 0 to 2" in refused(
+        capsys, run_dir, "--classes", "dog", *options
+    )
+    assert main(["sample", *map(str, [run_dir, "--classes", 2, *FAST])]) == 0
+
+
+def test_another_seed_makes_other_samples(run_dir, whole, tmp_path):
+    def drawn(name, seed):
+        sample_run(run_dir, num_samples=8, out=tmp_path / name, seed=seed, overrides=FAST)
+        return np.load(tmp_path / name)["arr_0"]
+
+    other = drawn("other.npz", 7)
+    assert json.loads((tmp_path / "other.json").read_text())["seed"] == 7
+    first = np.load(whole)["arr_0"][:8]
+    assert not (other == first).all((1, 2, 3)).any()
+    np.testing.assert_array_equal(drawn("run.npz", load_run(run_dir).experiment.train.seed), first)
+
+
+def test_a_sheet_shows_the_same_samples_at_each_scale_of_guidance(run_dir, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    command = ["sample", str(run_dir), "--guidance", "1,3,4", "--out", str(sheet), *FAST]
+    assert main(command) == 0
+    assert json.loads(sheet.with_suffix(".json").read_text())["guidance"] == [1, 3, 4]
+    with Image.open(sheet) as picture:
+        pixels = np.asarray(picture)
+    left = pixels.shape[1] - 10 * 66
+    rows = pixels[-3 * 66 :, left:].reshape(3, 66, 10, 66)[:, :64, :, :64].swapaxes(1, 2)
+    shown = rows[:, :, ::8, ::8]  # [scales, classes, 8, 8]
+    for row, scale in zip(shown, (1, 3, 4), strict=True):
+        out = tmp_path / f"{scale}.npz"
+        overrides = [STEPS, "--evaluation.batch_size=10", f"--evaluation.cfg_scale={scale}"]
+        sample_run(run_dir, num_samples=10, out=out, overrides=overrides)
+        np.testing.assert_array_equal(row, np.load(out)["arr_0"][:, :, :, 0])
 
 
 def test_bf16_is_near_fp32_and_told(run_dir, whole, tmp_path):
@@ -335,9 +466,18 @@ def test_captions_of_a_file_are_drawn(tmp_path, capsys):
     told = json.loads((tmp_path / "x.json").read_text())["labels"]
     assert told.startswith("3 captions, sha256 ")
     captions.write_text("a cat\na horse\na cat\n")
+    command.append("--force")
     assert main(["sample", *map(str, command)]) == 0
     same = (np.load(tmp_path / "x.npz")["latents"] == first).all((1, 2, 3))
     assert same.tolist() == [True, False, True] * 2
+    # Prompts are what a file of them is; the text's own encoder makes them.
+    prompts = ["--prompt", "a cat", "--prompt", "a horse", "--prompt", "a cat", *six]
+    prompted = [run_dir, *prompts, "--text-encoder", clip, "--out", tmp_path / "p.npz"]
+    assert main(["sample", *map(str, prompted)]) == 0
+    assert (tmp_path / "p.npz").read_bytes() == (tmp_path / "x.npz").read_bytes()
+    told = json.loads((tmp_path / "p.json").read_text())["labels"]
+    assert told == 'prompts ["a cat", "a horse", "a cat"]'
+    assert "--classes=3 is for models of classes" in refused(capsys, run_dir, "--classes", 3)
     captions.write_text("\n")
     assert "has no captions; write one a line" in refused(capsys, *command)
 

@@ -18,7 +18,7 @@ from dtr_scale.jobs.bench.peer import Peer, build_peer
 from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes
 from dtr_scale.jobs.bench.timing import Alternating, LoopClock, matmul_seconds, spread
 from dtr_scale.jobs.build import build_network
-from dtr_scale.jobs.conditions import conditions_of
+from dtr_scale.jobs.conditions import Wanted, conditions_of
 from dtr_scale.jobs.plan import plan_compute
 from dtr_scale.jobs.sampling import build_sampler
 
@@ -57,7 +57,7 @@ class _Measurement:
         self._clock = LoopClock(world.device)
         self._theirs: Alternating | None = None
         network.register_forward_pre_hook(self._count)
-        conditions = conditions_of(experiment, None, world.device)
+        conditions = conditions_of(experiment, Wanted(), world.device)
         self._sampler: Sampler = build_sampler(
             experiment,
             network,

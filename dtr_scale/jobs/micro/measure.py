@@ -11,13 +11,14 @@ import torch
 from dtr_scale.data.reader import Samples
 from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.features import Extractor, build_extractor
+from dtr_scale.evaluation.grid import save_grid
 from dtr_scale.evaluation.legibility import legibility
 from dtr_scale.evaluation.metrics import moments_distance
 from dtr_scale.evaluation.pictures import ROUNDING, ArrayPictures, to_uint8
 from dtr_scale.evaluation.precision import cast, resolve_precision
 from dtr_scale.evaluation.reference import Reference, measure
 from dtr_scale.evaluation.report import pixel_frechet_distance, read_all, write_report
-from dtr_scale.evaluation.sampling import class_labels, draw_samples, grid_columns, save_grid
+from dtr_scale.evaluation.sampling import class_labels, draw_samples
 from dtr_scale.jobs.build import build_diffusion, open_samples
 from dtr_scale.jobs.measure import samples_manifest
 from dtr_scale.jobs.micro.comparison import Micro
@@ -70,7 +71,7 @@ def measure_run(run_dir: Path, step: int, *, with_legibility: bool) -> None:
     if with_legibility:
         judge = _judge(open_samples(experiment))
         metrics[LEGIBILITY] = legibility(images.clamp(-1, 1).numpy(), asked.numpy(), *judge)
-    columns = grid_columns(run.network.num_classes)
+    columns = run.network.num_classes
     picture = run_dir / SAMPLES / f"step_{step:08d}.png"
     write_whole(picture, lambda file: save_grid(file, images[: 4 * columns], columns=columns))
     manifest = {

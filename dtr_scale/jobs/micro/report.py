@@ -217,9 +217,7 @@ def _write_sheet(micro: Micro) -> None:
             with Image.open(path) as picture:
                 # Two of the four rows.
                 rows = picture.crop((0, 0, picture.width, picture.height // 2))
-            grids[CONDITIONS[condition].label] = rows.resize(
-                (rows.width * _ENLARGED, rows.height * _ENLARGED), Image.Resampling.NEAREST
-            )
+            grids[CONDITIONS[condition].label] = rows
     if not grids:
         return
     width, height = next(iter(grids.values())).size
