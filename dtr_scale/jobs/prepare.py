@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.errors import ConfigError, DtrScaleError
-from dtr_scale.evaluation.sampling import grid_columns, save_grid
+from dtr_scale.jobs.contact_sheet import contact_sheet, write_contact_sheets
 from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
 from dtr_scale.prepare import digits, idx, listing
 from dtr_scale.prepare.encode import (
@@ -22,7 +22,7 @@ from dtr_scale.prepare.encode import (
     TextEncoder,
     decoder_of,
 )
-from dtr_scale.prepare.inspection import describe, draw_samples, verify
+from dtr_scale.prepare.inspection import describe, verify
 from dtr_scale.prepare.preparation import Preparation
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.storage.folder import open_folder
@@ -92,7 +92,10 @@ def prepare_digits(out: str) -> Manifest | None:
     if launched_rank() > 0:
         return None
     with _writing_errors(out):
-        return digits.prepare_digits(open_folder(out))
+        folder = open_folder(out)
+        manifest = digits.prepare_digits(folder)
+        write_contact_sheets(folder, manifest, digits.ENCODER)
+        return manifest
 
 
 def prepare_idx(path: Path, size: int | None, out: str) -> Manifest | None:
@@ -103,7 +106,10 @@ def prepare_idx(path: Path, size: int | None, out: str) -> Manifest | None:
         pictures = idx.idx_folder(path, size)
         encoder = PixelEncoder(idx.picture_size(pictures), channels=1)
         folder = open_folder(out)
-        return Preparation(pictures, folder, encoder, shard_bytes=_IDX_SHARD_BYTES).run().manifest
+        made = Preparation(pictures, folder, encoder, shard_bytes=_IDX_SHARD_BYTES).run()
+        if made.manifest is not None:
+            write_contact_sheets(folder, made.manifest, encoder)
+        return made.manifest
 
 
 def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> Prepared:
@@ -126,6 +132,8 @@ def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> 
             world_size=launched_world_size(),
             leaving=lambda: request.reason,
         ).run()
+        if outcome.manifest is not None:
+            write_contact_sheets(folder, outcome.manifest, encoder)
     return Prepared(*outcome, request.reason)
 
 
@@ -206,7 +214,6 @@ def inspect_data(
         yield f"no contact sheet: {error}"
         return
     drawn = split or manifest.shards[0].split
-    x_start, _ = draw_samples(folder, manifest, drawn, num_samples)
-    images = decoder.decode(torch.from_numpy(x_start))
-    save_grid(sheet, images, columns=grid_columns(1))
+    content = contact_sheet(folder, manifest, drawn, decoder, num_samples)
+    open_folder(sheet.parent).write_bytes(sheet.name, content)
     yield f"contact sheet of {drawn}: {sheet}"

@@ -10,6 +10,7 @@ from dtr_scale.prepare.preparation import Preparation
 from dtr_scale.storage.folder import Folder
 
 _SHARD_BYTES = 500 * 2048  # 500 samples of a header and a block for each of array and class
+ENCODER = PixelEncoder(8, channels=1, scale_factor=1 / 8)  # stored 0..16
 
 
 def digits() -> Listing:
@@ -32,7 +33,6 @@ def digits() -> Listing:
 
 def prepare_digits(folder: Folder) -> Manifest:
     """Write the digits as shards of 500 samples and return their manifest."""
-    encoder = PixelEncoder(8, channels=1, scale_factor=1 / 8)  # stored 0..16
-    manifest = Preparation(digits(), folder, encoder, shard_bytes=_SHARD_BYTES).run().manifest
+    manifest = Preparation(digits(), folder, ENCODER, shard_bytes=_SHARD_BYTES).run().manifest
     assert manifest is not None, "one rank alone makes all shards"
     return manifest

@@ -181,15 +181,41 @@ def _describe_split(folder: Folder, manifest: Manifest, split: str) -> str:
     return f"{told}, {len(counts)} classes of {min(counts)} to {max(counts)} samples"
 
 
-def draw_samples(
-    folder: Folder, manifest: Manifest, split: str, num: int
+def evenly_spread(manifest: Manifest, split: str, num: int) -> np.ndarray:
+    """Return up to `num` places, spread evenly over a split, int64 [n]."""
+    num = min(num, manifest.num_samples(split))
+    return np.arange(num) * manifest.num_samples(split) // num
+
+
+def places_by_class(
+    folder: Folder, manifest: Manifest, split: str, per_class: int
+) -> np.ndarray | None:
+    """Return the first places of each class in turn, int64 [per_class or fewer x classes].
+
+    None where a class has no samples. All indices of the split are read.
+    """
+    labels = np.concatenate([_index(folder, shard)[:, 1] for shard in manifest.split(split)])
+    found = [np.flatnonzero(labels == k)[:per_class] for k in range(manifest.num_classes)]
+    rows = min(map(len, found))
+    return np.stack([places[:rows] for places in found], axis=1).ravel() if rows else None
+
+
+def read_samples(
+    folder: Folder, manifest: Manifest, split: str, places: np.ndarray
 ) -> tuple[np.ndarray, list[int]]:
-    """Return x_start [n, C, H, W] and class of samples spread evenly over a split.
+    """Return x_start [n, C, H, W] and class of the samples at `places` int [n] of a split.
 
     Each is one ranged read; nothing else of a shard is fetched.
     """
-    num = min(num, manifest.num_samples(split))
-    places = np.arange(num) * manifest.num_samples(split) // num
+    order = np.argsort(places, kind="stable")
+    x_start, labels = _read_rising(folder, manifest, split, places[order])
+    back = np.argsort(order, kind="stable")
+    return x_start[back], [labels[place] for place in back]
+
+
+def _read_rising(
+    folder: Folder, manifest: Manifest, split: str, places: np.ndarray
+) -> tuple[np.ndarray, list[int]]:
     arrays, labels, first = [], [], 0
     dtype, shape = np.dtype(manifest.dtype), manifest.stored_shape
     num_bytes = dtype.itemsize * int(np.prod(shape))

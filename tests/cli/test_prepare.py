@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -80,14 +79,17 @@ def test_the_way_from_pictures_to_a_contact_sheet(source, s3_url, vae_path, tmp_
     told = capsys.readouterr().out.splitlines()
     assert "train: 64 samples, 5 shards, 0.000 GB, 2 classes of 30 to 34 samples" in told
     assert told[-1] == f"contact sheet of train: {sheet}"
-    pixels = np.asarray(Image.open(sheet))
-    enlarged = pixels.shape[0] // 67  # two rows of eight pictures of 32 between lines of one
-    assert pixels.shape == (67 * enlarged, 265 * enlarged, 3)
-
+    with Image.open(sheet) as picture:
+        assert picture.width == 4 * 66 + 2, "four columns, of two classes in turn"
+        assert 4 * 66 + 10 < picture.height < 4 * 66 + 30, "four rows below the classes' names"
+    assert data("inspect", s3_url, "--sheet", sheet) == 0
     folder = open_folder(s3_url)
+    assert folder.read_bytes("contact_sheet_train.png") == sheet.read_bytes()
+
     content = bytearray(folder.read_bytes("train-000003.tar"))
     content[5000] ^= 1
     folder.write_bytes("train-000003.tar", bytes(content))
+    capsys.readouterr()
     assert data("verify", s3_url) == 1
     assert capsys.readouterr().out.splitlines() == [
         "train-000003.tar: its bytes are not those that were written",
@@ -107,7 +109,9 @@ def test_pixels_and_a_second_start(source, tmp_path, capsys):
     assert "all of it is there already" in second.err
     sheet = tmp_path / "sheet.png"
     assert data("inspect", tmp_path / "out", "--sheet", sheet) == 0
-    assert sheet.exists()
+    beside = tmp_path / "out" / "contact_sheet_train.png"
+    assert beside.read_bytes() == sheet.read_bytes()
+    assert "contact sheet: " in first.err and "contact sheet: " not in second.err
 
 
 def test_tars_of_webdataset_with_classes(source, tmp_path, capsys):

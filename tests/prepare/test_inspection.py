@@ -8,7 +8,13 @@ from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest, write_mani
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.prepare.encode import PixelEncoder, TextEncoder
-from dtr_scale.prepare.inspection import describe, draw_samples, verify
+from dtr_scale.prepare.inspection import (
+    describe,
+    evenly_spread,
+    places_by_class,
+    read_samples,
+    verify,
+)
 from dtr_scale.prepare.listing import coco
 from dtr_scale.prepare.preparation import Preparation
 from dtr_scale.prepare.writer import StoredSample
@@ -142,12 +148,25 @@ def test_the_description_tells_what_is_there(captions_data, digits):
 def test_samples_are_drawn_evenly_from_a_split(digits, num):
     folder = open_folder(digits)
     manifest = read_manifest(folder)
-    every, every_label = draw_samples(folder, manifest, "val", 297)
-    x_start, labels = draw_samples(folder, manifest, "val", num)
+    every, every_label = read_samples(folder, manifest, "val", evenly_spread(manifest, "val", 297))
+    x_start, labels = read_samples(folder, manifest, "val", evenly_spread(manifest, "val", num))
     places = np.arange(min(num, 297)) * 297 // min(num, 297)
     np.testing.assert_array_equal(x_start, every[places])
     assert labels == [every_label[place] for place in places]
     assert (every.shape, every.dtype) == ((297, 1, 8, 8), np.float32)
+
+
+def test_places_by_class_go_through_the_classes_in_turn(digits):
+    folder = open_folder(digits)
+    manifest = read_manifest(folder)
+    places = places_by_class(folder, manifest, "val", 3)
+    assert places is not None
+    _, labels = read_samples(folder, manifest, "val", places)
+    assert labels == [*range(10)] * 3
+    every = places_by_class(folder, manifest, "val", 1000)
+    assert every is not None and 20 < len(every) // 10 < 30, "as many as the smallest class has"
+    more = manifest.model_copy(update={"num_classes": 11})
+    assert places_by_class(folder, more, "val", 3) is None
 
 
 def test_a_cut_shard_is_named_when_samples_are_drawn(digits, tmp_path):
@@ -156,4 +175,4 @@ def test_a_cut_shard_is_named_when_samples_are_drawn(digits, tmp_path):
         folder.write_bytes(path.name, path.read_bytes())
     folder.write_bytes("val-000000.tar", folder.read_bytes("val-000000.tar")[:1000])
     with pytest.raises(DataError, match=r"val-000000.tar is cut; see dtr-scale data verify"):
-        draw_samples(folder, read_manifest(folder), "val", 10)
+        read_samples(folder, read_manifest(folder), "val", np.arange(10))

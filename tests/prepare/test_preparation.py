@@ -11,7 +11,7 @@ from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.prepare.digits import digits, prepare_digits
 from dtr_scale.prepare.encode import PixelEncoder
 from dtr_scale.prepare.images import read_picture
-from dtr_scale.prepare.inspection import draw_samples, verify
+from dtr_scale.prepare.inspection import evenly_spread, read_samples, verify
 from dtr_scale.prepare.ledger import PLAN_NAME
 from dtr_scale.prepare.listing import image_folder, one_class
 from dtr_scale.storage.folder import open_folder
@@ -45,7 +45,7 @@ def test_every_picture_is_stored_once(source, folder):
     assert manifest.class_names == ("n01", "n02", "n03")
     assert (manifest.encoding, manifest.dtype, manifest.shape) == ("pixels", "uint8", (3, 16, 16))
 
-    x_start, labels = draw_samples(folder, manifest, "train", 46)
+    x_start, labels = read_samples(folder, manifest, "train", evenly_spread(manifest, "train", 46))
     found = {(x.tobytes(), label) for x, label in zip(x_start, labels, strict=True)}
     pictures = image_folder(source).splits["train"]
     expected = {

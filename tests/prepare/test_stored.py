@@ -12,7 +12,7 @@ from dtr_scale.data.manifest import NULL_CONTEXT_NAME, read_manifest, write_mani
 from dtr_scale.errors import DataError
 from dtr_scale.prepare.encode import PosteriorEncoder, TextEncoder
 from dtr_scale.prepare.images import read_picture
-from dtr_scale.prepare.inspection import draw_samples, verify
+from dtr_scale.prepare.inspection import evenly_spread, read_samples, verify
 from dtr_scale.prepare.listing import coco, image_folder
 from dtr_scale.storage.folder import open_folder
 from tests.support.pictures import (
@@ -32,7 +32,7 @@ def test_latents_of_both_views_are_stored(source, vae_path, folder):
     assert manifest is not None and manifest == read_manifest(folder)
     assert manifest.encoder == encoder.record
     assert (manifest.stored_shape, manifest.dtype) == ((2, 2, 4, 4, 4), "float16")
-    x_start, labels = draw_samples(folder, manifest, "train", 46)
+    x_start, labels = read_samples(folder, manifest, "train", evenly_spread(manifest, "train", 46))
     assert np.bincount(labels).tolist() == [23, 9, 14]
     pictures = np.stack([read_picture(p.path, SIZE) for p in image_folder(source).splits["train"]])
     expected = encoder.means(encoder.encode(pictures)).astype(np.float64) * 0.18215
