@@ -231,9 +231,9 @@ class CheckpointConfig(Section):
     """Checkpoints of every n-th step are kept for ever; 0: none."""
     keep_best: Count = 0
     """How many of the best checkpoints by `best_metric` are kept besides; 0: none."""
-    best_metric: str = "loss"
-    """Less is better: a key of the journal, of that step alone, or of the periodic evaluation,
-    such as `pixel_frechet_distance`."""
+    best_metric: str = "loss_mean"
+    """Less is better: a key of the journal, or of the periodic evaluation, such as
+    `pixel_frechet_distance`; `loss` is of that step alone."""
     max_failures: PositiveInt = 3
     """Saves that fail in a row before the run stops."""
     resume: Literal["auto", "never"] = "auto"

@@ -24,8 +24,10 @@ from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_attempt
 from dtr_scale.tracking.journal import Journal, Record
+from dtr_scale.train.clock import GpuHours
 from dtr_scale.train.evaluate import Result
-from dtr_scale.train.progress import GpuHours, Progress
+from dtr_scale.train.health import memory_gb
+from dtr_scale.train.progress import Progress
 from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
 from dtr_scale.train.trainer import Trainer
 
@@ -79,7 +81,9 @@ def train_experiment(
             # The last job may have been killed, or asked to leave, after it saved and before this.
             if evaluate.is_due_again(trainer.step) and trainer.evaluation_is_due:
                 reason = evaluate.make_up(trainer.step)
-        reason = reason or trainer.run(leave, log=records.write, evaluate=evaluate)
+        reason = reason or trainer.run(
+            leave, log=records.write, evaluate=evaluate, on_step=records.count
+        )
         records.end("preempted" if reason else "finished", reason or "")
         # The ranks wait here until rank 0 has written the end, still watched: if that fails, they
         # end with its exit code instead of 0.
@@ -95,6 +99,8 @@ class _Records:
 
     training: str | None = None
     """The id of a training that is tracked."""
+
+    def count(self, step: int, seconds: float) -> None: ...
 
     def write(self, record: Record) -> None: ...
 
@@ -130,10 +136,17 @@ class _MainRecords(_Records):
         # start that misses it is refused.
         trainer.checkpoints.before_commit = self._journal.sync
         trainer.checkpoints.on_saved = self._note_saved
-        self._progress = Progress(step=trainer.step, max_steps=trainer.max_steps)
+        self._progress = Progress(
+            step=trainer.step,
+            max_steps=trainer.max_steps,
+            batch_size=trainer.global_batch_size,
+        )
+
+    def count(self, step: int, seconds: float) -> None:
+        self._progress.count(step, seconds)
 
     def write(self, record: Record) -> None:
-        record = self._gpu_hours.added_to(record)
+        record = {**self._gpu_hours.added_to(record), "memory_gb": memory_gb()}
         # The journal is the record of a run; MLflow is its mirror and may be away.
         self._journal.write(record)
         self._tracker.log(record)

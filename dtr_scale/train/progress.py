@@ -1,118 +1,140 @@
-"""Measure a run's speed and show it: a bar on a terminal, plain lines in a log file."""
+"""Show how a run gets on: a bar that moves on a terminal, plain lines in a log file."""
 
 import logging
-import resource
+import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
+from collections import deque
 
-import torch
 from tqdm import tqdm
 
-from dtr_scale.data.batch import MicroBatch
-from dtr_scale.tracking.journal import Record, read_journal
+from dtr_scale.tracking.journal import Record
 
 log = logging.getLogger(__name__)
 
-
-class Stopwatch:
-    """Throughput and the share of the time spent waiting for data, since the last reading."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._start = time.perf_counter()
-        self._waited = 0.0
-        self._samples = 0
-
-    def next_of(self, batches: Iterator[MicroBatch]) -> MicroBatch:
-        before = time.perf_counter()
-        batch = next(batches)
-        self._waited += time.perf_counter() - before
-        return batch
-
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Leave out what takes place meanwhile and is no training."""
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-    def count(self, samples: int) -> None:
-        self._samples += samples
-
-    def read(self) -> Record:
-        # No device sync: steps are counted when the loop has read their figures, so all are done.
-        elapsed = time.perf_counter() - self._start
-        figures: Record = {
-            "samples_per_second": self._samples / elapsed,
-            "data_wait_fraction": self._waited / elapsed,
-        }
-        self.restart()
-        return figures
+_PACE_SECONDS = 60.0
+_COLUMNS = 80  # of a terminal that does not tell its size
+_WIDE = 110
 
 
-class GpuHours:
-    """Hours times ranks that the journal's steps have taken, over all jobs of a run.
+class Pace:
+    """Seconds per step over the last minute of training.
 
-    Steps that were lost with a kill and made again count once: it is an axis to compare runs on.
+    What is no step, such as an evaluation, is not in what is added. A job's first step compiles
+    and allocates: it counts only until there is another.
     """
 
-    def __init__(self, journal: Path, samples_seen: int, world_size: int) -> None:
-        # On a new host there is no journal of the steps before.
-        last = next(reversed(list(read_journal(journal))), {"samples_seen": samples_seen})
-        self._hours = last.get("gpu_hours", 0.0)
-        self._samples_seen = last["samples_seen"]
-        self._world_size = world_size
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sum = 0.0
+        self._num_steps = 0
 
-    def added_to(self, record: Record) -> Record:
-        """Return a record with the hours up to its step."""
-        samples = record["samples_seen"] - self._samples_seen
-        self._samples_seen = record["samples_seen"]
-        self._hours += samples / record["samples_per_second"] * self._world_size / 3600
-        return {**record, "gpu_hours": self._hours}
+    def add(self, seconds: float) -> None:
+        self._num_steps += 1
+        if self._num_steps == 2:
+            self._recent.clear()
+            self._sum = 0.0
+        self._recent.append(seconds)
+        self._sum += seconds
+        # One stays, however long it took.
+        while self._sum - self._recent[0] >= _PACE_SECONDS:
+            self._sum -= self._recent.popleft()
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None before the first step."""
+        return self._sum / len(self._recent) if self._recent else None
 
 
 class Progress:
-    """Shows every logged step: loss, speed, waiting for data, time left and memory."""
+    """Shows each step's number, and the figures of every logged one with speed and time left."""
 
-    def __init__(self, *, step: int, max_steps: int) -> None:
-        self._first_step = step
+    def __init__(self, *, step: int, max_steps: int, batch_size: int) -> None:
+        self._step = step
         self._max_steps = max_steps
-        self._start = time.monotonic()
+        self._batch_size = batch_size
+        self._pace = Pace()
+        self._loss = ""
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            layout = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
-            self._bar = tqdm(total=max_steps, initial=step, unit="step", bar_format=layout)
+            layout = "{percentage:.1f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+            self._bar = tqdm(
+                total=max_steps,
+                initial=step,
+                bar_format=layout,
+                ncols=_columns(),
+                nrows=24,  # in a terminal of no known size tqdm would find no row to draw in
+                miniters=1,  # each step asks whether it is time to draw, also after a slow one
+            )
+
+    def count(self, step: int, seconds: float) -> None:
+        """Take a step that is done, and how long it took."""
+        self._step = step
+        self._pace.add(seconds)
+        if self._bar is not None:
+            # A window may be resized. One column stays free: some terminals wrap a full line.
+            self._bar.ncols = _columns()
+            self._bar.set_postfix_str(self._short(), refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def show(self, record: Record) -> None:
-        step = int(record["step"])
-        figures = (
-            f"loss {record['loss']:.4f}  {record['samples_per_second']:.1f} samples/s  "
-            f"data wait {record['data_wait_fraction']:.0%}  eta {self._time_left(step)}  "
-            f"mem {_memory_gb():.1f} GB"
-        )
+        """Show the record of the newest step that was counted."""
+        self._loss = f"loss {record['loss_mean']:.4f}"
         if self._bar is None:
-            log.info("step %d/%d  %s", step, self._max_steps, figures)
-        else:
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(step - self._bar.n)
+            log.info(
+                "step %d/%d  %s  mse %.4f  vb %.4f  %s  data wait %.0f%%  eta %s  mem %.1f GB",
+                self._step,
+                self._max_steps,
+                self._loss,
+                record["mse_mean"],
+                record["vb_mean"],
+                self._speed(),
+                100 * record["data_wait_fraction"],
+                self._time_left(),
+                record["memory_gb"],
+            )
 
     def close(self) -> None:
         if self._bar is not None:
+            self._bar.refresh()  # the last steps may have come faster than the bar is drawn
             self._bar.close()
 
-    def _time_left(self, step: int) -> timedelta:
-        seconds_per_step = (time.monotonic() - self._start) / max(1, step - self._first_step)
-        return timedelta(seconds=round((self._max_steps - step) * seconds_per_step))
+    def _short(self) -> str:
+        """Return what stands beside the bar, which is to keep ten columns of 80."""
+        speed = self._speed() if _columns() >= _WIDE else self._speed().partition("  ")[0]
+        return "  ".join(filter(None, [self._loss, speed, f"eta {self._time_left()}"]))
+
+    def _speed(self) -> str:
+        seconds = self._pace.seconds_per_step
+        if not seconds:
+            return ""
+        return f"{self._batch_size / seconds:.1f} samples/s  {_short_seconds(seconds)}/step"
+
+    def _time_left(self) -> str:
+        seconds = self._pace.seconds_per_step
+        if seconds is None:
+            return "?"
+        return duration((self._max_steps - self._step) * seconds)
 
 
-def _memory_gb() -> float:
-    """Return the most memory in use so far: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def duration(seconds: float) -> str:
+    """Return a duration in hours, minutes and seconds, or in days and hours.
+
+    >>> duration(12_345.6), duration(200_000)
+    ('3:25:46', '2d 7h')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours // 24}d {hours % 24}h" if hours >= 48 else f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _short_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def _columns() -> int:
+    """Return how many columns the terminal on stderr has to be filled."""
+    try:
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    return (columns or _COLUMNS) - 1

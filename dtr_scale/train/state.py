@@ -17,6 +17,7 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, DataError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.train.ema import Ema
+from dtr_scale.train.means import LossMeans
 
 NUM_PROBED = 4
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
@@ -33,6 +34,7 @@ class RunState:
     def __init__(self, engine: Engine, ema: Ema, objective: Objective) -> None:
         self.step = 0
         self.samples_seen = 0
+        self.means = LossMeans()
         self._engine = engine
         self._ema = ema
         self._objective = objective
@@ -61,12 +63,13 @@ class RunState:
         }
 
     def meta(self) -> dict[str, Any]:
-        """Return the position, and how the averages were made, for a checkpoint's meta."""
+        """Return the position, and how averages and means were made, for a checkpoint's meta."""
         return {
             "step": self.step,
             "samples_seen": self.samples_seen,
             "optimizer_step": self._engine.optimizer_step,
             "averages": self._ema.meta(),
+            "means": self.means.meta(),
         }
 
     def load(self, meta: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
@@ -83,8 +86,9 @@ class RunState:
         # Not `step`, which is 0 where a training starts from the weights and moments of another.
         self._engine.optimizer_step = meta["optimizer_step"]
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
-        # Checkpoints written before averages had histories have none.
+        # Older checkpoints have no histories of averages, and no means.
         self._ema.load(meta.get("averages", {}), self.step, fresh)
+        self.means.load(meta.get("means", {}))
 
 
 def _whole(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Piece]:

@@ -19,11 +19,11 @@ from dtr_scale.errors import DivergenceError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
+from dtr_scale.train.clock import Stopwatch
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.figures import Readback, StepFigures, StepResult, StepSums
 from dtr_scale.train.learning_rate import LearningRate
 from dtr_scale.train.loss import StepLoss
-from dtr_scale.train.progress import Stopwatch
 from dtr_scale.train.state import Probe, RunState, take_probe
 
 
@@ -94,10 +94,12 @@ class Trainer:
         *,
         log: Callable[[Record], None],
         evaluate: Callable[[int], str | None] | None = None,
+        on_step: Callable[[int, float], None] = lambda step, seconds: None,
     ) -> str | None:
         """Train until `max_steps`, or until any rank asks to leave; return why it left, or None.
 
-        The state is saved either way. `log` is given the journal's record of every logged step.
+        The state is saved either way. `log` is given the journal's record of every logged step,
+        and `on_step` the number of every step and how long it took.
         `evaluate` returns why it was cut off by a request to leave, on all ranks, or None.
         """
         # Setting memory aside takes 1.5 s for 2 GB, which the first save would stand still for.
@@ -113,7 +115,7 @@ class Trainer:
             # What is saved has been judged, and stands in the journal.
             results = self.readback.after(figures, up_to_now=saving)
             for result in results:
-                self._conclude(result, log)
+                self._conclude(result, log, on_step)
             # All ranks leave at the same step, and so come to the same save.
             if leaving or self.step == self.max_steps:
                 self._save_for_certain(results[-1])
@@ -200,16 +202,24 @@ class Trainer:
         metrics = self.objective.metrics()
         return sums.to_host(self.step, self.state.samples_seen, grad_norm, metrics)
 
-    def _conclude(self, result: StepResult, log: Callable[[Record], None]) -> None:
+    def _conclude(
+        self,
+        result: StepResult,
+        log: Callable[[Record], None],
+        on_step: Callable[[int, float], None],
+    ) -> None:
         """Judge a step that the device has done, and log it where that is due."""
         self._refuse_divergence(result)
-        self._watch.count(self.global_batch_size)
+        self.state.means.add(result.mse, result.vb)
+        on_step(result.step, self._watch.count(self.global_batch_size))
         # Not where the run is asked to leave: its journal must not tell how often it was.
         if self._due(self.log_every, result.step):
             log({**self._record(result), **self._watch.read()})
+            self.state.means.close()
 
     def _record(self, result: StepResult) -> Record:
-        return result.record(self.lr.at(result.step))
+        """Return what the journal tells of a step but for the figures that tell the time."""
+        return {**result.record(self.lr.at(result.step)), **self.state.means.record()}
 
     def _refuse_divergence(self, result: StepResult) -> None:
         """Stop before broken weights reach a checkpoint."""

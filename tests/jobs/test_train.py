@@ -36,7 +36,8 @@ def test_the_journal_has_the_agreed_keys(digits, tmp_path):
         record = json.loads(line)
         assert list(record) == [
             "step", "samples_seen", "loss", "objective", "mse", "vb", *clusters,
-            "lr", "grad_norm", "samples_per_second", "data_wait_fraction", "gpu_hours",
+            "lr", "grad_norm", "loss_mean", "mse_mean", "vb_mean", "samples_per_second",
+            "data_wait_fraction", "step_seconds", "gpu_hours", "memory_gb",
         ]  # fmt: skip
         assert record["samples_seen"] == 32 * record["step"]
         assert record["loss"] == record["mse"] + record["vb"]

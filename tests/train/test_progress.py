@@ -6,20 +6,29 @@ import pty
 import re
 import termios
 from contextlib import contextmanager, redirect_stderr, suppress
+from typing import Any
+
+import pytest
 
 from dtr_scale.logs import setup_logging
-from dtr_scale.train.progress import Progress
+from dtr_scale.train.progress import Pace, Progress
 
 log = logging.getLogger("dtr_scale.tests")
-RECORD = {"loss": 0.12347, "samples_per_second": 987.68, "data_wait_fraction": 0.031}
-FIGURES = r"loss 0\.1235  987\.7 samples/s  data wait 3%  eta \d+:\d\d:\d\d  mem \d+\.\d GB"
+RECORD = {
+    "loss": 19.6,  # one sample at t = 0
+    "loss_mean": 0.12347,
+    "mse_mean": 0.1201,
+    "vb_mean": 0.00337,
+    "data_wait_fraction": 0.031,
+    "memory_gb": 1.26,
+}
 
 
 @contextmanager
-def terminal():
+def terminal(columns):
     """Make stderr a terminal; yield the file descriptor of its screen, which is to be closed."""
     screen, device = pty.openpty()
-    termios.tcsetwinsize(device, (24, 160))
+    termios.tcsetwinsize(device, (24, columns) if columns else (0, 0))
     stderr = os.fdopen(device, "w", buffering=1)
     with redirect_stderr(stderr):
         yield screen
@@ -27,43 +36,75 @@ def terminal():
         stderr.close()
 
 
-def test_a_log_file_gets_a_line_per_logged_step(capsys):
+def progress_from(step, max_steps):
+    return Progress(step=step, max_steps=max_steps, batch_size=256)
+
+
+def test_a_log_file_gets_a_line_of_means_per_logged_step(capsys):
     setup_logging(0)
-    progress = Progress(step=10, max_steps=40)
-    progress.show(RECORD | {"step": 20})
-    progress.show(RECORD | {"step": 40})
+    progress = progress_from(10, 40)
+    for step in range(11, 21):
+        progress.count(step, 0.26)
+    progress.show(RECORD)
+    for step in range(21, 41):
+        progress.count(step, 0.26)
+    progress.show(RECORD)
     progress.close()
     first, last = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(rf"\d\d:\d\d:\d\d step 20/40  {FIGURES}", first)
-    assert re.fullmatch(rf"\d\d:\d\d:\d\d step 40/40  {FIGURES}", last)
-    assert "eta 0:00:00" in last
+    assert re.sub(r"^\d\d:\d\d:\d\d ", "", first) == (
+        "step 20/40  loss 0.1235  mse 0.1201  vb 0.0034  984.6 samples/s  260 ms/step  "
+        "data wait 3%  eta 0:00:05  mem 1.3 GB"
+    )
+    assert re.match(r"\d\d:\d\d:\d\d step 40/40  loss .* eta 0:00:00 ", last)
 
 
-def test_the_time_left_is_that_of_this_jobs_steps(monkeypatch):
-    progress = Progress(step=1000, max_steps=1300)
-    now = progress._start
-    monkeypatch.setattr("time.monotonic", lambda: now + 100)
-    assert str(progress._time_left(1100)) == "0:03:20"
+def test_the_pace_is_that_of_the_last_minute_without_the_first_step():
+    pace = Pace()
+    assert pace.seconds_per_step is None
+    pace.add(85.0)  # it compiles
+    assert pace.seconds_per_step == 85
+    for _ in range(10):
+        pace.add(2.0)
+    assert pace.seconds_per_step == 2
+    for _ in range(59):
+        pace.add(1.0)
+    assert pace.seconds_per_step == pytest.approx(61 / 60)
+    pace.add(300.0)  # a step may be longer than the minute
+    assert pace.seconds_per_step == 300
 
 
-def test_a_terminal_gets_a_bar():
-    with terminal() as screen:
-        progress = Progress(step=10, max_steps=40)
-        progress.show(RECORD | {"step": 20})
+@pytest.mark.parametrize("columns", [80, 120, None])
+def test_a_terminals_bar_moves_at_every_step_and_fits(columns):
+    """None: a terminal that does not tell its size."""
+    shown = ""
+    with terminal(columns) as screen:
+        progress = progress_from(399_000, 400_000)
+        bar: Any = progress._bar
+        for step in range(399_001, 399_004):
+            bar.last_print_t = 0  # or it would wait a tenth of a second
+            progress.count(step, 200.0)
+        progress.show(RECORD)
+        bar.last_print_t = 0
+        progress.count(399_004, 200.0)
         progress.close()
-        shown = ""
         while "\n" not in shown:  # the bar stays on one line to its end
             shown += os.read(screen, 100_000).decode()
         os.close(screen)
-    assert " 25%|" in shown
-    assert re.search(rf"\| 20/40, {FIGURES}", shown)
+    lines = [re.sub(r"\x1b\[A", "", line).strip() for line in re.split(r"[\r\n]+", shown)]
+    assert max(map(len, lines)) <= (columns or 80) - 1
+    for step in range(399_000, 399_005):
+        assert any(f"| {step}/400000" in line for line in lines)
+    assert re.search(r"^99\.8%\|.*\| 399003/400000, 1\.3 samples/s  .*eta 2d 7h$", lines[4])
+    told = r"loss 0\.1235  1\.3 samples/s" + (r"  200\.00 s/step" if columns == 120 else "")
+    assert re.search(rf"^99\.8%\|.{{4,}}\| 399004/400000, {told}  eta 2d 7h$", lines[-2])
 
 
 def test_a_terminal_that_is_gone_does_not_stop_the_run():
-    with terminal() as screen:
+    with terminal(160) as screen:
         setup_logging(0)
-        progress = Progress(step=0, max_steps=40)
+        progress = progress_from(0, 40)
         os.close(screen)
         log.info("leaving on request (SIGHUP)")
-        progress.show(RECORD | {"step": 20})
+        progress.count(1, 0.1)
+        progress.show(RECORD)
         progress.close()

@@ -8,7 +8,7 @@ import numpy as np
 
 from dtr_scale.evaluation.comparison.curves import Curve, journal_curves
 from dtr_scale.evaluation.comparison.plots import Chart
-from dtr_scale.evaluation.comparison.record import AXES, Evaluation, RunRecord, letters
+from dtr_scale.evaluation.comparison.record import AXES, LOSS, Evaluation, RunRecord, letters
 from dtr_scale.evaluation.comparison.results import (
     HELD_OUT_LOSS,
     curve_metrics,
@@ -46,7 +46,7 @@ class Panels(NamedTuple):
         return self.sets[0].caution
 
 
-_LOSSES = {"loss": Chart("Training loss", [], unit="mse + vb", late=True, spread=True)}
+_LOSSES = {LOSS: Chart("Training loss", [], unit="mse + vb", late=True, spread=True)}
 _HELD_OUT = Chart("Held-out loss", [], unit="mse + vb", late=True, points=True)
 _SPEEDS = {
     "samples_per_second": Chart("Throughput", [], unit="samples/s"),

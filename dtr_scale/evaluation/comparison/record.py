@@ -14,6 +14,8 @@ AXES = {
 }
 """What a curve can be drawn against, and how it is named."""
 
+LOSS = "loss_mean"
+
 UNKNOWN = "manifest unknown"
 """The one key of a manifest where only numbers are known; its value tells the run, so that it is
 equal to that of no other run."""
@@ -62,13 +64,25 @@ class RunRecord:
         return int(self.settings.get("train.max_steps") or self.step)
 
     def column(self, key: str) -> np.ndarray | None:
-        """Return a figure of the journal, or one of AXES; None if there is none."""
+        """Return a figure of the journal, or one of AXES; None if there is none.
+
+        LOSS is a step's own loss where a record tells no mean of the steps before.
+        """
+        if key == LOSS:
+            return self._losses
         return self._axes.get(key, self.journal.get(key))
 
     def at(self, axis: str, steps: np.ndarray) -> np.ndarray | None:
         """Return where steps lie on one of AXES; None if that axis is not known."""
         column = self.column(axis)
         return None if column is None else np.interp(steps, self.journal["step"], column)
+
+    @cached_property
+    def _losses(self) -> np.ndarray | None:
+        means, own = self.journal.get(LOSS), self.journal.get("loss")
+        if means is None or own is None:
+            return own if means is None else means
+        return np.where(np.isfinite(means), means, own)
 
     @cached_property
     def _axes(self) -> Columns:

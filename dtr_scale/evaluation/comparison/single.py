@@ -10,7 +10,7 @@ from dtr_scale.evaluation.comparison.charts import (
 )
 from dtr_scale.evaluation.comparison.curves import Curve, journal_curves
 from dtr_scale.evaluation.comparison.plots import Chart
-from dtr_scale.evaluation.comparison.record import RunRecord
+from dtr_scale.evaluation.comparison.record import LOSS, RunRecord
 from dtr_scale.evaluation.comparison.results import HELD_OUT_LOSS
 
 _SPEED = Chart("Throughput", [], unit="samples/s")
@@ -22,7 +22,7 @@ def run_charts(run: RunRecord) -> dict[str, Chart]:
     """Return the charts of what a run has recorded, by name; those of nothing are left out."""
     metrics = {each.name: each.charts[0]._replace(names=[""]) for each in metric_charts([run])}
     held_out = metrics.pop(HELD_OUT_LOSS, None)
-    losses = {"train": _curve(run, "loss"), "held out": held_out and held_out.curves[0]}
+    losses = {"train": _curve(run, LOSS), "held out": held_out and held_out.curves[0]}
     charts = {
         "loss": _named(losses, Chart("Loss", [], unit="mse + vb", late=True)),
         "clusters": _named(_by_cluster(run, CLUSTER_LOSS), Chart("Loss by cluster", [], log=True)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dtr_scale.evaluation.comparison.curves import last_common_step, mean_before
-from dtr_scale.evaluation.comparison.record import Evaluation, RunRecord, letters
+from dtr_scale.evaluation.comparison.record import LOSS, Evaluation, RunRecord, letters
 from dtr_scale.evaluation.comparison.results import (
     Block,
     manifest_differences,
@@ -134,7 +134,7 @@ def _results_table(block: Block, num_runs: int, manifest: str) -> Table:
 
 def _loss_table(runs: Sequence[RunRecord], cautions: Sequence[str]) -> Table:
     step = last_common_step(runs)
-    values = [mean_before(run, "loss", step) for run in runs]
+    values = [mean_before(run, LOSS, step) for run in runs]
     rows = [[f"loss at step {step:,}", *with_changes(values, told=not cautions)]]
     note = "Loss: the mean of mse + vb over the records before that step (2.5% of them)."
     caution = not_comparable("the runs", cautions) if cautions else ""

@@ -40,6 +40,19 @@ def test_a_running_mean_is_that_of_the_values_around():
     assert np.allclose(running_mean(y, 1), y)
 
 
+def test_the_loss_of_a_record_is_the_mean_of_its_steps_where_that_is_told():
+    records = [
+        {"step": 1, "loss": 1.0},  # written before there were means
+        {"step": 2, "eval_loss": 0.5},
+        {"step": 3, "loss": 19.6, "loss_mean": 2.0},
+    ]
+    run = record(records)
+    np.testing.assert_equal(run.column("loss_mean"), [1.0, np.nan, 2.0])
+    assert mean_before(run, "loss_mean", 3) == 2.0
+    np.testing.assert_equal(record(records[:2]).column("loss_mean"), [1.0, np.nan])
+    assert record([{"step": 1}]).column("loss_mean") is None
+
+
 def test_gpu_hours_are_time_by_throughput_times_ranks():
     records = [
         {"step": 1, "samples_seen": 3600, "samples_per_second": 1.0},
