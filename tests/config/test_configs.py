@@ -19,7 +19,7 @@ FLAGSHIP = CONFIGS / "dit_l_dtr_antuw.json"
 # Settings that no table has: what they change of the flagship, besides name and description.
 DIFFERENCES = {
     "dit_xl_dtr_antuw": {
-        "model.variant": "DiT-XL/2", "expected": {},
+        "model.variant": "DiT-XL/2", "train.micro_batch_size": 32, "expected": {},
         "expected.fid_50k": None, "expected.a100_hours": None,
     },
     "dit_l_dtr_antuw_fsdp2": {

@@ -380,7 +380,7 @@ def test_flatten_joins_keys_with_dots():
 
 
 @pytest.mark.parametrize(
-    ("world_size", "micro"), [(1, 32), (4, 32), (8, 32), (16, 16), (64, 4), (256, 1)]
+    ("world_size", "micro"), [(1, 64), (4, 64), (8, 32), (16, 16), (64, 4), (256, 1)]
 )
 def test_micro_batches_are_at_most_the_share_of_a_rank(world_size, micro):
     assert load_experiment(FLAGSHIP).micro_batch_size(world_size) == micro
