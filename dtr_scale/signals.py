@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,8 @@ class LeaveRequest:
     """
 
     def __init__(self, *, at_once: Callable[[], None] = lambda: None) -> None:
+        self.launched = datetime.now(UTC)
+        """When its job was started: what makes one does so before all that takes time."""
         self._at_once = at_once
         self._started_at = time.monotonic()
         self._max_minutes = float("inf")

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from functools import partial
 
 from dtr_scale.config.load import resolved
@@ -23,12 +24,18 @@ from dtr_scale.jobs.tracking import build_system_metrics, build_tracker, check_t
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_attempt
-from dtr_scale.tracking.journal import Journal, Record
+from dtr_scale.tracking.journal import Journal, Record, last_step
 from dtr_scale.train.clock import GpuHours
 from dtr_scale.train.evaluate import Result
 from dtr_scale.train.health import memory_gb
 from dtr_scale.train.progress import Progress
-from dtr_scale.train.run_dir import RunDirectory, write_failure, write_saved_step, write_status
+from dtr_scale.train.run_dir import (
+    RunDirectory,
+    goodput_of,
+    write_failure,
+    write_saved_step,
+    write_status,
+)
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -71,7 +78,8 @@ def train_experiment(
         # Before a run begins, or an earlier one is set aside: it may be refused.
         evaluate = build_evaluation(experiment, trainer, run_dir, lambda: leave.reason)
         resume_or_start(trainer, experiment, world, run_dir)
-        records = stack.enter_context(_records(trainer, experiment, world, run_dir, cost))
+        told = (trainer, experiment, world, run_dir, cost, leave.launched)
+        records = stack.enter_context(_records(*told))
         # Before the first step: its compilation takes minutes, which a lost node may not have.
         reason = next(filter(None, world.all_gather_object(leave.reason)), None)
         # From here on a time limit counts: each start takes the run a step further.
@@ -118,6 +126,7 @@ class _MainRecords(_Records):
         run_dir: RunDirectory,
         cost: LayerCost | None,
         hosts: list[str],
+        launched: datetime,
     ) -> None:
         self._trainer = trainer
         self._path = run_dir.path
@@ -125,11 +134,17 @@ class _MainRecords(_Records):
         write_status(run_dir.path, "running", step=trainer.step)
         if run_dir.journal.exists():
             # Before the journal is opened, which is the last that the job before has written.
-            last_sign = run_dir.journal.stat().st_mtime
-            close_open_attempt(run_dir.path, run_dir.status_before, last_sign)
+            close_open_attempt(
+                run_dir.path,
+                run_dir.status_before,
+                run_dir.journal.stat().st_mtime,
+                last_step=last_step(run_dir.journal),
+                # What this job goes on from is what counts of the one before.
+                measure=partial(goodput_of, run_dir.path, trainer.step),
+            )
         self._journal = Journal(run_dir.journal, step=trainer.step)
         facts = attempt_facts(world.world_size, hosts, world.device.type)
-        self._attempt = begin_attempt(run_dir.path, step=trainer.step, **facts)
+        self._attempt = begin_attempt(run_dir.path, step=trainer.step, launched=launched, **facts)
         self._gpu_hours = GpuHours(run_dir.journal, trainer.state.samples_seen, world.world_size)
         self._tracker, self.training = build_tracker(experiment, world, run_dir, trainer, cost)
         # A journal never ends before its checkpoint, and status.json knows of every checkpoint: a
@@ -190,8 +205,17 @@ class _MainRecords(_Records):
         self._progress.close()
         with contextlib.suppress(OSError):  # told already, when its records were kept in memory
             self._journal.close()
-        step = self._trainer.step
-        end_attempt(self._path, self._attempt, outcome=outcome, reason=reason, step=step)
+        step, now = self._trainer.step, datetime.now(UTC)
+        goodput = goodput_of(self._path, self._trainer.saved_step, now, outcome, step)
+        end_attempt(
+            self._path,
+            self._attempt,
+            outcome=outcome,
+            reason=reason,
+            step=step,
+            time=now,
+            goodput=goodput,
+        )
         self._tracker.finish()
 
     def _note_saved(self, step: int) -> None:
@@ -206,13 +230,14 @@ def _records(
     world: World,
     run_dir: RunDirectory | None,
     cost: LayerCost | None,
+    launched: datetime,
 ) -> Iterator[_Records]:
     """Open rank 0's records, with one verdict for all ranks; close them if the run fails."""
     records = _Records()
     hosts = world.all_gather_object(socket.gethostname())
     with world.agree():
         if run_dir:
-            records = _MainRecords(trainer, experiment, world, run_dir, cost, hosts)
+            records = _MainRecords(trainer, experiment, world, run_dir, cost, hosts, launched)
     # On every rank, for its node: each finds the MLflow run by the training's id.
     build_system_metrics(experiment, world, world.broadcast_object(records.training))
     try:

@@ -3,11 +3,12 @@
 An attempt is one job of a run, from its start to its end or its death.
 """
 
+import contextlib
 import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,16 +31,33 @@ class Attempt:
     """The step that it went on from."""
     facts: Mapping[str, Any]
     """Where and how it ran: hosts, world_size, commit."""
+    launched: datetime | None = None
+    """When its command was started: from there to `start` it imports, connects and loads."""
     end: datetime | None = None
     outcome: str = ""
     reason: str = ""
     end_step: int | None = None
+    goodput: float | None = None
+    """Share of its wall time that was spent on steps that count, see `goodput.py`."""
+    run_goodput: float | None = None
+    """The same of the run, from its first attempt to the end of this one."""
+
+    @property
+    def begin(self) -> datetime:
+        return min(self.launched or self.start, self.start)
 
 
-def begin_attempt(run_dir: Path, *, step: int, **facts: Any) -> str:  # noqa: ANN401
+def begin_attempt(
+    run_dir: Path,
+    *,
+    step: int,
+    launched: datetime | None = None,
+    **facts: Any,  # noqa: ANN401
+) -> str:
     """Write that a job begins at a step; return the attempt's id."""
     attempt = secrets.token_hex(8)
-    _append(run_dir, {"attempt": attempt, "start": _now(), "step": step, "facts": facts})
+    times = {"start": _now()} | ({"launched": _text(launched)} if launched else {})
+    _append(run_dir, {"attempt": attempt, **times, "step": step, "facts": facts})
     return attempt
 
 
@@ -50,28 +68,48 @@ def end_attempt(
     outcome: str,
     step: int | None,
     reason: str = "",
-    time: str | None = None,
+    time: datetime | None = None,
+    goodput: tuple[float, float] | None = None,
 ) -> None:
-    """Write how an attempt has ended."""
-    told = {"outcome": outcome, "reason": reason, "step": step}
-    _append(run_dir, {"attempt": attempt, "end": time or _now(), **told})
+    """Write how an attempt has ended; `goodput` is its own, and the run's until then."""
+    told: dict[str, Any] = {"outcome": outcome, "reason": reason, "step": step}
+    if goodput:
+        told |= {"goodput": goodput[0], "run_goodput": goodput[1]}
+    _append(run_dir, {"attempt": attempt, "end": _text(time) if time else _now(), **told})
 
 
-def close_open_attempt(run_dir: Path, status: Mapping[str, Any], last_sign: float) -> None:
+def close_open_attempt(
+    run_dir: Path,
+    status: Mapping[str, Any],
+    last_sign: float,
+    *,
+    last_step: int = 0,
+    measure: Callable[[datetime, str, int], tuple[float, float] | None] = lambda *told: None,
+) -> None:
     """Write how the attempt before has ended, if it could not.
 
     By what its status.json told, else it was killed at its last sign of life, seconds since 1970.
+    `last_step` is that of its journal, which goes further than a status written with a checkpoint.
+    `measure` is given end, outcome and step, and returns its goodput and the run's.
     """
     for attempt in read_attempts(run_dir)[-1:]:
         if attempt.end is not None:
             continue
-        outcome, time = status.get("outcome"), status.get("time")
-        if outcome in ("failed", "preempted", "finished") and isinstance(time, str):
-            told = {"outcome": outcome, "reason": str(status.get("reason", "")), "time": time}
-        else:
-            sign = datetime.fromtimestamp(last_sign, UTC).isoformat(timespec="milliseconds")
-            told = {"outcome": KILLED, "reason": "it ended without a word", "time": sign}
-        end_attempt(run_dir, attempt.id, step=status.get("step"), **told)
+        outcome, reason, time = untold_end(status, last_sign)
+        step = max(last_step, status.get("step") or 0, attempt.step)
+        goodput = measure(time, outcome, step)
+        told = {"outcome": outcome, "reason": reason, "time": time, "goodput": goodput}
+        end_attempt(run_dir, attempt.id, step=step, **told)
+
+
+def untold_end(status: Mapping[str, Any], last_sign: float) -> tuple[str, str, datetime]:
+    """Return outcome, reason and time of an attempt that could not write its end."""
+    outcome = status.get("outcome")
+    if outcome in ("failed", "preempted", "finished"):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            time = datetime.fromisoformat(status["time"])
+            return outcome, str(status.get("reason", "")), time
+    return KILLED, "it ended without a word", datetime.fromtimestamp(last_sign, UTC)
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
@@ -82,7 +120,9 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
             name = line["attempt"]
             if "start" in line:
                 start = datetime.fromisoformat(line["start"])
-                attempts[name] = Attempt(name, start, int(line["step"]), line["facts"])
+                launched = datetime.fromisoformat(line.get("launched", line["start"]))
+                step, facts = int(line["step"]), line["facts"]
+                attempts[name] = Attempt(name, start, step, facts, launched)
             elif name in attempts:
                 attempts[name] = replace(
                     attempts[name],
@@ -90,6 +130,8 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
                     outcome=line["outcome"],
                     reason=line["reason"],
                     end_step=line["step"],
+                    goodput=line.get("goodput"),
+                    run_goodput=line.get("run_goodput"),
                 )
         except (KeyError, TypeError, ValueError):
             continue
@@ -136,4 +178,8 @@ def _append(run_dir: Path, entry: dict[str, Any]) -> None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+    return _text(datetime.now(UTC))
+
+
+def _text(time: datetime) -> str:
+    return time.isoformat(timespec="milliseconds")

@@ -35,6 +35,8 @@ _METRICS = {
 _NUMBERED_METRICS = {"loss_cluster_": "clusters/loss_", "uw_log_var_": "uw/log_var_"}
 _SHORT_EVALUATIONS = {"inception_score": "is", "inception_score_std": "is_std"}
 EVALUATED, SYSTEM = "eval/", "system/"
+GOODPUT = "perf/goodput"
+"""Not of the journal: a point at the end of each attempt."""
 
 _MOST_CHARACTERS = 250  # MLflow's own limit
 

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dtr_scale.tracking.journal import Record, read_journal, read_new_records
 from dtr_scale.tracking.mlflow import DataSet, Point, Server
 from dtr_scale.tracking.names import (
     EVALUATED,
+    GOODPUT,
     LOSS,
     SYSTEM,
     evaluation_name,
@@ -132,7 +134,7 @@ class RunMirror:
         self._last_sign_ms = max((point.time_ms for point in history), default=None)
         self._sent_bytes = 0
         self._last_step = 0
-        self._evaluated: dict[str, list[Point]] = {}
+        self._found: dict[str, list[Point]] = {}
         self._images: set[tuple[str, int, int]] | None = None
         self._files: dict[Path, float] = {}
         self._attempts: list[Attempt] | None = None
@@ -254,6 +256,9 @@ class RunMirror:
         elsewhere = [run for name, run in sent.items() if name not in local]
         for number, attempt in enumerate(attempts, len(elsewhere) + 1):
             self._send_attempt(attempt, number, sent.get(attempt.id))
+            if attempt.end and attempt.run_goodput is not None:
+                named = {GOODPUT: attempt.run_goodput}
+                self._send_points(named, attempt.end_step or attempt.step, attempt.end)
         last = attempts[-1]
         for run in elsewhere:
             self._put_below(run)
@@ -287,6 +292,8 @@ class RunMirror:
         if attempt.end:
             told = {"outcome": attempt.outcome, "reason": attempt.reason or attempt.outcome}
             server.log_tags(run_id, told | {"to_step": str(attempt.end_step)})
+            if attempt.goodput is not None:
+                server.log_metrics(run_id, [({GOODPUT: attempt.goodput}, attempt.end_step or 0)])
             status = _STATUS.get(attempt.outcome, "FAILED")
             server.terminate(run_id, status, int(attempt.end.timestamp() * 1000))
 
@@ -295,25 +302,33 @@ class RunMirror:
             self._server.log_tags(run.info.run_id, {PARENT: self._run_id})
 
     def _send_evaluation(self, evaluation: Evaluation) -> None:
+        named = {
+            evaluation_name(k, evaluation.num_samples): v for k, v in evaluation.metrics.items()
+        }
+        dataset = DataSet(*evaluation.reference) if evaluation.reference else None
+        model = self._models.at(evaluation.step)
+        self._send_points(valid_names(named), evaluation.step, evaluation.time, model, dataset)
+
+    def _send_points(
+        self,
+        named: Mapping[str, float],
+        step: int,
+        time: datetime,
+        model_id: str | None = None,
+        dataset: DataSet | None = None,
+    ) -> None:
         """Send the numbers that the run does not have: of one step a value stands there once."""
-        step, time_ms = evaluation.step, int(evaluation.time.timestamp() * 1000)
-        named = valid_names(
-            {evaluation_name(k, evaluation.num_samples): v for k, v in evaluation.metrics.items()}
-        )
         points = []
         for name, value in named.items():
-            if name not in self._evaluated:
-                self._evaluated[name] = self._server.history(self._run_id, name)
-            known = self._evaluated[name]
+            if name not in self._found:
+                self._found[name] = self._server.history(self._run_id, name)
+            known = self._found[name]
             if not any(point.step == step and _same(point.value, value) for point in known):
-                points.append((name, Point(step, value, time_ms)))
-        if not points:
-            return
-        dataset = DataSet(*evaluation.reference) if evaluation.reference else None
-        model = self._models.at(step)
-        self._server.log_points(self._run_id, points, model_id=model, dataset=dataset)
+                points.append((name, Point(step, value, int(time.timestamp() * 1000))))
+        if points:
+            self._server.log_points(self._run_id, points, model_id=model_id, dataset=dataset)
         for name, point in points:
-            self._evaluated[name].append(point)
+            self._found[name].append(point)
 
     def _send_file(self, path: Path, folder: str | None = None) -> None:
         try:

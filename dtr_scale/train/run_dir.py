@@ -16,6 +16,7 @@ from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.attempts import ATTEMPTS
 from dtr_scale.tracking.description import DESCRIPTION
+from dtr_scale.tracking.goodput import Ending, read_goodput
 from dtr_scale.tracking.journal import last_step
 from dtr_scale.tracking.run_file import RUN_FILE
 
@@ -162,7 +163,23 @@ def write_status(
     if saved_step is None:
         saved_step = _saved_step(run_path)
     content = {"outcome": outcome, "reason": reason, "step": step, "saved_step": saved_step}
-    _write_json(run_path, STATUS, content | {"time": _now()})
+    now = datetime.now(UTC)
+    if outcome != "running":
+        goodput = goodput_of(run_path, saved_step, now, outcome, step)
+        content |= {"attempt_goodput": goodput[0], "goodput": goodput[1]} if goodput else {}
+    _write_json(run_path, STATUS, content | {"time": now.isoformat(timespec="seconds")})
+
+
+def goodput_of(
+    run_path: Path, saved_step: int | None, end: datetime, outcome: str, step: int
+) -> tuple[float, float] | None:
+    """Return the goodput of a run's last attempt, and of the run; None where nothing tells it.
+
+    An attempt that goes on is taken to end so. Of one that does not tell a clean end, the steps up
+    to `saved_step` count.
+    """
+    journal = run_path / JOURNAL
+    return read_goodput(run_path, journal, Ending(end, outcome, step), saved_step)
 
 
 def _saved_step(run_path: Path) -> int | None:

@@ -67,9 +67,10 @@ class Job:
         Image.new("L", (16, 16), step).save(self.run_dir / f"samples/step_{step:08d}.png")
         self.tracker.look()
 
-    def finish(self, outcome="finished"):
+    def finish(self, outcome="finished", goodput=None):
         self.journal.close()
-        end_attempt(self.run_dir, self.attempt, outcome=outcome, step=self.step, reason="asked")
+        told = {"outcome": outcome, "step": self.step, "reason": "asked", "goodput": goodput}
+        end_attempt(self.run_dir, self.attempt, **told)
         self.tracker.finish()
 
 

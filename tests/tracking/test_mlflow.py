@@ -11,6 +11,7 @@ from dtr_scale.config.load import load_experiment
 from dtr_scale.jobs import description
 from dtr_scale.tracking import mlflow
 from dtr_scale.tracking import run as run_module
+from dtr_scale.tracking.names import GOODPUT
 from dtr_scale.tracking.uri import artifact_home, tracking_uri
 from tests.support.mlflow_jobs import (
     DISTANCE,
@@ -96,7 +97,7 @@ def test_every_job_of_a_run_directory_goes_on_with_one_run(server, tmp_path):
         wait_for((tmp_path / "mlflow.json").exists)
         wait_for(lambda: run_of(tmp_path, server.uri)[1].info.status == "RUNNING")
         job.log(range(step + 1, 10 * number + 11))
-        job.finish(outcome)
+        job.finish(outcome, goodput=(0.5 + number / 10, 0.25 + number / 10))
         _, run = run_of(tmp_path, server.uri)
         assert run.info.status == status
         assert (run.data.tags["host"], run.data.params["added"]) == (outcome, "0")
@@ -125,6 +126,10 @@ def test_every_job_of_a_run_directory_goes_on_with_one_run(server, tmp_path):
     assert attempts[0].data.tags["reason"] == "asked"
     assert attempts[3].data.tags["reason"] == "it ended without a word"
     assert all((a.info.end_time or 0) >= a.info.start_time for a in attempts)
+    # Each job looks at all attempts anew, and sends what the run does not have.
+    run_goodput = [(10, 0.25), (20, 0.35), (30, 0.45)]
+    assert points_of(tmp_path, server.uri, GOODPUT) == run_goodput
+    assert [a.data.metrics.get(GOODPUT) for a in attempts[:3]] == [0.5, 0.6, 0.7]
 
 
 def test_another_host_finds_the_run_by_what_is_kept_with_the_checkpoints(server, tmp_path):
