@@ -125,7 +125,9 @@ def unknown_argument(parser: Parser, argument: str, accepted: list[str]) -> Conf
     by_part = {option.lstrip("-").rpartition(".")[2]: option for option in known}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     near += [by_part[p] for p in difflib.get_close_matches(name.lstrip("-"), by_part, 1, 0.75)]
-    near += [option for option in known if option.startswith(f"{name}-")]
+    # `--nmu` is meant for the beginning of `--num-samples`.
+    by_start = {option[: len(name)]: option for option in reversed(known)}
+    near += [by_start[s] for s in difflib.get_close_matches(name, by_start, 1, 0.75)]
     meant = f"; did you mean {near[0]}?" if near and name.startswith("-") else ""
     return ConfigError(f"unknown argument {name!r}{meant}; see {parser.prog} -h")
 

@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+import dtr_scale
 from dtr_scale.cli.arguments import Commands, Parser, unknown_argument
 from dtr_scale.cli.bench import add_bench
 from dtr_scale.cli.checkpoints import add_checkpoints
+from dtr_scale.cli.completion import SHELLS, PrintCompletion
 from dtr_scale.cli.experiments import add_experiments
 from dtr_scale.cli.prepare import add_data, add_prepare
 from dtr_scale.cli.reproduce import add_reproduce
@@ -54,6 +56,13 @@ def _parser() -> Parser:
         prog="dtr-scale",
         usage="dtr-scale COMMAND ...",
         description="Train diffusion transformers with Denoising Task Routing.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {dtr_scale.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help='for a shell: eval "$(dtr-scale --print-completion bash)"',
     )
     commands = Commands(parser)
     add_prepare(commands)

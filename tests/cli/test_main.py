@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import dtr_scale
 from dtr_scale.cli.arguments import positive_integer
 from dtr_scale.cli.main import main
 from dtr_scale.data.manifest import read_manifest
@@ -85,6 +86,13 @@ def test_the_example_in_the_help_is_understood(command, capsys, tmp_path, monkey
         assert any(told in line for told in REFUSALS)
 
 
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dtr-scale {dtr_scale.__version__}\n"
+
+
 def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):
     line = refused(capsys, "sample", "run", "--colums", "3")
     assert line == "error: unknown argument '--colums'; see dtr-scale sample -h"
@@ -98,6 +106,7 @@ def test_of_a_trained_run_the_evaluation_alone_can_be_overridden(capsys):
     [
         (["sample", "run", "--nmu-samples", "3"], "--num-samples"),
         (["sample", "run", "--num", "3"], "--num-samples"),
+        (["sample", "run", "--nmu", "3"], "--num-samples"),
         (["sample", "run", "--sampler", "ddim"], "--evaluation.sampler"),
         (["evaluate", "run", "--evaluation.smapler=ddim"], "evaluation.sampler"),
         (["cka", "run", "--num-timestep=3"], "--num-timesteps"),

@@ -74,7 +74,10 @@ def test_overrides_reach_the_experiment():
         ("--train.lrr=3", "the command line: unknown key train.lrr; did you mean train.lr?"),
         ("--model.type=unet", 'the command line: model.type = "unet" is unknown; accepted are dit'),
         ("--model.routing.foo=1", "unknown key model.routing.foo; did you mean model.routing.type"),
-        ("--train.momenta=[0.9, 0.95]", "unknown key train.momenta; known are train.max_steps, train."),
+        (
+            "--train.momenta=[0.9, 0.95]",
+            "unknown key train.momenta; known are train.max_steps, train.",
+        ),
         ("--train.zero_stage=1", "unknown key train.zero_stage; did you mean engine.zero_stage?"),
         ("--train.max_steps=1.5", "train.max_steps = 1.5: should be a valid integer"),
         ("--train.seed=18446744073709551616", "train.seed = 18446744073709551616: should be less"),

@@ -116,7 +116,10 @@ def test_a_contradiction_names_both_sides(section, message):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"optimizer": {"type": "Lamb"}}, "is refused: every engine has the AdamW of the train section"),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            "is refused: every engine has the AdamW of the train section",
+        ),
         ({"scheduler": {}}, "scheduler = {} is refused: train.schedule sets the learning"),
         (
             {"zero_optimization": {"round_robin_gradients": True}},
