@@ -43,6 +43,8 @@ _STAND_INS = [
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "typing.Any",
+    # Pickles of Python 3.11.0 to 3.11.3 name an enum's member by it: DeepSpeed's stage of ZeRO.
+    "builtins.getattr",
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata", "UnionNode")),
     *("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig"),
