@@ -41,6 +41,17 @@ def launch_name() -> str:
     return "/".join(filter(None, names))
 
 
+def restarting_launcher() -> str | None:
+    """Return the name of a launcher that starts failed jobs again by itself, if one is here."""
+    variables = {
+        "TORCHELASTIC_RUN_ID": "torchrun",
+        "SLURM_JOB_ID": "SLURM",
+        "KUBERNETES_SERVICE_HOST": "Kubernetes",
+        "RANK": "the launcher",
+    }
+    return next((launcher for name, launcher in variables.items() if name in os.environ), None)
+
+
 def srun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return what another launcher would have set for this task of an `srun` with several.
 

@@ -8,12 +8,7 @@ user's (2). Neither is started again by `--max-restarts`, on any node. Options a
 are torchrun's.
 """
 
-import os
-import signal
 import sys
-from contextlib import suppress
-from pathlib import Path
-from threading import Thread
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -21,8 +16,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 from torch.distributed.run import main
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-START_AGAIN, MISTAKE = 75, 2
+from dtr_scale.jobs.supervise.signals import START_AGAIN, hand_signals_on
+
+MISTAKE = 2
 
 
 class Agent(LocalElasticAgent):
@@ -38,26 +34,8 @@ class Agent(LocalElasticAgent):
         return result
 
 
-def hand_on(signals: int) -> None:
-    """Give each signal that comes out of a pipe to the ranks."""
-    ranks = Path(f"/proc/self/task/{os.getpid()}/children")  # the main thread has no others
-    while number := os.read(signals, 1)[0]:
-        if number in SIGNALS:
-            for rank in ranks.read_text().split():
-                with suppress(ProcessLookupError):  # it has just ended
-                    os.kill(int(rank), number)
-            if not ranks.read_text():  # the nodes still look for each other: nothing to save
-                os._exit(START_AGAIN)
-
-
 if __name__ == "__main__":
-    signals, writer = os.pipe()
-    os.set_blocking(writer, False)
-    # Python's own handlers would wait with the main thread, which may be looking for other nodes.
-    signal.set_wakeup_fd(writer)
-    for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
-    Thread(target=hand_on, args=(signals,), daemon=True).start()
+    hand_signals_on()
     api.LocalElasticAgent = Agent  # pyright: ignore[reportPrivateImportUsage]
     try:
         # torchrun itself handles those that are named here.
