@@ -8,6 +8,7 @@ user's (2). Neither is started again by `--max-restarts`, on any node. Options a
 are torchrun's.
 """
 
+import logging
 import sys
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -36,12 +37,15 @@ class Agent(LocalElasticAgent):
 
 if __name__ == "__main__":
     hand_signals_on()
+    # It tells of each rank that ended what the table below tells again.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     api.LocalElasticAgent = Agent  # pyright: ignore[reportPrivateImportUsage]
     try:
         # torchrun itself handles those that are named here.
         main(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
-        print(error, file=sys.stderr)
         # The first rank that failed; a signal's number is negative, as in `subprocess`.
         code = error.get_first_failure()[1].exitcode
+        if code not in (START_AGAIN, MISTAKE):  # which the ranks have told in their own words
+            print(error, file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)

@@ -61,6 +61,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         if world.is_main and isinstance(samples, SampleReader):
             # On rank 0, so that a thousand ranks do not list the same folder.
             samples.check_sizes()
+            _tell_large_batch(experiment, sum(samples.shard_samples))
     diffusion = build_diffusion(experiment)
     loader = BatchLoader(
         build_assembler(experiment, samples),
@@ -355,6 +356,19 @@ def _tell_not_compiled(config: EngineConfig, world: World) -> None:
         log.warning(
             "engine.compile = 'auto': blocks are not compiled, which costs speed: a node lacks a C "
             "compiler or Python's headers; install gcc, g++ and python3-dev"
+        )
+
+
+def _tell_large_batch(experiment: Experiment, num_samples: int) -> None:
+    batch_size = experiment.train.global_batch_size
+    if batch_size > num_samples:
+        log.warning(
+            "train.global_batch_size = %d is more than the %d samples of %s: each step sees each "
+            "of them %.1f times; a smaller batch makes as good a step in less time",
+            batch_size,
+            num_samples,
+            experiment.data.shards,
+            batch_size / num_samples,
         )
 
 

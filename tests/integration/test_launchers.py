@@ -52,6 +52,21 @@ def ranks_of(launcher):
     return [int(pid) for pid, args in lines if "--local_rank=" in args]
 
 
+def test_a_mistake_is_all_that_is_told_under_our_torchrun(tmp_path):
+    """No table and no traceback of the launcher hides what the ranks say."""
+    (tmp_path / "typo.json").write_text('{"name": "x", "modl": 1}')
+    command = [sys.executable, "launch/torchrun.py", "--nproc_per_node", "2", "launch/train.py"]
+    told = subprocess.run(
+        [*command, "--config", str(tmp_path / "typo.json")],
+        cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
+    )  # fmt: skip
+    assert told.returncode == 2
+    assert [line.partition("typo.json: ")[2] for line in told.stdout.splitlines()] == [
+        "model is missing", "data is missing", "unknown key modl; did you mean model?",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_two_ranks_of_zero1_write_the_journal_of_one_process(digits, tmp_path, launch):
     """20 steps of the demo as it is, but for fp32, single against ZeRO-1: 1e-4 relative."""

@@ -8,6 +8,7 @@ import pytest
 
 from dtr_scale.checkpoint.inspection import find_checkpoint
 from dtr_scale.errors import CheckpointError, ConfigError, DataError, EvaluationError
+from dtr_scale.jobs.trained import write_whole
 from dtr_scale.storage.folder import open_folder
 from tests.support.runs import DEMO, ROOT, SINGLE, SMALL, copied, journal, status, tiny
 
@@ -162,6 +163,28 @@ def test_a_job_whose_directory_was_taken_over_ends_and_writes_nothing_more(digit
     assert f"run_dir = {str(tmp_path)!r} was taken over by pid 7 on node7" in told
     assert status(tmp_path) == before
     assert (tmp_path / "lock").read_text() == other
+
+
+def test_a_batch_of_more_than_all_samples_is_told(digits, tmp_path, caplog):
+    many = ("--train.global_batch_size=1504", "--train.micro_batch_size=32")
+    assert tiny(digits, tmp_path / "all", *many, "--train.max_steps=1") == 0
+    (told,) = [text for text in caplog.messages if "global_batch_size" in text]
+    assert "= 1504 is more than the 1500 samples of" in told and "each of them 1.0 times" in told
+    caplog.clear()
+    assert tiny(digits, tmp_path / "some", "--train.max_steps=1") == 0
+    assert not [text for text in caplog.messages if "global_batch_size" in text]
+
+
+def test_what_is_interrupted_while_it_writes_leaves_what_was_there(tmp_path):
+    def interrupted(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "old.png").write_bytes(b"old")
+    for name in ("old.png", "new.png"):
+        with pytest.raises(KeyboardInterrupt):
+            write_whole(tmp_path / name, interrupted)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 def test_one_process_cannot_be_many(digits, tmp_path, monkeypatch):
