@@ -157,8 +157,8 @@ def _add_plots(commands: Commands) -> None:
     parser = commands.add(
         "plots",
         "look at a run",
-        "draw a run's losses, clusters, log-variances, throughput, waiting for data and routing; a "
-        "PNG each and a sheet of all",
+        "draw a run's losses, speed and method over the timesteps: masks, clusters, loss weights; "
+        "a PNG each and a sheet of all",
         "dtr-scale plots runs/demo_digits",
     )
     add_run_dir(parser)

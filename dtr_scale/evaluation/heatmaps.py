@@ -20,11 +20,13 @@ def save_heatmaps(
     titles: Sequence[str],
     label: str,
     limits: tuple[float, float] = (0.0, 1.0),
+    boundaries: Sequence[int] = (),
 ) -> None:
     """Write matrices [B, S, S] between S rising timesteps as one PNG, a panel each.
 
     All panels share one scale of colours, from `limits`, named `label`; timesteps rise to the
-    right and upwards, as in the DTR paper's figure 6. Raises EvaluationError where matplotlib is
+    right and upwards, as in the DTR paper's figure 6. Lines are drawn at `boundaries`, the first
+    timesteps of clusters. Raises EvaluationError where matplotlib is
     not installed.
     """
     try:
@@ -46,6 +48,10 @@ def save_heatmaps(
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for ax, matrix, title in zip(axes, matrices, titles, strict=False):
         ax.pcolormesh(timesteps, timesteps, matrix, norm=scale)
+        for boundary in boundaries:
+            # Between two timesteps, whose cells are centred on them.
+            ax.axvline(boundary - 0.5, color="white", linewidth=0.8)
+            ax.axhline(boundary - 0.5, color="white", linewidth=0.8)
         ax.set_title(title, fontsize=9)
         ax.set_aspect("equal")
         ax.tick_params(labelsize=8)

@@ -94,9 +94,10 @@ def affinity_run(
             file,
             affinity[None],
             list(range(len(affinity))),
-            titles=["task affinity"],
+            titles=[f"task affinity, {num_clusters} clusters"],
             label="cosine of gradients",
             limits=(-1.0, 1.0),
+            boundaries=boundaries[1:-1].tolist(),
         ),
     )
     manifest = _manifest(run, samples, "train", len(x_start))

@@ -14,12 +14,13 @@ from dtr_scale.evaluation.heatmaps import save_heatmaps
 TIMESTEPS = [0, 250, 500, 750, 999]
 
 
-def draw(values, limits=(0.0, 1.0)):
+def draw(values, limits=(0.0, 1.0), **options):
     """Save a panel of one colour for each value; return the picture's pixels, uint8 [H, W, 3]."""
     matrices = np.stack([np.full((5, 5), value) for value in values])
     titles = [f"block {i}" for i in range(len(values))]
     file = io.BytesIO()
-    save_heatmaps(file, matrices, TIMESTEPS, titles=titles, label="linear CKA", limits=limits)
+    options |= {"titles": titles, "label": "linear CKA", "limits": limits}
+    save_heatmaps(file, matrices, TIMESTEPS, **options)
     with Image.open(file) as picture:
         assert picture.format == "PNG"
         return np.asarray(picture.convert("RGB"))
@@ -46,6 +47,13 @@ def test_every_block_has_a_panel(depth):
 def test_colours_follow_the_limits():
     pixels = draw([0.0], limits=(-1.0, 1.0))
     assert area(pixels, 0.5) > 200**2 > area(pixels, 0.0)
+
+
+def test_clusters_are_told_apart_by_lines():
+    plain, cut = draw([0.5]), draw([0.5], boundaries=[400, 700])
+    changed = (cut != plain).any(-1)
+    for lines in (changed.mean(0) > 0.5, changed.mean(1) > 0.5):
+        assert 2 <= lines.sum() <= 8, "two lines of a pixel or two"
 
 
 def test_a_missing_library_is_named(monkeypatch):

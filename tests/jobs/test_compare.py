@@ -223,10 +223,11 @@ def test_plots_draws_one_run_and_its_masks(copied, capsys):
     assert main(["plots", str(copied / "dtr")]) == 0
     paths = capsys.readouterr().out.splitlines()
     names = [path.rpartition("/")[2] for path in paths]
-    assert names[-1] == "sheet.png" and {"loss.png", "clusters.png", "routing.png"} <= {*names}
+    method = {"routing.png", "boundaries.png", "loss_weights.png"}
+    assert names[-1] == "sheet.png" and {"loss.png", "clusters.png", *method} <= {*names}
     with Image.open(paths[-1]) as sheet:
         assert sheet.width > 1000
     assert main(["plots", str(copied / "plain"), "--out", str(copied / "elsewhere")]) == 0
-    # Neither log-variances nor masks: it has none.
+    # Neither log-variances nor masks nor weights: it has none.
     names = {path.name for path in (copied / "elsewhere").iterdir()}
-    assert "loss.png" in names and not names & {"log_variances.png", "routing.png"}
+    assert "loss.png" in names and not names & {"log_variances.png", *method}

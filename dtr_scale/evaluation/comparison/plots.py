@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ class Chart(NamedTuple):
     title: str
     curves: Sequence[Curve]
     axis: str = "step"
-    """One of AXES."""
+    """One of AXES, or another name of what is drawn against."""
     unit: str = ""
     log: bool = False
     """Draw y by its logarithm, where all of it is above 0 and spans a decade."""
@@ -47,6 +48,8 @@ class Chart(NamedTuple):
     """Draw the standard deviation around smoothed curves."""
     names: Sequence[str] = ()
     """What stands at the curves' ends, by `Curve.run`; default: the runs' letters."""
+    bands: Sequence[float] = ()
+    """Rising boundaries [K + 1] along the axis: what lies between two is shaded and numbered."""
 
 
 class Mask(NamedTuple):
@@ -90,6 +93,7 @@ def draw(ax: "Axes", chart: Drawing) -> None:
         _draw_curve(ax, curve, chart)
     _set_limits(ax, chart)
     _style(ax, chart)
+    _draw_bands(ax, chart.bands)
     if chart.curves:
         _name_ends(ax, chart.curves, chart.names or letters(1 + max(c.run for c in chart.curves)))
 
@@ -173,7 +177,7 @@ def _style(ax: "Axes", chart: Chart) -> None:
 
     title = f"{chart.title}, {chart.unit}" if chart.unit else chart.title
     ax.set_title(title, fontsize=10, color=INK, loc="left")
-    ax.set_xlabel(AXES[chart.axis], fontsize=9, color=INK)
+    ax.set_xlabel(AXES.get(chart.axis, chart.axis), fontsize=9, color=INK)
     ax.tick_params(labelsize=8, colors=INK, which="both")
     ax.grid(color=RULE, linewidth=0.6)
     for name, spine in ax.spines.items():
@@ -184,6 +188,20 @@ def _style(ax: "Axes", chart: Chart) -> None:
     ax.locator_params(axis="x", nbins=5)
     # Room for the letters at the ends.
     ax.margins(x=0.02)
+
+
+def _draw_bands(ax: "Axes", boundaries: Sequence[float]) -> None:
+    if not boundaries:
+        return
+    # Room for the numbers above the curve, by the axis's own scale.
+    scale = ax.transScale + ax.transLimits
+    ax.set_ylim(top=scale.inverted().transform((1.0, 1.1))[1])
+    across = ax.get_xaxis_transform()  # x of the data, y of the frame
+    for number, (low, high) in enumerate(pairwise(boundaries)):
+        if number % 2:
+            ax.axvspan(low, high, color=RULE, alpha=0.5, linewidth=0, zorder=0)
+        middle = (low + high) / 2
+        ax.text(middle, 0.98, str(number), transform=across, ha="center", va="top", fontsize=7)
 
 
 def _name_ends(ax: "Axes", curves: Sequence[Curve], names: Sequence[str]) -> None:
