@@ -5,15 +5,19 @@ save that was cut off leaves was never published, and does not count; what was p
 not whole any more is a damaged checkpoint.
 """
 
-import re
 from typing import Any
 
-from dtr_scale.checkpoint.layout import COMPLETE, INDEX, build_index, complete_mark
+from dtr_scale.checkpoint.layout import (
+    COMPLETE,
+    INDEX,
+    build_index,
+    complete_mark,
+    published_steps,
+    step_name,
+)
 from dtr_scale.checkpoint.reader import CheckpointReader
 from dtr_scale.errors import CheckpointError, DamagedCheckpointError
 from dtr_scale.storage.folder import Folder
-
-_STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 class Catalog:
@@ -27,7 +31,7 @@ class Catalog:
 
     def at(self, step: int) -> Folder:
         """Return where the checkpoint of `step` is, or would be."""
-        return self.folder.child(_name(step))
+        return self.folder.child(step_name(step))
 
     def url(self, step: int) -> str:
         return self.at(step).url
@@ -38,12 +42,9 @@ class Catalog:
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, newest first; saves cut off do not count."""
         try:
-            names = self.folder.names()
+            return published_steps(self.folder)
         except OSError as error:
             raise CheckpointError(f"cannot list {self.folder.url}: {error}") from None
-        matches = [match for name in names if (match := _STEP_NAME.fullmatch(name))]
-        steps = sorted((int(match[1]) for match in matches), reverse=True)
-        return [step for step in steps if self.folder.is_published(_name(step), COMPLETE)]
 
     def is_complete(self, step: int) -> bool:
         """Tell whether mark, index and file sizes fit: cheap, and all but altered bytes shows."""
@@ -59,11 +60,11 @@ class Catalog:
             # What is staged on a disk is named `.step_*.tmp`.
             if "step_" in name and not self.folder.is_published(name, COMPLETE):
                 self.folder.remove(name)
-        self.folder.stage(_name(step))
+        self.folder.stage(step_name(step))
 
     def target(self, step: int) -> Folder:
         """Return the folder that ranks write the checkpoint of `step` to."""
-        return self.folder.staged(_name(step))
+        return self.folder.staged(step_name(step))
 
     def commit(self, step: int, entries: list[dict[str, Any]], meta: dict[str, Any]) -> None:
         """Make the checkpoint that ranks have written count."""
@@ -72,15 +73,15 @@ class Catalog:
         index = build_index(entries, meta)
         # COMPLETE last: a power cut before it leaves no checkpoint, never one without an index.
         target.write_bytes(INDEX, index)
-        self.folder.publish(_name(step), COMPLETE, complete_mark(index))
+        self.folder.publish(step_name(step), COMPLETE, complete_mark(index))
 
     def abandon(self, step: int) -> None:
         """Give back at once what a failed save has taken of a disk that may be full."""
-        self.folder.unstage(_name(step))
+        self.folder.unstage(step_name(step))
 
     def discard(self, step: int) -> None:
         """Remove a checkpoint."""
-        self.folder.discard(_name(step))
+        self.folder.discard(step_name(step))
 
     def _check_sizes(self, target: Folder, entries: list[dict[str, Any]]) -> None:
         """Refuse to commit what rank 0 does not see: folders of that name on several nodes."""
@@ -90,7 +91,3 @@ class Catalog:
                     f"{target.url}/{entry['file']}, written by another rank, is not what rank 0 "
                     "finds there; give a checkpoint.dir that all nodes share, or s3://"
                 )
-
-
-def _name(step: int) -> str:
-    return f"step_{step:08d}"

@@ -12,10 +12,13 @@ elements.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import xxhash
+
+from dtr_scale.storage.folder import Folder
 
 FORMAT = 1
 INDEX = "index.json"
@@ -25,10 +28,23 @@ COMPLETE = "COMPLETE"
 BLOCK_BYTES = 16 * 2**20
 ITEM_BYTES = 4  # fp32 throughout
 
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+
 
 def kind_of(key: str) -> str:
     """Return the kind of a tensor by its key: "ema" of "ema/blocks.0.attn.qkv.weight"."""
     return key.partition("/")[0]
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def published_steps(folder: Folder) -> list[int]:
+    """Return the steps that have a checkpoint, newest first; saves cut off do not count."""
+    matches = [match for name in folder.names() if (match := _STEP_NAME.fullmatch(name))]
+    steps = sorted((int(match[1]) for match in matches), reverse=True)
+    return [step for step in steps if folder.is_published(step_name(step), COMPLETE)]
 
 
 def rank_file(rank: int) -> str:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -219,13 +220,36 @@ class Lease:
         return json.dumps(content, indent=2).encode() + b"\n"
 
 
-def is_held(folder: Folder, name: str) -> bool:
-    """Tell whether a job holds a folder; also where it is on a host that cannot be seen."""
+@dataclass(frozen=True)
+class Holder:
+    """The job that holds a folder, as its lease tells."""
+
+    host: str
+    pid: int
+    run_dir: str
+    age_seconds: float
+    """Since the lease was renewed, by the clocks of two hosts."""
+    is_alive: bool | None
+    """None where its process cannot be seen from here."""
+
+
+def read_holder(folder: Folder, name: str) -> Holder | None:
+    """Return the job that holds a folder, None if none does or that cannot be read."""
     try:
         found = folder.read_json(name)
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "job" in found and _is_alive(found) is not False
+        if "job" not in found:
+            return None
+        age = (datetime.now(UTC) - datetime.fromisoformat(found["time"])).total_seconds()
+        told = (str(found["host"]), int(found["pid"]), str(found["run_dir"]), max(0.0, age))
+        return Holder(*told, _is_alive(found))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def is_held(folder: Folder, name: str) -> bool:
+    """Tell whether a job holds a folder; also where it is on a host that cannot be seen."""
+    holder = read_holder(folder, name)
+    return holder is not None and holder.is_alive is not False
 
 
 def _this_process() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dtr_scale.cli.experiments import add_experiments
 from dtr_scale.cli.prepare import add_data, add_prepare
 from dtr_scale.cli.reproduce import add_reproduce
 from dtr_scale.cli.runs import add_runs
+from dtr_scale.cli.status import add_status
 from dtr_scale.cli.supervise import add_supervise
 from dtr_scale.errors import DtrScaleError
 from dtr_scale.launchers import launched_rank, srun_variables
@@ -71,6 +72,7 @@ def _parser() -> Parser:
     add_experiments(commands)
     add_supervise(commands)
     add_bench(commands)
+    add_status(commands)
     add_runs(commands)
     add_reproduce(commands)
     add_checkpoints(commands)

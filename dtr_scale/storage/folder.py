@@ -99,6 +99,10 @@ class Folder(ABC):
         """Return the size of a file in bytes."""
 
     @abstractmethod
+    def modified(self, name: str) -> float:
+        """Return when a file was written, in seconds since 1970 by the storage's clock."""
+
+    @abstractmethod
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of every file directly in the folder; {} if there is none."""
 

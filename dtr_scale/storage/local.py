@@ -40,6 +40,9 @@ class LocalFolder(Folder):
     def size(self, name: str) -> int:
         return (self.local_path / name).stat().st_size
 
+    def modified(self, name: str) -> float:
+        return (self.local_path / name).stat().st_mtime
+
     def sizes(self) -> dict[str, int]:
         if not self.local_path.is_dir():
             return {}

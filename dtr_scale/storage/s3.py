@@ -65,6 +65,9 @@ class S3Folder(Folder):
     def size(self, name: str) -> int:
         return self._call("info", self._path(name))["size"]
 
+    def modified(self, name: str) -> float:
+        return self._call("modified", self._path(name)).timestamp()
+
     def sizes(self) -> dict[str, int]:
         try:
             found = self._call("ls", self.url, detail=True)

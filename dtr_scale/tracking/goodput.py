@@ -49,7 +49,7 @@ def wall_times(
     `records` are the journal's. Of an attempt without a successor that was killed or has failed,
     the steps up to `saved_step`, the newest checkpoint's, count.
     """
-    seconds_at = _clock(records, min((attempt.step for attempt in attempts), default=0))
+    seconds_at = step_clock(records, min((attempt.step for attempt in attempts), default=0))
     times: list[WallTime] = []
     before: datetime | None = None
     for number, attempt in enumerate(attempts):
@@ -112,19 +112,7 @@ def read_goodput(
     return round(times[-1].goodput, 4), round(whole_run(attempts, times).goodput, 4)
 
 
-def _kept_step(attempts: Sequence[Attempt], made: int, saved_step: int | None) -> int:
-    """Return up to which step the first of some attempts counts, `made` being its last."""
-    first, *later = attempts
-    if later:
-        kept = min(attempt.step for attempt in later)
-    elif first.outcome in ("killed", "failed"):
-        kept = saved_step or 0
-    else:
-        kept = made
-    return max(first.step, min(made, kept))
-
-
-def _clock(records: Iterable[Record], first_step: int) -> Callable[[int], float]:
+def step_clock(records: Iterable[Record], first_step: int) -> Callable[[int], float]:
     """Return what tells the seconds that all steps up to one have taken.
 
     A record tells the throughput of the steps since the one before it.
@@ -148,3 +136,15 @@ def _clock(records: Iterable[Record], first_step: int) -> Callable[[int], float]
         return float(np.interp(step, steps, seconds)) + per_step * max(0.0, step - steps[-1])
 
     return seconds_at
+
+
+def _kept_step(attempts: Sequence[Attempt], made: int, saved_step: int | None) -> int:
+    """Return up to which step the first of some attempts counts, `made` being its last."""
+    first, *later = attempts
+    if later:
+        kept = min(attempt.step for attempt in later)
+    elif first.outcome in ("killed", "failed"):
+        kept = saved_step or 0
+    else:
+        kept = made
+    return max(first.step, min(made, kept))

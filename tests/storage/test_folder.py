@@ -25,6 +25,7 @@ def test_a_folder_reads_what_was_written(folder, tmp_path):
     assert folder.exists("a.txt")
     assert folder.exists("deep")
     assert folder.size("a.txt") == 11
+    assert abs(folder.modified("a.txt") - time.time()) < 60
     assert folder.read_bytes("a.txt") == b"hello world"
     assert folder.read_bytes("a.txt", 6) == b"world"
     assert folder.read_bytes("a.txt", 2, 5) == b"llo"
