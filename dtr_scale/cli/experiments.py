@@ -1,7 +1,6 @@
-"""Parse the commands that run an experiment: train, health and plan."""
+"""Parse the commands that run an experiment: train and health."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from dtr_scale.cli.arguments import (
     runs,
 )
 from dtr_scale.cli.config import add_config_commands
+from dtr_scale.cli.plan import add_plan
 from dtr_scale.errors import ConfigError
 from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat, launched_heartbeat
 from dtr_scale.signals import LeaveRequest
@@ -21,7 +21,7 @@ from dtr_scale.signals import LeaveRequest
 def add_experiments(commands: Commands) -> None:
     """Add the commands to their groups."""
     add_config_commands(commands)
-    _add_plan(commands)
+    add_plan(commands)
     _add_train(commands)
     _add_health(commands)
 
@@ -54,19 +54,6 @@ def _add_health(commands: Commands) -> None:
     runs(parser, _health)
 
 
-def _add_plan(commands: Commands) -> None:
-    parser = commands.add(
-        "plan",
-        "train",
-        f"tell what an experiment will cost: parameters, GMACs, training FLOPs; {OVERRIDES}",
-        "dtr-scale plan --config configs/dit_l_dtr_antuw.json --model.variant=DiT-XL/2",
-    )
-    add_config(parser)
-    parser.add_argument("--per-layer", action="store_true", help="every module of the network")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    runs(parser, _plan, overrides=True)
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     heartbeat = launched_heartbeat()
     leave = LeaveRequest(at_once=heartbeat.remove)
@@ -88,17 +75,3 @@ def _health(arguments: argparse.Namespace) -> int:
     is_well, told = check_heartbeat(Path(path), 60 * arguments.max_minutes)
     print(told)
     return 0 if is_well else 1
-
-
-def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from dtr_scale.config.load import load_experiment
-
-    experiment = load_experiment(arguments.config, overrides)
-    from dtr_scale.jobs.plan import plan_compute
-
-    plan = plan_compute(experiment)
-    if arguments.json:
-        print(json.dumps(plan.figures(per_layer=arguments.per_layer), indent=2))
-    else:
-        print(plan.table(per_layer=arguments.per_layer))
-    return 0

@@ -7,7 +7,7 @@ from typing import Any
 from dtr_scale.errors import ConfigError
 
 SECTION = "engine.deepspeed_config"
-_REDUCE_BUCKET_SIZE = 50_000_000
+REDUCE_BUCKET_SIZE = 50_000_000
 """Gradients exchanged at once; DeepSpeed's default of 5e8 stages all of a DiT-L in one copy."""
 
 _UNREACHABLE = "it puts the fp32 weights where checkpoints and EMA cannot reach them"
@@ -106,7 +106,7 @@ def _defaults(bf16: bool, zero_stage: int, *, offloads: bool) -> dict[str, Any]:
             # alone: at stages 1 and 2 every exchange would come after the whole backward. Stage 0
             # has no buckets, and gradients that are offloaded meanwhile are another path, untried.
             "overlap_comm": zero_stage == 3 or (zero_stage > 0 and not offloads),
-            "reduce_bucket_size": _REDUCE_BUCKET_SIZE,
+            "reduce_bucket_size": REDUCE_BUCKET_SIZE,
             # Stage 3 would replace F.linear in the whole process and never put it back.
             "memory_efficient_linear": False,
         },

@@ -8,7 +8,7 @@ import torch
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.jobs.drawing import device_name
-from dtr_scale.jobs.plan import meta_network
+from dtr_scale.jobs.plan.compute import meta_network
 from dtr_scale.models.attention import obstacle
 from dtr_scale.models.attention_timing import Timings, attention_shapes, time_attention
 from dtr_scale.models.denoiser import Denoiser

@@ -48,7 +48,7 @@ from dtr_scale.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 _SYNTHETIC_SAMPLES = 2**16
-_RESHARDED_PARAMETERS = 10**9
+RESHARDED_PARAMETERS = 10**9
 
 
 def build_trainer(experiment: Experiment, world: World) -> Trainer:
@@ -342,7 +342,7 @@ def reshards(config: EngineConfig, network: nn.Module) -> bool:
     if config.reshard_after_forward != "auto":
         return config.reshard_after_forward
     # bf16 weights of a smaller network are at most 2 GB; gathering them twice costs more.
-    return sum(parameter.numel() for parameter in network.parameters()) >= _RESHARDED_PARAMETERS
+    return sum(parameter.numel() for parameter in network.parameters()) >= RESHARDED_PARAMETERS
 
 
 def _tell_not_compiled(config: EngineConfig, world: World) -> None:

@@ -19,7 +19,7 @@ from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.data.manifest import Manifest
 from dtr_scale.evaluation.flops import LayerCost
-from dtr_scale.jobs.plan import plan_compute
+from dtr_scale.jobs.plan.compute import plan_compute
 from dtr_scale.logs import without_password
 
 # They say where a run is, or are told in places of their own.

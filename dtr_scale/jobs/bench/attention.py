@@ -13,7 +13,7 @@ from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs.bench.report import config, machine
 from dtr_scale.jobs.bench.timing import LoopClock, spread
-from dtr_scale.jobs.plan import meta_network
+from dtr_scale.jobs.plan.compute import meta_network
 from dtr_scale.models.attention import attention
 from dtr_scale.models.attention_timing import AttentionShape, attention_shapes
 

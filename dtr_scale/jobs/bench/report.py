@@ -64,20 +64,20 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     write_whole(path, lambda file: file.write(json.dumps(report, indent=2).encode() + b"\n"))
 
 
-def read_report(path: Path, bench: str) -> dict[str, Any]:
-    """Return the report of an earlier benchmark; ConfigError if the file is not that."""
+def read_report(path: Path, bench: str, option: str = "--compare") -> dict[str, Any]:
+    """Return an earlier benchmark's report, the file of `option`; ConfigError if it is none."""
     try:
         report = json.loads(path.read_bytes())
         found = report["bench"]
     except OSError as error:
-        raise ConfigError(f"--compare={path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{option}={path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"--compare={path} is no report of a benchmark; give what --json has written"
+            f"{option}={path} is no report of a benchmark; give what --json has written"
         ) from None
     if found != bench:
         raise ConfigError(
-            f"--compare={path} is of `dtr-scale bench {found}`; give one of `bench {bench}`"
+            f"{option}={path} is of `dtr-scale bench {found}`; give one of `bench {bench}`"
         )
     return report
 

@@ -19,7 +19,7 @@ from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes
 from dtr_scale.jobs.bench.timing import Alternating, LoopClock, matmul_seconds, spread
 from dtr_scale.jobs.build import build_network
 from dtr_scale.jobs.conditions import Wanted, conditions_of
-from dtr_scale.jobs.plan import plan_compute
+from dtr_scale.jobs.plan.compute import plan_compute
 from dtr_scale.jobs.sampling import build_sampler
 
 

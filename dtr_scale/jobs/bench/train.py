@@ -17,7 +17,7 @@ from dtr_scale.jobs.bench.place import temporary_folder
 from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes, nominal_flops
 from dtr_scale.jobs.bench.timing import Alternating, LoopClock, matmul_seconds, spread
 from dtr_scale.jobs.build import build_trainer
-from dtr_scale.jobs.plan import plan_compute
+from dtr_scale.jobs.plan.compute import plan_compute
 from dtr_scale.jobs.train import join
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record

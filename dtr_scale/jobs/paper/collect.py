@@ -208,7 +208,7 @@ def _macs(training: Training) -> float:
 
 @cache
 def _macs_of(config: str, overrides: tuple[str, ...]) -> float:
-    from dtr_scale.jobs.plan import plan_compute  # loads torch
+    from dtr_scale.jobs.plan.compute import plan_compute  # loads torch
 
     return float(plan_compute(load_experiment(config, overrides)).forward.total.macs)
 

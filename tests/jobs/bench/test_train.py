@@ -7,7 +7,7 @@ import pytest
 from dtr_scale.cli.main import main
 from dtr_scale.config.load import load_experiment
 from dtr_scale.jobs.bench.train import bench_train
-from dtr_scale.jobs.plan import plan_compute
+from dtr_scale.jobs.plan.compute import plan_compute
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import DEMO, SINGLE, SMALL
 

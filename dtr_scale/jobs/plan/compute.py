@@ -57,6 +57,7 @@ class ComputePlan:
                 f"{'layer':{width}}  {'parameters':>13}  {'GMACs':>9}  {'share':>6}",
                 *(_line(f"{name:{width}}", cost, total) for name, cost in rows.items()),
                 "",
+                f"network   {total.num_parameters / 1e6:.2f} M parameters",
                 f"forward   {total.macs / 1e9:.2f} GMACs = {2 * total.macs / 1e9:.2f} GFLOPs "
                 "per image",
                 f"training  {self.training_flops_per_image / 1e9:.2f} GFLOPs per image "

@@ -7,7 +7,7 @@ import pytest
 
 from dtr_scale.cli.main import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LARGE = str(ROOT / "configs" / "dit_l_dtr_antuw.json")
 SMALL = ("--model.variant=DiT-S/2", "--train.max_steps=1000", "--train.global_batch_size=8")
 
@@ -37,6 +37,7 @@ def test_the_table_follows_overrides(capsys):
     assert lines[5].split() == ["blocks", "(all", "12)", "31,919,616", "6.050", "99.9%"]
     assert lines[7].split() == ["total", "32,865,056", "6.056", "100.0%"]
     assert lines[9:] == [
+        "network   32.87 M parameters",
         "forward   6.06 GMACs = 12.11 GFLOPs per image",
         "training  36.33 GFLOPs per image (3 forwards)",
         "run       2.91e+14 FLOPs for 8,000 images (1,000 steps of 8)",
