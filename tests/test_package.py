@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dtr_scale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
+# They travel with an export and run without this package.
+PIPELINE = ("pipeline", "scheduler", "transformer")
 OWNERS = {
     "deepspeed": {"engines/zero.py"},
     "mlflow": {"tracking/mlflow.py"},
@@ -22,7 +24,11 @@ OWNERS = {
     "xformers": {"models/attention.py"},
     "matplotlib": {"evaluation/heatmaps.py", "evaluation/comparison/plots.py"},
     "jinja2": {"evaluation/comparison/page.py"},
-    "diffusers": {"prepare/encode.py"},
+    "diffusers": {
+        "prepare/encode.py",
+        *(f"checkpoint/pipeline/dtr_{part}.py" for part in PIPELINE),
+    },
+    "huggingface_hub": {"checkpoint/hub.py"},
     "open_clip": {"prepare/encode.py"},
     "torch_fidelity": {"evaluation/features.py"},
     "timm": {"evaluation/features.py"},
@@ -94,6 +100,9 @@ def test_imports_follow_the_design(path):
         if room in MAY_IMPORT and top == "dtr_scale":
             target = rest.partition(".")[0]
             assert target in MAY_IMPORT[room] | EVERYWHERE, f"{name} imports {module}"
+        if name.startswith("checkpoint/pipeline/"):
+            known = top in sys.stdlib_module_names or top in PURE | {"diffusers"}
+            assert known, f"{name} imports {module}"
         if room in ("models", "diffusion", "objectives"):
             known = top in sys.stdlib_module_names or top in PURE | {"dtr_scale", "xformers"}
             assert known, f"{name} imports {module}"

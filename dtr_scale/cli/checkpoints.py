@@ -45,9 +45,10 @@ def _add_export(commands: Commands) -> None:
     parser = commands.add(
         "export",
         "export",
-        "write a run's averaged weights as a file, or as a folder for diffusers; with --sigma-rel "
-        "an average of any width is made of those kept by train.ema_sigma_rel",
-        "dtr-scale export runs/NAME --sigma-rel 0.15 --to safetensors --out model.safetensors\n"
+        "write a run's averaged weights as a file, or as a pipeline for diffusers; with "
+        "--sigma-rel an average of any width is made of those kept by train.ema_sigma_rel",
+        "dtr-scale export runs/NAME --to diffusers --out my-model\n"
+        "  dtr-scale export runs/NAME --sigma-rel 0.15 --to safetensors --out model.safetensors\n"
         "  dtr-scale export runs/NAME --ema 0.9999 --to safetensors --out model.safetensors",
     )
     parser.add_argument(
@@ -59,10 +60,22 @@ def _add_export(commands: Commands) -> None:
         dest="target",
         required=True,
         choices=["safetensors", "diffusers", "official"],
-        help="a file that build_model's network loads, a folder for DiTTransformer2DModel, or a "
-        "file with the positions and masks of the official code",
+        help="a file that build_model's network loads, the folder of a pipeline that draws our "
+        "samples, or a file with the positions and masks of the official code",
     )
     parser.add_argument("--out", required=True, type=Path, help="the file or folder to write")
+    parser.add_argument(
+        "--vae",
+        metavar="NAME_OR_FOLDER",
+        help="the pipeline's autoencoder (default: what encoded the data: a copy if it is on this "
+        "disk, else by its name on the hub)",
+    )
+    parser.add_argument(
+        "--push",
+        metavar="NAME",
+        help="upload the pipeline to the hub as ORGANISATION/NAME, private, with the token of "
+        "HF_TOKEN or `hf auth login`; without one the folder is written alone",
+    )
     runs(parser, _export)
 
 
@@ -86,7 +99,7 @@ def _add_convert(commands: Commands) -> None:
         dest="target",
         required=True,
         choices=["safetensors", "diffusers"],
-        help="a file with the official names, or a folder for DiTTransformer2DModel",
+        help="a file with the official names, or the folder of a pipeline",
     )
     parser.add_argument("--out", required=True, type=Path, help="the file or folder to write")
     parser.add_argument(
@@ -131,31 +144,25 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.export import export_run
 
-    average = export_run(
+    told = export_run(
         arguments.place,
         arguments.target,
         arguments.out,
         ema=arguments.ema,
         sigma_rel=arguments.sigma_rel,
         step=arguments.step,
+        vae=arguments.vae,
+        push=arguments.push,
     )
-    print(arguments.out)
-    print(f"average: {average}")
-    return _tell_of_diffusers(arguments)
+    print(arguments.out, *told, sep="\n")
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.export import convert_file
 
-    convert_file(
+    told = convert_file(
         arguments.source, arguments.kind, arguments.target, arguments.out, arguments.num_heads
     )
-    print(arguments.out)
-    return _tell_of_diffusers(arguments)
-
-
-def _tell_of_diffusers(arguments: argparse.Namespace) -> int:
-    if arguments.target == "diffusers":
-        readme = arguments.out / "README.md"
-        print(f"before use, set the timestep frequencies as {readme} says")
+    print(arguments.out, *told, sep="\n")
     return 0

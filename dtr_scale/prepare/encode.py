@@ -131,6 +131,10 @@ class PosteriorEncoder(PictureEncoder):
             parts = [self._vae.decode(part).sample.float() for part in latents.split(8)]
         return torch.cat(parts).cpu()
 
+    def save(self, folder: Path) -> None:
+        """Write the autoencoder as `name` may be: a folder of save_pretrained."""
+        self._vae.save_pretrained(folder)
+
 
 def decoder_of(manifest: Manifest, vae: str | None, device: torch.device) -> PictureEncoder:
     """Return what decodes x_start: the encoder of the data, or the autoencoder `vae` in its place.

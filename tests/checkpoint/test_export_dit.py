@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dtr_scale.checkpoint.convert import from_official, load_official, official_config
-from dtr_scale.checkpoint.export import export_diffusers, export_dit
+from dtr_scale.checkpoint.export import export_dit
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.jobs.network import build_model
 from dtr_scale.models.routing import routing_mask
@@ -56,18 +56,14 @@ def test_what_has_no_official_layout_is_refused(tmp_path, config, reason):
     weights = random_network(config).state_dict()
     with pytest.raises(ConfigError, match=f"{reason}.*official layout cannot hold"):
         export_dit(weights, config, tmp_path / "out.safetensors")
-    with pytest.raises(ConfigError, match=f"{reason}.*diffusers' DiT cannot hold"):
-        export_diffusers(weights, config, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_written_can_be_read_by_whom_other_files_can(tmp_path):
     (tmp_path / "other").touch()
-    export_diffusers(random_network(CONFIG).state_dict(), CONFIG, tmp_path)
-    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
-    names = {"README.md", "config.json", "diffusion_pytorch_model.safetensors", "other"}
-    assert modes.keys() == names
-    assert len(set(modes.values())) == 1
+    out = tmp_path / "out.safetensors"
+    export_dit(random_network(CONFIG).state_dict(), CONFIG, out)
+    assert out.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_place_that_cannot_be_written_is_named_and_keeps_what_was_there(tmp_path):

@@ -59,17 +59,6 @@ def assert_same(weights, expected):
         assert torch.equal(weights[name], value), name
 
 
-def load_diffusers(folder):
-    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-
-    loaded: Any = DiTTransformer2DModel.from_pretrained(
-        folder, output_loading_info=True, low_cpu_mem_usage=False
-    )
-    model, info = loaded
-    assert not any(info.values()), info
-    return model.eval()
-
-
 WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}
 AVERAGED = {name: -value for name, value in WEIGHTS.items()}
 

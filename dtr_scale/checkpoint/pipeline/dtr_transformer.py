@@ -1,0 +1,218 @@
+"""Compute a diffusion transformer (Peebles & Xie, 2023) with task routing, for diffusers.
+
+Denoising Task Routing (Park et al., ICLR 2024) shows each block the channels of its timestep alone.
+Written by dtr-scale; licensed under the Apache License 2.0.
+"""
+
+import math
+from os import PathLike
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+_FREQUENCIES = 256
+
+
+class PatchEmbed(nn.Module):
+    """Cut [N, C, H, W] into patches and project each: [N, L, D], row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The convolution as a matrix product.
+        p = self.patch_size
+        patches = x.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [N, C, H/p, p, W/p, p]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed timesteps [N] as [N, D]: sinusoids, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(_FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        # fp32: in bf16, 998 and 999 are one timestep. Frequencies 10000^(-i / half), as DiT's; on
+        # the CPU, for not every device has fp64.
+        half = _FREQUENCIES // 2
+        i = torch.arange(half, dtype=torch.float32, device="cpu")
+        frequencies = (-math.log(10_000) * i / half).double().exp().float().to(t.device)
+        angles = t[:, None].float() * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embed labels [N] as [N, D]."""
+
+    def __init__(self, num_rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_rows, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [N, L, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # [N, L, 3, heads, D / heads] to three of [N, heads, L, D / heads].
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A block with adaLN-Zero that sees the channels of its mask; the others bypass it whole."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = _layer_norm(hidden_size)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = _layer_norm(hidden_size)
+        self.mlp = Mlp(hidden_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, z: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
+        """Return tokens [N, L, D] of z [N, L, D], the condition c [N, D] and mask [N, D]."""
+        if mask is None:
+            return self._block(z, c)
+        mask = mask[:, None]
+        return ~mask * z + self._block(mask * z, c)  # eq. 8
+
+    def _block(self, z: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
+            6, dim=-1
+        )
+        z = z + gate1 * self.attn(_modulate(self.norm1(z), shift1, scale1))
+        return z + gate2 * self.mlp(_modulate(self.norm2(z), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, num_outputs: int) -> None:
+        super().__init__()
+        self.norm_final = _layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, num_outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(_modulate(self.norm_final(z), shift, scale))
+
+
+class DTRTransformer2DModel(ModelMixin, ConfigMixin):
+    """Predict the noise in samples [N, in_channels, sample_size, sample_size].
+
+    `num_masks` is 0 without routing, 1 where all blocks share the masks, else `depth`. The first
+    `in_channels` of `out_channels` are the noise; twice as many mean a learned variance. With
+    `has_null_label` the label `num_classes` stands for no class, for guidance.
+    """
+
+    _no_split_modules = ["Block"]  # noqa: RUF012  diffusers' own form
+
+    @register_to_config
+    def __init__(
+        self,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int,
+        sample_size: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int,
+        has_null_label: bool,
+        num_timesteps: int,
+        num_masks: int,
+    ) -> None:
+        super().__init__()
+        self.patch_size, self.grid_size = patch_size, sample_size // patch_size
+        self.out_channels = out_channels
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes + has_null_label, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
+        # Both in the file, so that nothing depends on how a library rebuilds them.
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", torch.zeros(1, self.grid_size**2, hidden_size))
+        self.masks: Tensor | None
+        shape = num_masks, num_timesteps, hidden_size
+        self.register_buffer("masks", torch.ones(shape, dtype=torch.bool) if num_masks else None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None,
+        **options: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Load as diffusers does, but refuse weights that are not exactly this network's."""
+        wants_info = options.pop("output_loading_info", False)
+        place: Any = pretrained_model_name_or_path
+        loaded: Any = super().from_pretrained(place, output_loading_info=True, **options)
+        model, info = loaded
+        if found := {what: names for what, names in info.items() if names}:
+            raise ValueError(f"{place} does not hold the weights of its config.json: {found}")
+        return (model, info) if wants_info else model
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Return [N, out_channels, H, W] for original timesteps [N] or [1] and labels [N]."""
+        dtype = self.final_layer.linear.weight.dtype
+        t = timestep.long()
+        z = self.x_embedder(hidden_states.to(dtype)) + self.pos_embed.to(dtype)
+        c = self.t_embedder(t.expand(len(z)), dtype) + self.y_embedder(class_labels.long())
+        for number, block in enumerate(self.blocks):
+            z = block(z, c, self._mask(number, t))
+        sample = self._unpatchified(self.final_layer(z, c))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _mask(self, block: int, t: Tensor) -> Tensor | None:
+        """Return the channels that a block sees at timesteps [N], bool [N, D]; None for all."""
+        return None if self.masks is None else self.masks[min(block, len(self.masks) - 1)][t]
+
+    def _unpatchified(self, patches: Tensor) -> Tensor:
+        p, grid = self.patch_size, self.grid_size
+        patches = patches.view(-1, grid, grid, p, p, self.out_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _layer_norm(hidden_size: int) -> nn.LayerNorm:
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
