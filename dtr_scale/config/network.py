@@ -116,6 +116,15 @@ class DitConfig(NetworkConfig):
     def title(self) -> str:
         return self.variant or f"DiT {self.hidden_size}x{self.depth}"
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a sample."""
+        return (self.input_size // (self._patch or 1)) ** 2
+
+    @property
+    def _patch(self) -> int | None:
+        return int(self.variant.split("/")[1]) if self.variant else self.patch_size
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         free = {k: getattr(self, k) for k in ("hidden_size", "depth", "num_heads", "patch_size")}
@@ -141,7 +150,7 @@ class DitConfig(NetworkConfig):
                 f"model.hidden_size = {self.hidden_size}: give a multiple of 4 "
                 "(sine and cosine positions for two axes)"
             )
-        patch = int(self.variant.split("/")[1]) if self.variant else self.patch_size
+        patch = self._patch
         if patch and self.input_size % patch:
             raise refuse(
                 f"model.input_size = {self.input_size} is not divisible by the patch size {patch}; "

@@ -26,18 +26,12 @@ from dtr_scale.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def check_tracking(experiment: Experiment) -> LayerCost | None:
-    """Return what MLflow is told of the network's cost, None if there is no MLflow.
+def check_tracking(experiment: Experiment) -> None:
+    """Raise ConfigError if the experiment's MLflow can never be reached."""
+    if experiment.tracking.type != "none":
+        from dtr_scale.tracking.check import check_uri
 
-    ConfigError if the experiment's MLflow can never be reached.
-    """
-    if experiment.tracking.type == "none":
-        return None
-    from dtr_scale.tracking.check import check_uri
-
-    check_uri(experiment.tracking.uri)
-    # Before the engine is built, which may change how layers compute.
-    return description.network_cost(experiment)
+        check_uri(experiment.tracking.uri)
 
 
 def build_tracker(

@@ -16,9 +16,11 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
 from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.heartbeat import Heartbeat
+from dtr_scale.jobs.bench.report import nominal_flops
 from dtr_scale.jobs.build import build_trainer
-from dtr_scale.jobs.description import attempt_facts
+from dtr_scale.jobs.description import attempt_facts, network_cost
 from dtr_scale.jobs.in_training import build_evaluation
+from dtr_scale.jobs.plan.compute import TRAINING_FORWARDS
 from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.tracking import build_system_metrics, build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
@@ -27,7 +29,7 @@ from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_a
 from dtr_scale.tracking.journal import Journal, Record, last_step
 from dtr_scale.train.clock import GpuHours
 from dtr_scale.train.evaluate import Result
-from dtr_scale.train.health import memory_gb
+from dtr_scale.train.health import Health, SlowRank
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.run_dir import (
     RunDirectory,
@@ -64,7 +66,9 @@ def train_experiment(
         with world.agree():
             # Before the run directory is made, which a wrong address would leave behind.
             if world.is_main:
-                cost = check_tracking(experiment)
+                check_tracking(experiment)
+                # Before the engine is built, which may change how layers compute.
+                cost = network_cost(experiment)
         # Left in reverse: what writes to the run directory is closed before its lease is given up.
         run_dir = stack.enter_context(_run_directory(experiment, world, heartbeat))
         job = world.broadcast_object(run_dir.job if run_dir else None)
@@ -151,6 +155,8 @@ class _MainRecords(_Records):
         # start that misses it is refused.
         trainer.checkpoints.before_commit = self._journal.sync
         trainer.checkpoints.on_saved = self._note_saved
+        self._health = _health(experiment, world, cost)
+        self._slow_rank = SlowRank(hosts)
         self._progress = Progress(
             step=trainer.step,
             max_steps=trainer.max_steps,
@@ -161,7 +167,8 @@ class _MainRecords(_Records):
         self._progress.count(step, seconds)
 
     def write(self, record: Record) -> None:
-        record = {**self._gpu_hours.added_to(record), "memory_gb": memory_gb()}
+        record = self._health.added_to(self._gpu_hours.added_to(record))
+        self._slow_rank.look(record)
         # The journal is the record of a run; MLflow is its mirror and may be away.
         self._journal.write(record)
         self._tracker.log(record)
@@ -221,6 +228,17 @@ class _MainRecords(_Records):
     def _note_saved(self, step: int) -> None:
         write_saved_step(self._path, step)
         self._tracker.look()
+
+
+def _health(experiment: Experiment, world: World, cost: LayerCost | None) -> Health:
+    model = experiment.model
+    return Health(
+        device=world.device,
+        world_size=world.world_size,
+        flops_per_sample=2 * TRAINING_FORWARDS * cost.macs if cost else None,
+        peak_flops=nominal_flops(world.device, experiment.engine.precision),
+        tokens_per_sample=model.num_tokens if model.type == "dit" else 0,
+    )
 
 
 @contextmanager

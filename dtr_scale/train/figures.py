@@ -27,6 +27,8 @@ class StepResult:
     grad_norm: float
     metrics: Record
     """The objective's own parameters after the step."""
+    rank_seconds: Sequence[float] = ()
+    """What each rank's own work took, as `OwnWork` tells it; nothing in a world of one."""
 
     @property
     def loss(self) -> float:
@@ -57,20 +59,22 @@ class StepSums:
     """Sums over the global batch of a step, fp64 on the device.
 
     They lie in one tensor, so that they cost one collective: [mse, vb, objective, loss of cluster
-    0, 1, ...]. `counts` int [K] are the samples of each cluster in the global batch, on the device,
-    and `host_counts` the same.
+    0, 1, ..., seconds of rank 0, 1, ...]. `counts` int [K] are the samples of each cluster in the
+    global batch, on the device, and `host_counts` the same.
     """
 
-    def __init__(self, counts: Tensor, host_counts: Sequence[int]) -> None:
+    def __init__(self, counts: Tensor, host_counts: Sequence[int], num_ranks: int = 0) -> None:
         self.counts = counts
         self._host_counts = host_counts
+        self._num_ranks = num_ranks
         # fp64: the order in which ranks and micro-batches are added must not show in the journal.
-        self._sums = torch.zeros(3 + len(counts), dtype=torch.float64, device=counts.device)
+        size = 3 + len(counts) + num_ranks
+        self._sums = torch.zeros(size, dtype=torch.float64, device=counts.device)
 
     @property
     def cluster_loss(self) -> Tensor:
         """Mean loss of each cluster, fp64 [K] on the device; nan where it has no samples."""
-        return self._sums[3:] / self.counts
+        return self._sums[3 : 3 + len(self.counts)] / self.counts
 
     def add(self, losses: Losses, cluster: Tensor) -> None:
         """Add the losses of a micro-batch, by cluster id [n], and its share of the objective."""
@@ -79,7 +83,12 @@ class StepSums:
         self._sums[0] += mse.sum()
         self._sums[1] += vb.sum()
         self._sums[2] += losses.share.detach()
-        self._sums[3:].index_add_(0, cluster, mse + vb)
+        self._sums[3 : 3 + len(self.counts)].index_add_(0, cluster, mse + vb)
+
+    def tell(self, rank: int, seconds: float) -> None:
+        """Tell the other ranks how long this one's own work takes."""
+        # A number goes with the kernel that writes it: no copy, which the host might wait for.
+        self._sums[3 + len(self.counts) + rank] = seconds
 
     def reduce(self, world: World) -> None:
         """Sum over all ranks."""
@@ -93,19 +102,29 @@ class StepSums:
         # A copy, of what the next step changes in place.
         values = torch.cat([part.double() for part in parts])
         names = [f"{name}_{k}" for name, vector in metrics.items() for k in range(len(vector))]
-        return StepFigures(step, samples_seen, self._host_counts, names, values)
+        return StepFigures(
+            step, samples_seen, self._host_counts, names, values, num_ranks=self._num_ranks
+        )
 
 
 class StepFigures:
     """A step's figures on their way to the host."""
 
     def __init__(
-        self, step: int, samples_seen: int, counts: Sequence[int], names: list[str], values: Tensor
+        self,
+        step: int,
+        samples_seen: int,
+        counts: Sequence[int],
+        names: list[str],
+        values: Tensor,
+        *,
+        num_ranks: int,
     ) -> None:
         self._step = step
         self._samples_seen = samples_seen
         self._counts = counts
         self._names = names
+        self._num_ranks = num_ranks
         # From a GPU, into page-locked memory: without that the host would wait here.
         self._values = values.to("cpu", non_blocking=True)
         self._arrived = torch.cuda.current_stream().record_event() if values.is_cuda else None
@@ -116,8 +135,10 @@ class StepFigures:
             self._arrived.synchronize()
         mse, vb, objective, *rest = self._values.tolist()
         counts = self._counts
-        # The sums of the clusters, the norm, the objective's parameters.
-        losses, norm, metrics = rest[: len(counts)], rest[len(counts)], rest[len(counts) + 1 :]
+        # The sums of the clusters, the ranks' seconds, the norm, the objective's parameters.
+        losses, rest = rest[: len(counts)], rest[len(counts) :]
+        seconds, rest = rest[: self._num_ranks], rest[self._num_ranks :]
+        norm, *metrics = rest
         return StepResult(
             step=self._step,
             samples_seen=self._samples_seen,
@@ -127,6 +148,7 @@ class StepFigures:
             objective=objective,
             grad_norm=norm,
             metrics=dict(zip(self._names, metrics, strict=True)),
+            rank_seconds=seconds,
         )
 
 

@@ -19,7 +19,7 @@ from dtr_scale.errors import DivergenceError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
-from dtr_scale.train.clock import Stopwatch
+from dtr_scale.train.clock import OwnWork, RankTimes, Stopwatch
 from dtr_scale.train.ema import Ema
 from dtr_scale.train.figures import Readback, StepFigures, StepResult, StepSums
 from dtr_scale.train.learning_rate import LearningRate
@@ -70,6 +70,8 @@ class Trainer:
         self._loss = StepLoss(diffusion, objective, compiled=compile_loss)
         self._vote = LeaveVote(world)
         self._watch = Stopwatch()
+        self._own_work = OwnWork(world.device)
+        self._rank_times = RankTimes()
         # n_k of every shift of the clusters, copied once: in a step it would make the host wait.
         counts = torch.from_numpy(timesteps.counts_by_shift())
         self._counts, self._host_counts = counts.to(world.device), counts.tolist()
@@ -120,7 +122,8 @@ class Trainer:
             if leaving or self.step == self.max_steps:
                 self._save_for_certain(results[-1])
             elif saving:
-                self.save(results[-1])
+                with self._watch.saving():
+                    self.save(results[-1])
             if leaving and self.step < self.max_steps:
                 reasons = self.world.all_gather_object(leave.reason)
                 return next(reason for reason in reasons if reason)
@@ -175,17 +178,23 @@ class Trainer:
         """Update the weights once: all is queued on the device, and the host waits for nothing."""
         # The counts follow from the position: ANT-UW's exp(-s_k) / (2 K n_k) needs no collective.
         shift = self.timesteps.shift(self.state.samples_seen)
-        sums = StepSums(self._counts[shift], self._host_counts[shift])
+        num_ranks = self.world.world_size if self.world.world_size > 1 else 0
+        sums = StepSums(self._counts[shift], self._host_counts[shift], num_ranks)
         for micro in range(self.loader.grad_accum_steps):
             # x_start and noise [n, C, H, W]; t, cluster and y [n], or y [n, L, D] of texts.
+            self._own_work.begin()
             batch = self._watch.next_of(batches).to(self.world.device)
             x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
             # The engine must know before the forward whether this gradient is exchanged.
             with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
                 output = self.engine.forward(x_t, batch.t, batch.y, self.step)
                 losses = self._loss(output, x_t, batch, sums.counts)
+                self._own_work.end()
                 self.engine.backward(losses.share)
             sums.add(losses, batch.cluster)
+        self._own_work.end_step()
+        if num_ranks:
+            sums.tell(self.world.rank, self._own_work.latest)
         # Before the update, whose all-gathers would stand in front of these few numbers.
         sums.reduce(self.world)
         # A save may still copy what the update changes; the device waits for it, the host does not.
@@ -211,10 +220,12 @@ class Trainer:
         """Judge a step that the device has done, and log it where that is due."""
         self._refuse_divergence(result)
         self.state.means.add(result.mse, result.vb)
+        self._own_work.conclude()
+        self._rank_times.add(result.rank_seconds)
         on_step(result.step, self._watch.count(self.global_batch_size))
         # Not where the run is asked to leave: its journal must not tell how often it was.
         if self._due(self.log_every, result.step):
-            log({**self._record(result), **self._watch.read()})
+            log({**self._record(result), **self._watch.read(), **self._rank_times.read()})
             self.state.means.close()
 
     def _record(self, result: StepResult) -> Record:

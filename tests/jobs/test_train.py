@@ -37,7 +37,8 @@ def test_the_journal_has_the_agreed_keys(digits, tmp_path):
         assert list(record) == [
             "step", "samples_seen", "loss", "objective", "mse", "vb", *clusters,
             "lr", "grad_norm", "loss_mean", "mse_mean", "vb_mean", "samples_per_second",
-            "data_wait_fraction", "step_seconds", "gpu_hours", "memory_gb",
+            "data_wait_fraction", "step_seconds", "checkpoint_stall_seconds", "gpu_hours",
+            "memory_gb", "tokens_per_second", "tflops",
         ]  # fmt: skip
         assert record["samples_seen"] == 32 * record["step"]
         assert record["loss"] == record["mse"] + record["vb"]

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo_digits.json"
 # What a journal tells of time and machine: other figures are the same to the last bit.
 TIMINGS = {
-    "samples_per_second", "data_wait_fraction", "step_seconds", "gpu_hours", "memory_gb",
-    "slowest_rank_seconds", "checkpoint_stall_seconds", "tokens_per_second", "tflops", "mfu",
-    "power_watts",
+    "samples_per_second", "tokens_per_second", "step_seconds", "data_wait_fraction",
+    "checkpoint_stall_seconds", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds",
+    "gpu_hours", "memory_gb", "tflops", "mfu", "power_watts",
 }  # fmt: skip
 SMALL = (
     "--model.hidden_size=32",
