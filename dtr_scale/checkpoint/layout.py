@@ -29,6 +29,7 @@ BLOCK_BYTES = 16 * 2**20
 ITEM_BYTES = 4  # fp32 throughout
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
+_RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
 
 
 def kind_of(key: str) -> str:
@@ -49,6 +50,11 @@ def published_steps(folder: Folder) -> list[int]:
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
+
+
+def is_rank_file(name: str) -> bool:
+    """Tell whether a name in an index is that of a checkpoint's own file, not a way elsewhere."""
+    return _RANK_FILE.fullmatch(name) is not None
 
 
 def build_header(numels: Mapping[str, int]) -> tuple[bytes, dict[str, int]]:

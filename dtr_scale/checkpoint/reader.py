@@ -65,6 +65,10 @@ class CheckpointReader:
         self._block_bytes = layout.BLOCK_BYTES
         self._files: dict[str, Any] = content["files"]
         self._tensors: dict[str, Any] = content["tensors"]
+        if odd := [name for name in self._files if not layout.is_rank_file(name)]:
+            raise DamagedCheckpointError(
+                f"{self.url}: {INDEX} names the file {odd[0]!r}, which no checkpoint has"
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -86,6 +90,8 @@ class CheckpointReader:
     def check_sizes(self, names: Iterable[str] | None = None) -> None:
         """Check that files, all or the named ones, are there in full: this reads none of them."""
         for name in self._files if names is None else names:
+            if name not in self._files:
+                raise DamagedCheckpointError(f"{self.url}: {INDEX} lists no file {name!r}")
             with self._reading(name):
                 found = self._folder.size(name)
             expected = self._files[name]["bytes"]

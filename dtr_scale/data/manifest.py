@@ -16,6 +16,8 @@ from dtr_scale.storage.folder import Folder
 MANIFEST_NAME = "manifest.json"
 NULL_CONTEXT_NAME = "null_context.npy"
 
+# Of a file in the folder itself: a manifest of somebody else's must not lead out of it.
+ShardName = Annotated[str, Field(pattern=r"^\w[\w.-]*\.tar$")]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -26,7 +28,7 @@ class _Record(BaseModel):
 class Shard(_Record):
     """One tar of a split, with the sizes and hashes that it and its index must have."""
 
-    name: str
+    name: ShardName
     split: str
     samples: NonNegativeInt
     bytes: PositiveInt

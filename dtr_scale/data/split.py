@@ -45,7 +45,10 @@ class Split:
             content = self.folder.read_bytes(NULL_CONTEXT_NAME)
         if (found := hashlib.sha256(content).hexdigest()) != expected:
             raise self.mismatch(NULL_CONTEXT_NAME, f"sha256 {expected}", found)
-        return np.load(io.BytesIO(content)).reshape(shape).astype(np.float32)
+        try:
+            return np.load(io.BytesIO(content)).reshape(shape).astype(np.float32)
+        except ValueError as error:  # also of a pickle, which is never loaded
+            raise self.mismatch(NULL_CONTEXT_NAME, f"numbers {shape}", error) from None
 
     def read_index(self, i: int) -> bytes:
         """Return the .npy file that tells where a shard's samples lie, verified."""
@@ -59,7 +62,13 @@ class Split:
     def rows(self, i: int, index: bytes) -> np.ndarray:
         """Return where a shard's samples lie by its index, int64 [samples, 4]."""
         shard, manifest = self.shards[i], self.manifest
-        rows = np.load(io.BytesIO(index))
+        try:
+            rows = np.load(io.BytesIO(index))
+        except (ValueError, EOFError) as error:  # also of a pickle, which is never loaded
+            raise self.mismatch(shard.index_name, "where its samples lie", error) from None
+        if rows.ndim != 2 or rows.shape[1] != 4 or rows.dtype != np.int64 or np.any(rows < 0):
+            found = f"{rows.dtype} {list(rows.shape)}"
+            raise self.mismatch(shard.index_name, "places int64 [samples, 4] from 0", found)
         if len(rows) != shard.samples:
             raise self.error(i, f"{shard.samples} samples", f"{len(rows)}")
         labels, captions = rows[:, 1], rows[:, 3]
@@ -91,9 +100,12 @@ class Split:
         # The header of a .npy member ends where its numbers begin.
         before = os.pread(file.fileno(), min(offset, 512), max(0, offset - 512))
         header = io.BytesIO(before[before.rfind(b"\x93NUMPY") :])
-        np.lib.format.read_magic(header)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(header)
         manifest = self.manifest
+        try:
+            np.lib.format.read_magic(header)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+        except ValueError as error:
+            raise self.error(i, f"an array at byte {offset}", error) from None
         if (shape, dtype) != (manifest.stored_shape, np.dtype(manifest.dtype)):
             expected = f"arrays {manifest.dtype} {manifest.stored_shape}"
             raise self.error(i, expected, f"{dtype} {shape}")

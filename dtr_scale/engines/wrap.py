@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 
 from dtr_scale.errors import EngineError
+
+_CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def is_compiled(setting: bool | str, device: torch.device) -> bool:
@@ -41,7 +44,9 @@ def compile_blocks(blocks: Sequence[nn.Module], *, dynamic: bool | None = None) 
     """Compile each block by itself: one graph per block shape, no breaks.
 
     `dynamic` is torch.compile's: None makes a graph for any batch size when a second one comes.
+    EngineError where another user of this machine holds the compiler's cache.
     """
+    make_cache_private()
     # The blocks of an ADM have 26 shapes; the compiler gives up after 8 unless it is told.
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
@@ -49,6 +54,26 @@ def compile_blocks(blocks: Sequence[nn.Module], *, dynamic: bool | None = None) 
         # In place: torch.compile(block) would put `_orig_mod` into every parameter's name.
         block.compile(dynamic=dynamic)
         wrap_call(block, _compiled)
+
+
+def make_cache_private() -> None:
+    """Make the folder of compiled code this user's alone; EngineError if it is somebody else's.
+
+    It holds pickles and libraries that PyTorch loads unseen, in /tmp/torchinductor_USER, which any
+    user of a node can make first. A folder that TORCHINDUCTOR_CACHE_DIR names is trusted.
+    """
+    if _CACHE_DIR in os.environ:
+        return
+    path = Path(default_cache_dir())
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Of a link and of what it leads to: either may be another user's.
+    if {path.lstat().st_uid, path.stat().st_uid} != {os.geteuid()}:
+        raise EngineError(
+            f"{path}, where PyTorch keeps compiled code, belongs to another user, who could have "
+            f"this one run anything; set {_CACHE_DIR} to a folder of your own, or "
+            "engine.compile=false"
+        )
+    path.chmod(path.stat().st_mode & ~0o022)
 
 
 def _compiled(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import secrets
 from collections.abc import Mapping
 from functools import partial
@@ -24,6 +25,8 @@ from dtr_scale.train.run_dir import CHECKPOINTS, CONFIG, JOURNAL, LOCK, TRAINING
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+_TRAINING_ID = re.compile(r"[\w.-]{1,64}")
 
 
 def check_tracking(experiment: Experiment) -> None:
@@ -161,8 +164,11 @@ def _kept(folder: Folder) -> Mapping[int, str]:
 def _training_id(folder: Folder) -> str:
     """Return the id that is kept with the checkpoints, a new one where there is none yet."""
     try:
-        found = folder.read_json(TRAINING)
-        return str(found["training"])
+        training = str(folder.read_json(TRAINING)["training"])
+        # MLflow is asked for it in a filter, which a quotation mark would leave.
+        if _TRAINING_ID.fullmatch(training):
+            return training
+        log.warning("%s/%s names no training; it is written anew", folder.url, TRAINING)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     except OSError as error:

@@ -134,6 +134,13 @@ def coco(images: Path, annotations: Path, split: str = "train") -> Listing:
             )
             for image in sorted(content["images"], key=lambda image: image["file_name"])
         ]
+    for picture in pictures:
+        # Pictures of elsewhere would end up in shards that are handed on.
+        if picture.name.startswith("/") or ".." in picture.name.split("/"):
+            raise DataError(
+                f"{annotations} names {picture.name!r}, which is not below {images}; accepted: "
+                "paths relative to the folder of pictures"
+            )
     _all_or_none(annotations, pictures, [bool(picture.captions) for picture in pictures], "caption")
     return Listing("coco", {split: pictures})
 

@@ -165,8 +165,11 @@ def _webdataset(paths: list[Path], batch_size: int) -> Iterator[Any]:
     """Yield batches of webdataset's documented pipeline, by its own loader in one worker."""
     from webdataset.compat import WebDataset, WebLoader
 
-    dataset: Any = WebDataset([str(path) for path in paths], shardshuffle=len(paths))
-    dataset = dataset.shuffle(1000).decode().to_tuple("npy", "cls").batched(batch_size)
+    # Absolute: webdataset runs a name that begins with "pipe:" in a shell.
+    dataset: Any = WebDataset([str(path.absolute()) for path in paths], shardshuffle=len(paths))
+    # These alone: left to itself it unpickles members that are named .pickle or .pth.
+    dataset = dataset.shuffle(1000).decode(only=["npy", "cls"])
+    dataset = dataset.to_tuple("npy", "cls").batched(batch_size)
     loader: Any = WebLoader(
         dataset.repeat(), batch_size=None, num_workers=1, multiprocessing_context="spawn"
     )
