@@ -12,6 +12,7 @@ from functools import partial
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
+from dtr_scale.engines.stacks import STACKS, Stacks
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
 from dtr_scale.evaluation.flops import LayerCost
@@ -75,6 +76,8 @@ def train_experiment(
         fail = partial(write_failure, experiment.run_path, job=job)
         # Before the parts are built: a rank may fail there while the others wait in a collective.
         peers = PeerWatch(world, end=partial(_end_with_peer, fail, heartbeat))
+        stacks = Stacks(experiment.run_path / STACKS, world.rank)
+        stack.callback(stacks.close)
         stack.enter_context(_failures_told(fail, peers))
         trainer = build_trainer(experiment, world)
         stack.callback(trainer.loader.close)
@@ -84,6 +87,8 @@ def train_experiment(
         resume_or_start(trainer, experiment, world, run_dir)
         told = (trainer, experiment, world, run_dir, cost, leave.launched)
         records = stack.enter_context(_records(*told))
+        # After an earlier run was set aside, with its stacks.
+        peers.follow(trainer.place, stacks)
         # Before the first step: its compilation takes minutes, which a lost node may not have.
         reason = next(filter(None, world.all_gather_object(leave.reason)), None)
         # From here on a time limit counts: each start takes the run a step further.
@@ -346,7 +351,8 @@ def _end_without_a_trace(heartbeat: Heartbeat, message: str) -> None:
 
 def _end_with_peer(fail: Callable[[str], bool], heartbeat: Heartbeat, failure: Failure) -> None:
     """End this process, which still waits for a rank that has failed."""
-    if fail(failure.reason) or launched_rank() == 0:
+    own = failure.reason.startswith(f"rank {launched_rank()}:")
+    if fail(failure.reason) or (launched_rank() == 0 and not own):
         log.error("another rank failed: %s", failure.reason)
     heartbeat.stop()
     # Nothing else ends a main thread that is inside a collective.

@@ -38,6 +38,7 @@ _OF_ONE_RUN = (
     ATTEMPTS,
     DESCRIPTION,
     RUN_FILE,
+    "stacks",
     "evaluation.json",
     "evaluations.jsonl",
 )

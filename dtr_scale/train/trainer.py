@@ -13,6 +13,7 @@ from dtr_scale.data.loader import BatchLoader
 from dtr_scale.diffusion.process import GaussianDiffusion
 from dtr_scale.diffusion.timesteps import TimestepSampler
 from dtr_scale.engines.base import Engine
+from dtr_scale.engines.place import Place
 from dtr_scale.engines.vote import LeaveVote
 from dtr_scale.engines.world import World
 from dtr_scale.errors import DivergenceError
@@ -72,6 +73,8 @@ class Trainer:
         self._watch = Stopwatch()
         self._own_work = OwnWork(world.device)
         self._rank_times = RankTimes()
+        self.place = Place()
+        """Where the loop is, for who judges whether it hangs (`engines.peers`)."""
         # n_k of every shift of the clusters, copied once: in a step it would make the host wait.
         counts = torch.from_numpy(timesteps.counts_by_shift())
         self._counts, self._host_counts = counts.to(world.device), counts.tolist()
@@ -116,8 +119,11 @@ class Trainer:
             saving = leaving or self._due(self.save_every) or self.evaluation_is_due
             # What is saved has been judged, and stands in the journal.
             results = self.readback.after(figures, up_to_now=saving)
+            self.place.end_step(self.step)
+            self.place.enter("log")  # to a disk that may be full or away for a while
             for result in results:
                 self._conclude(result, log, on_step)
+            self.place.enter("save")
             # All ranks leave at the same step, and so come to the same save.
             if leaving or self.step == self.max_steps:
                 self._save_for_certain(results[-1])
@@ -132,6 +138,7 @@ class Trainer:
             if evaluate and self.evaluation_is_due:
                 # It swaps averages and weights in place.
                 self.checkpoints.before_change()
+                self.place.enter("evaluation")
                 with self._watch.stopped():
                     reason = evaluate(self.step)
             if reason:
@@ -183,13 +190,16 @@ class Trainer:
         for micro in range(self.loader.grad_accum_steps):
             # x_start and noise [n, C, H, W]; t, cluster and y [n], or y [n, L, D] of texts.
             self._own_work.begin()
+            self.place.enter("data")
             batch = self._watch.next_of(batches).to(self.world.device)
+            self.place.enter("forward")
             x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
             # The engine must know before the forward whether this gradient is exchanged.
             with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
                 output = self.engine.forward(x_t, batch.t, batch.y, self.step)
                 losses = self._loss(output, x_t, batch, sums.counts)
                 self._own_work.end()
+                self.place.enter("backward")
                 self.engine.backward(losses.share)
             sums.add(losses, batch.cluster)
         self._own_work.end_step()
@@ -198,7 +208,9 @@ class Trainer:
         # Before the update, whose all-gathers would stand in front of these few numbers.
         sums.reduce(self.world)
         # A save may still copy what the update changes; the device waits for it, the host does not.
+        self.place.enter("save")
         self.checkpoints.before_change()
+        self.place.enter("update")
         # By the step alone, so a resumed run has the same; its updates count from 1.
         self.engine.set_lr(self.lr.at(self.step + 1))
         grad_norm = self.engine.step()

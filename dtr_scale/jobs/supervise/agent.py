@@ -16,11 +16,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+from dtr_scale.engines.stacks import SIGNAL as STACKS_SIGNAL
 from dtr_scale.jobs.supervise.meeting import Attempt
 
 RANK_COMMAND = (sys.executable, "-u", "-m", "dtr_scale", "train")
-STACKS_SIGNAL = signal.SIGUSR2
-"""A rank answers it with its stacks, whatever it does (`engines.stacks`)."""
 _POLL_SECONDS = 0.1
 # Ranks end by themselves when one of them has failed, and tell why (`engines.peers`).
 _END_SECONDS = 12.0
