@@ -31,9 +31,15 @@ def _add_train(commands: Commands) -> None:
         "train",
         "train",
         f"train an experiment, or go on with it; {OVERRIDES}",
-        "deepspeed launch/train.py --config configs/dit_l_dtr_antuw.json --train.max_steps=400000",
+        "dtr-scale train --config configs/dit_l_dtr_antuw.json --dry-run\n"
+        "  deepspeed launch/train.py --config configs/dit_l_dtr_antuw.json --train.lr=2e-4",
     )
     add_config(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all that the training needs and tell what it would do; nothing is written",
+    )
     runs(parser, _train, overrides=True, on_ranks=True)
 
 
@@ -55,6 +61,8 @@ def _add_health(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    if arguments.dry_run:
+        return _dry_run(arguments, overrides)
     heartbeat = launched_heartbeat()
     leave = LeaveRequest(at_once=heartbeat.remove)
     # Before torch is imported, which takes seconds: a job may be preempted in its first one.
@@ -66,6 +74,16 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from dtr_scale.jobs.train import train_experiment
 
         return train_experiment(experiment, heartbeat, leave)
+
+
+def _dry_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.dry_run import dry_run
+
+    dry_run(experiment)
+    return 0
 
 
 def _health(arguments: argparse.Namespace) -> int:

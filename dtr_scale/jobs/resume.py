@@ -42,7 +42,7 @@ def resume_or_start(
     if experiment.checkpoint.resume == "never" and not _has_begun(world, run_dir):
         with world.agree():
             _set_aside(trainer, experiment, run_dir)
-    elif _resume(trainer, experiment, run_dir):
+    elif go_on(trainer, experiment, run_dir):
         return
     else:
         with world.agree():
@@ -68,7 +68,7 @@ def _has_begun(world: World, run_dir: RunDirectory | None) -> bool:
     return world.broadcast_object(begun)
 
 
-def _resume(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> bool:
+def go_on(trainer: Trainer, experiment: Experiment, run_dir: RunDirectory | None) -> bool:
     """Go on from the newest checkpoint; False if there is none."""
     allowed = experiment.checkpoint.allow_changes
     # The plan is made before a tensor is read: a refused checkpoint changes nothing.
