@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import random
 import struct
 import tarfile
 import unicodedata
@@ -146,3 +147,24 @@ def emoji(count: int) -> dict[str, tuple[bytes, list[str]]]:
         ]
         found[f"{code:05x}.png"] = as_bytes(picture), [name, *captions]
     return found
+
+
+def shapes(root: Path, count: int, size: int = 64) -> Path:
+    """Draw `count` pictures each of discs, squares and stripes, in colours and places of chance."""
+    chance = random.Random(0)
+    for name in ("discs", "squares", "stripes"):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            colour = tuple(chance.randrange(80, 256) for _ in range(3))
+            x, y, r = (chance.randrange(size // 3, size // 2) for _ in range(3))
+            picture = Image.new("RGB", (size, size), (20, 20, 40))
+            draw = ImageDraw.Draw(picture)
+            if name == "discs":
+                draw.ellipse((x - r // 2, y - r // 2, x + r // 2, y + r // 2), fill=colour)
+            elif name == "squares":
+                draw.rectangle((x - r // 2, y - r // 2, x + r // 2, y + r // 2), fill=colour)
+            else:
+                for left in range(x % 16, size, 16):
+                    draw.rectangle((left, 0, left + 7, size), fill=colour)
+            picture.save(root / name / f"{number:03}.png")
+    return root
