@@ -256,6 +256,9 @@ class TrackingConfig(Section):
     uri: str | None = None
     """MLflow tracking server or database; default: MLFLOW_TRACKING_URI, else mlflow.db beside the
     run's directory."""
+    prometheus: bool = False
+    """Keep `run_dir/metrics.prom` at the newest logged step, for node_exporter's textfile
+    collector."""
 
 
 class EvaluationConfig(Section):

@@ -18,8 +18,9 @@ from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.jobs import description
 from dtr_scale.logs import without_password
 from dtr_scale.storage.folder import Folder, open_folder
-from dtr_scale.tracking.base import NullTracker, Tracker
+from dtr_scale.tracking.base import NullTracker, Tracker, Trackers
 from dtr_scale.tracking.description import DESCRIPTION, Description, RunInfo, read_description
+from dtr_scale.tracking.prometheus import PrometheusFile
 from dtr_scale.tracking.uri import artifact_home, shown_uri, tracking_uri
 from dtr_scale.train.run_dir import CHECKPOINTS, CONFIG, JOURNAL, LOCK, TRAINING, RunDirectory
 from dtr_scale.train.trainer import Trainer
@@ -45,6 +46,26 @@ def build_tracker(
     cost: LayerCost | None,
 ) -> tuple[Tracker, str | None]:
     """Return what mirrors rank 0's run directory, and the training's id, as the experiment asks."""
+    tracker, training = _mlflow_tracker(experiment, world, run_dir, trainer, cost)
+    if not experiment.tracking.prometheus:
+        return tracker, training
+    file = PrometheusFile(
+        run_dir.path,
+        experiment.name,
+        max_steps=trainer.max_steps,
+        saved_step=lambda: trainer.saved_step,
+    )
+    # The file first: MLflow's end may take a while.
+    return Trackers([file, tracker]), training
+
+
+def _mlflow_tracker(
+    experiment: Experiment,
+    world: World,
+    run_dir: RunDirectory,
+    trainer: Trainer,
+    cost: LayerCost | None,
+) -> tuple[Tracker, str | None]:
     if experiment.tracking.type == "none":
         return NullTracker(), None
     from dtr_scale.tracking.mirror import MlflowTracker

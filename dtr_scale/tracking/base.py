@@ -1,6 +1,7 @@
 """Define the interface of a tracker, which mirrors what a run writes to its directory."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from dtr_scale.tracking.journal import Record
 
@@ -29,3 +30,22 @@ class NullTracker(Tracker):
     def look(self) -> None: ...
 
     def finish(self) -> None: ...
+
+
+class Trackers(Tracker):
+    """Several mirrors of a run."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = trackers
+
+    def log(self, record: Record) -> None:
+        for tracker in self._trackers:
+            tracker.log(record)
+
+    def look(self) -> None:
+        for tracker in self._trackers:
+            tracker.look()
+
+    def finish(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()

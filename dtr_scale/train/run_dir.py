@@ -18,6 +18,7 @@ from dtr_scale.tracking.attempts import ATTEMPTS
 from dtr_scale.tracking.description import DESCRIPTION
 from dtr_scale.tracking.goodput import Ending, read_goodput
 from dtr_scale.tracking.journal import last_step
+from dtr_scale.tracking.prometheus import METRICS_FILE
 from dtr_scale.tracking.run_file import RUN_FILE
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ _OF_ONE_RUN = (
     "stacks",
     "evaluation.json",
     "evaluations.jsonl",
+    METRICS_FILE,
 )
 
 
