@@ -102,10 +102,11 @@ def read_goodput(
 
     An attempt that still goes on is taken to end so.
     """
-    attempts = closed(read_attempts(run_dir), ending)
     try:
+        attempts = closed(read_attempts(run_dir), ending)
         times = wall_times(attempts, read_journal(journal), saved_step)
-    except (OSError, DataError):  # it is told of the run, and not worth it
+    # Whatever a damaged file leads to: it is told where a run fails, and must not hide why.
+    except (OSError, DataError, KeyError, TypeError, ValueError, AttributeError):
         return None
     if not times:
         return None

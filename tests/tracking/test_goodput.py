@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtr_scale.tracking.attempts import Attempt
-from dtr_scale.tracking.goodput import Ending, closed, wall_times, whole_run
+from dtr_scale.tracking.attempts import Attempt, begin_attempt
+from dtr_scale.tracking.goodput import Ending, closed, read_goodput, wall_times, whole_run
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 BATCH = 32
@@ -140,6 +140,15 @@ def test_a_run_that_goes_on_counts_all_its_steps_and_a_failed_one_those_it_has_s
         assert time.goodput == pytest.approx(goodput)
     (time,) = wall_times(closed(going, ending), run.journal, saved_step=None)
     assert time.goodput == 0, "nothing was saved: all is to be made again"
+
+
+@pytest.mark.parametrize("line", ["no JSON", "[1]", "{}", '{"step": "x"}'])
+def test_of_a_damaged_journal_nothing_is_told(tmp_path, line):
+    begin_attempt(tmp_path, step=0)
+    (tmp_path / "journal.jsonl").write_text(f"{line}\n")
+    ending = Ending(datetime.now(UTC), "failed", 3)
+    found = read_goodput(tmp_path, tmp_path / "journal.jsonl", ending, None)
+    assert found in (None, (0.0, 0.0))
 
 
 def test_the_journal_of_a_run_from_another_host_begins_in_the_middle():

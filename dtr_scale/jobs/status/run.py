@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from dtr_scale.checkpoint.lease import Holder, read_holder
@@ -52,7 +53,7 @@ def read_run(path: Path) -> RunStatus:
     times = wall_times(accounted, records, saved_step)
     per_step = _seconds_per_step(records, attempts)
     if state == RUNNING:
-        problems += _worries(record, quiet, per_step, step - (saved_step or 0), config)
+        problems += _worries(records, quiet, per_step, step - (saved_step or 0), config)
     if is_going:
         problems += _heartbeat(holder)
     problems += _history(path, record)
@@ -79,7 +80,8 @@ def read_run(path: Path) -> RunStatus:
 
 def _records(journal: Path, problems: list[str]) -> list[Record]:
     try:
-        return list(read_journal(journal))
+        # Of what is no record, such as a hand's, nothing can be told.
+        return [r for r in read_journal(journal) if isinstance(r, dict) and "step" in r]
     except FileNotFoundError:
         return []
     except (OSError, DtrScaleError) as error:
@@ -115,7 +117,7 @@ def _seconds_per_step(records: Sequence[Record], attempts: Sequence[Attempt]) ->
 
 
 def _worries(
-    record: Record,
+    records: Sequence[Record],
     quiet: float | None,
     per_step: float | None,
     unsaved: int,
@@ -130,10 +132,13 @@ def _worries(
         )
     if config.save_every and unsaved > 2 * config.save_every:
         yield f"{unsaved} steps without a checkpoint, where every {config.save_every} one is due"
-    if (waits := record.get("data_wait_fraction", 0.0)) > _MUCH_WAITING:
-        yield f"it waits for data {waits:.0%} of the time"
-    if not math.isfinite(record.get("loss", 0.0)):
-        yield f"the loss is {record['loss']}"
+    # Of a single record it is chance.
+    waits = [record.get("data_wait_fraction", 0.0) for record in records[-_RECENT_RECORDS:]]
+    if waits and mean(waits) > _MUCH_WAITING:
+        yield f"it waits for data {mean(waits):.0%} of the time"
+    loss = records[-1].get("loss", 0.0) if records else 0.0
+    if not math.isfinite(loss):
+        yield f"the loss is {loss}"
 
 
 def _heartbeat(holder: Holder | None) -> Iterable[str]:
