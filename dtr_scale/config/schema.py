@@ -240,9 +240,13 @@ class CheckpointConfig(Section):
     """`auto` goes on from the newest complete checkpoint; `never` insists on a fresh start."""
     start_from: str | None = None
     """Weights that a run without checkpoints starts from: see start_kind."""
-    start_kind: Literal["dit", "dtr", "adm", "universal"] = "dit"
-    """An official .pt of DiT, DTR or guided-diffusion (weights and average, fresh optimizer), or a
-    folder of DeepSpeed's universal format (moments and step too)."""
+    start_kind: Literal["auto", "dit", "dtr", "adm", "run", "export", "universal"] = "auto"
+    """An official .pt of DiT, DTR or guided-diffusion; a run, a checkpoint.dir or one step_* folder
+    (weights and average, fresh optimizer); a file or pipeline of `dtr-scale export`; a folder of
+    DeepSpeed's universal format (moments and step too). auto: whichever it is."""
+    start_adapt: bool = False
+    """Take what fits of the weights and begin the rest afresh: for another number of classes, image
+    size, conditioning or routing. The log lists both. false: weights must fit exactly."""
     allow_changes: Annotated[list[str], BeforeValidator(comma_separated)] = Field(default=[])
     """Keys of model, diffusion, objective, batch size, seed or data (`data.shards` for its
     manifest) that may differ from the checkpoint's; on the command line separated by commas."""

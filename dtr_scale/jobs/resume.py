@@ -8,12 +8,12 @@ from typing import Any
 
 from dtr_scale.checkpoint.layout import kind_of
 from dtr_scale.checkpoint.reader import CheckpointReader, LoadPlan
-from dtr_scale.checkpoint.start import read_start
 from dtr_scale.config.changes import Change, changes
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.jobs.attention import settle_attention
+from dtr_scale.jobs.start import open_start
 from dtr_scale.launchers import launch_name, restart_count
 from dtr_scale.tracking.journal import last_step
 from dtr_scale.train.run_dir import TRAINING, RunDirectory
@@ -48,9 +48,8 @@ def resume_or_start(
         with world.agree():
             _refuse_to_forget(trainer, run_dir)
     settle_attention(trainer, experiment, stored=None)
-    if place := experiment.checkpoint.start_from:
-        trainer.start(partial(read_start, Path(place), experiment.checkpoint.start_kind))
-        log.info("starting from %s", place)
+    if experiment.checkpoint.start_from:
+        trainer.start(partial(open_start, experiment))
 
 
 def _has_begun(world: World, run_dir: RunDirectory | None) -> bool:

@@ -75,8 +75,10 @@ def test_averages_alone_are_the_weights_too(tmp_path):
 def test_a_start_that_does_not_fit_is_refused(digits, tmp_path):
     torch.save(released(), tmp_path / "released.pt")
     start = f"--checkpoint.start_from={tmp_path / 'released.pt'}"
+    with pytest.raises(ConfigError, match=r"start_from does not fit the network, which has no .*"):
+        train(digits, tmp_path / "run", start, *BATCH)  # of two blocks, not three
     with pytest.raises(ConfigError, match=r"start_from does not fit the network: .* is of shape"):
-        train(digits, tmp_path / "run", start, *BATCH)
+        train(digits, tmp_path / "run", start, *BATCH, "--model.depth=3")
     with pytest.raises(CheckpointError, match="is no universal checkpoint: it has no zero/"):
         read_start(tmp_path, "universal")
 

@@ -33,7 +33,8 @@ DIFFERENCES = {
         "expected": {}, "expected.fid_50k": None, "expected.a100_hours": None,
     },
 }  # fmt: skip
-OTHERS = {FLAGSHIP.stem, "demo_digits", "micro_fashion", *DIFFERENCES}
+LATE = CONFIGS / "dit_b_dtr_late.json"
+OTHERS = {FLAGSHIP.stem, "demo_digits", "micro_fashion", LATE.stem, *DIFFERENCES}
 PAPER = [path for path in EXPERIMENTS if path.stem not in OTHERS]
 
 NAME = re.compile(
@@ -122,6 +123,22 @@ def test_schema_file_is_the_one_the_code_makes():
 def test_every_training_of_the_paper_has_its_file_and_no_other_has():
     named = {name for rows in ROWS.values() for name in rows} | FID_10K.keys() | FIGURE_4
     assert named == {path.stem for path in PAPER} | {FLAGSHIP.stem}
+
+
+def test_dtr_is_switched_on_late_in_as_many_steps():
+    plain, late = CONFIGS / "dit_b_imagenet_none_vanilla.json", load_experiment(LATE)
+    found = changes(filled_in(load_experiment(plain)), filled_in(late), str(LATE))
+    changed = {change.key: change.after for change in found}
+    place = Path(changed.pop("checkpoint.start_from"))
+    assert place.parts[-4:-1] == ("runs", plain.stem, "checkpoints")
+    steps = int(place.name.removeprefix("step_"))
+    assert steps % late.checkpoint.keep_every == 0  # else it would be gone
+    assert steps + changed.pop("train.max_steps") == load_experiment(plain).train.max_steps
+    told = [k for k in changed if k.startswith(("name", "run_dir", "description", "expected"))]
+    assert {key: changed[key] for key in changed.keys() - set(told)} == {
+        "model.routing.type": "dtr",
+        "train.seed": 1,  # not the samples and the noise of the first half again
+    }
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
