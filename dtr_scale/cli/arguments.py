@@ -18,13 +18,32 @@ Run = Callable[..., int]
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples, and tells every default that is a value."""
+    """Keeps the lines of examples, and tells every default."""
 
     # A private method of argparse, the one that its own formatter of defaults overrides.
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or isinstance(action.default, bool):
+        if isinstance(action.default, bool):  # the option says what it switches on
             return action.help
-        return super()._get_help_string(action)
+        if action.default is not None:
+            return super()._get_help_string(action)
+        is_told = action.required or not action.option_strings or "default:" in (action.help or "")
+        return action.help if is_told else f"{action.help or ''} (default: none)".lstrip()
+
+
+class _Parts(argparse._SubParsersAction):
+    """The parts of a command, whose help says what the command's does, with its own examples."""
+
+    examples = ""
+
+    def add_parser(self, name: str, **options: Any) -> Any:  # noqa: ANN401
+        if told := options.get("help"):
+            options.setdefault("description", f"{told[0].upper()}{told[1:]}.")
+        # A line that goes on in the next one is one example with it.
+        lines = self.examples.replace("\\\n", "\0").splitlines()
+        own = [line.strip().replace("\0", "\\\n") for line in lines if f" {name} " in f"{line} "]
+        if own:
+            options.setdefault("epilog", "\n  ".join(["example:", *own]))
+        return super().add_parser(name, **options)
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,7 +94,12 @@ class Commands:
 
 def actions(parser: Parser, name: str = "action") -> "argparse._SubParsersAction[Parser]":
     """Return where a command's own sub-commands are added."""
-    return parser.add_subparsers(dest=name, required=True, metavar=name.upper())
+    parts = parser.add_subparsers(
+        dest=name, required=True, metavar=name.upper(), action=_Parts, parser_class=Parser
+    )
+    assert isinstance(parts, _Parts)
+    parts.examples = parser.epilog or ""
+    return parts
 
 
 def runs(

@@ -18,7 +18,8 @@ def _add_checkpoint(commands: Commands) -> None:
         "checkpoint",
         "look at a run",
         "look into checkpoints: a step_* folder, a run directory (its newest) or s3://",
-        "dtr-scale checkpoint verify runs/demo_digits\n"
+        "dtr-scale checkpoint diff runs/dtr runs/plain\n"
+        "  dtr-scale checkpoint verify runs/demo_digits\n"
         "  dtr-scale checkpoint list runs/demo_digits\n"
         "  dtr-scale checkpoint inspect runs/demo_digits",
     )

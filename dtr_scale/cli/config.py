@@ -16,6 +16,7 @@ def add_config_commands(commands: Commands) -> None:
         "make, show, compare or explain experiments' files",
         "dtr-scale config init --data data/mine --out mine.json\n"
         "  dtr-scale config explain train.lr\n"
+        "  dtr-scale config schema > experiment.schema.json\n"
         "  dtr-scale config diff configs/dit_l_dtr_antuw.json runs/mine\n"
         "  dtr-scale config show configs/dit_l_dtr_antuw.json",
     )

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from argparse import ArgumentTypeError
+from argparse import SUPPRESS, ArgumentTypeError, _SubParsersAction
 from pathlib import Path
 
 import pytest
 
 import dtr_scale
 from dtr_scale.cli.arguments import positive_integer
-from dtr_scale.cli.main import main
+from dtr_scale.cli.main import _parser, main
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.storage.folder import open_folder
 
@@ -129,6 +129,30 @@ def test_commands_are_grouped_by_what_a_user_does(capsys):
         assert out.count(f"\n  {command} ") == 1
 
 
+def commands_of(parser):
+    """Yield the parsers of all that can be called."""
+    parts = [action for action in parser._actions if isinstance(action, _SubParsersAction)]
+    for action in parts:
+        for part in action.choices.values():
+            yield from commands_of(part)
+    if not parts:
+        yield parser
+
+
+ALL = {parser.prog: parser for parser in commands_of(_parser())}
+
+
+@pytest.mark.parametrize("parser", ALL.values(), ids=ALL)
+def test_every_help_tells_what_it_does_an_example_and_every_default(parser):
+    told = " ".join(parser.format_help().split())
+    assert parser.description and f"{parser.prog} " in told.partition("example: ")[2] + " "
+    assert "None" not in told and "False" not in told
+    assert told.startswith(f"usage: {parser.prog}")
+    values = [a for a in parser._actions if a.option_strings and a.nargs != 0]
+    shown = [a for a in values if a.help != SUPPRESS and not a.required]
+    assert told.count("default: ") >= len(shown)
+
+
 @pytest.mark.parametrize(
     ("command", "default"),
     [("cka", "(default: 64)"), ("affinity", "(default: 8)"), ("export", "(default: the newest)")],
@@ -136,8 +160,7 @@ def test_commands_are_grouped_by_what_a_user_does(capsys):
 def test_help_tells_the_defaults(command, default, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    out = " ".join(capsys.readouterr().out.split())
-    assert default in out and "None" not in out and "False" not in out
+    assert default in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
