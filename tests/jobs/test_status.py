@@ -118,7 +118,10 @@ def test_what_is_odd_about_a_run_that_goes_on_is_told(tmp_path, monkeypatch):
         begin_attempt(run_dir.path, step=0)
         assert [run.state for run in read_status([str(run_dir.path)])] == ["starting"]
         record = {"step": 25, "samples_seen": 25, "samples_per_second": 5.0, "loss": float("nan")}
-        run_dir.journal.write_text(json.dumps(record | {"data_wait_fraction": 0.4}) + "\n{}\n")
+        record |= {"data_wait_fraction": 0.4, "slowest_rank": 3}
+        record |= {"slowest_rank_seconds": 0.9, "median_rank_seconds": 0.5}
+        lines = [record | {"step": 20, "samples_seen": 20}, {}, record]
+        run_dir.journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
         long_ago = time.time() - 600
         os.utime(run_dir.journal, (long_ago, long_ago))
         (tmp_path / "heartbeat").touch()
@@ -131,9 +134,11 @@ def test_what_is_odd_about_a_run_that_goes_on_is_told(tmp_path, monkeypatch):
     told = "; ".join(run.problems)
     for expected in (
         "no record for 600 s, where one comes every 0 s", "25 steps without a checkpoint",
-        "waits for data 40% of the time", "the loss is nan", "unhealthy", "1 stacks of ranks",
+        "rank 3 is slow: 0.9 s a step", "waits for data 40% of the time",
+        "the loss is nan", "unhealthy", "1 stacks of ranks",
     ):  # fmt: skip
         assert expected in told
+    assert "the slowest is 3 with 0.9 s" in status_text([run])
     assert read_status([str(run_dir.path)])[0].state == "dead", "it has let go without a word"
 
 

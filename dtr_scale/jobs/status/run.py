@@ -1,30 +1,22 @@
 """Tell how a run stands by the files of its directory."""
 
-import math
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from dtr_scale.checkpoint.lease import Holder, read_holder
+from dtr_scale.checkpoint.lease import read_holder
 from dtr_scale.errors import DtrScaleError
-from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat
 from dtr_scale.jobs.status.state import DEAD, ENDED, RUNNING, RunStatus, judge
 from dtr_scale.jobs.status.stored import StoredConfig, newest_saved
+from dtr_scale.jobs.status.worries import RECENT_RECORDS, heartbeat, history, worries
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.attempts import ATTEMPTS, KILLED, Attempt, read_attempts
 from dtr_scale.tracking.findings import read_evaluations
 from dtr_scale.tracking.goodput import Ending, closed, step_clock, wall_times, whole_run
 from dtr_scale.tracking.journal import Record, read_journal
 from dtr_scale.train.run_dir import CONFIG, JOURNAL, LOCK, STATUS, find_object
-
-_RECENT_RECORDS = 50
-_HEARTBEAT_SECONDS = 300.0
-_SILENT_SECONDS, _SILENT_RECORDS = 120.0, 10
-_MUCH_WAITING = 0.2
 
 
 def is_run(path: Path) -> bool:
@@ -53,10 +45,10 @@ def read_run(path: Path) -> RunStatus:
     times = wall_times(accounted, records, saved_step)
     per_step = _seconds_per_step(records, attempts)
     if state == RUNNING:
-        problems += _worries(records, quiet, per_step, step - (saved_step or 0), config)
+        problems += worries(records, quiet, per_step, step - (saved_step or 0), config)
     if is_going:
-        problems += _heartbeat(holder)
-    problems += _history(path, record)
+        problems += heartbeat(holder)
+    problems += history(path, record)
     left = max(0, (config.max_steps or step) - step)
     return RunStatus(
         name=config.name or path.resolve().name,
@@ -106,7 +98,7 @@ def _age(path: Path) -> float | None:
 def _seconds_per_step(records: Sequence[Record], attempts: Sequence[Attempt]) -> float | None:
     """Return the time of a step of the newest attempt, over its newest records."""
     first = attempts[-1].step if attempts else 0
-    recent = [record for record in records if record["step"] > first][-_RECENT_RECORDS:]
+    recent = [record for record in records if record["step"] > first][-RECENT_RECORDS:]
     if not recent:
         return None
     # The record before the recent ones tells where the first of them begins.
@@ -114,50 +106,6 @@ def _seconds_per_step(records: Sequence[Record], attempts: Sequence[Attempt]) ->
     clock = step_clock([*before, *recent], first)
     start, end = int(before[0]["step"]) if before else first, int(recent[-1]["step"])
     return (clock(end) - clock(start)) / (end - start) or None
-
-
-def _worries(
-    records: Sequence[Record],
-    quiet: float | None,
-    per_step: float | None,
-    unsaved: int,
-    config: StoredConfig,
-) -> Iterable[str]:
-    """Yield what is odd about a run that goes on."""
-    usual = (per_step or 0.0) * config.log_every
-    if quiet is not None and quiet > max(_SILENT_SECONDS, _SILENT_RECORDS * usual):
-        yield (
-            f"no record for {quiet:.0f} s, where one comes every {usual:.0f} s: it evaluates, "
-            "compiles, waits for storage, or hangs"
-        )
-    if config.save_every and unsaved > 2 * config.save_every:
-        yield f"{unsaved} steps without a checkpoint, where every {config.save_every} one is due"
-    # Of a single record it is chance.
-    waits = [record.get("data_wait_fraction", 0.0) for record in records[-_RECENT_RECORDS:]]
-    if waits and mean(waits) > _MUCH_WAITING:
-        yield f"it waits for data {mean(waits):.0%} of the time"
-    loss = records[-1].get("loss", 0.0) if records else 0.0
-    if not math.isfinite(loss):
-        yield f"the loss is {loss}"
-
-
-def _heartbeat(holder: Holder | None) -> Iterable[str]:
-    """Yield what the heartbeat of this node's training tells, where this is the run's node."""
-    place = os.environ.get(HEARTBEAT)
-    if place and holder and holder.is_alive is not None:
-        is_well, told = check_heartbeat(Path(place), _HEARTBEAT_SECONDS)
-        if not is_well:
-            yield told
-
-
-def _history(run_dir: Path, record: Record) -> Iterable[str]:
-    """Yield what has gone wrong so far, and where to read more."""
-    for key, what in (("skipped_steps", "updates skipped"), ("rollbacks", "rollbacks")):
-        if count := record.get(key):
-            yield f"{count:.0f} {what} so far"
-    stacks = run_dir / "stacks"
-    if stacks.is_dir() and (found := sum(1 for _ in stacks.iterdir())):
-        yield f"{found} stacks of ranks in {stacks}"
 
 
 def _newest(run_dir: Path, attempts: Sequence[Attempt]) -> Any:  # noqa: ANN401

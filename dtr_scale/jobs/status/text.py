@@ -42,6 +42,8 @@ def _screen(run: RunStatus) -> str:
     if run.record:
         lines.append(_line("loss", _loss(run)))
         lines.append(_line("speed", _speed(run)))
+    if "slowest_rank" in run.record:
+        lines.append(_line("ranks", _ranks(run)))
     if run.saved:
         lines.append(_line("checkpoint", _checkpoint(run.saved)))
     if run.evaluation:
@@ -89,13 +91,22 @@ def _speed(run: RunStatus) -> str:
     shown = (
         ("samples_per_second", "{:,.1f} samples/s"),
         ("step_seconds", "{:.3g} s a step"),
-        ("slowest_rank_seconds", "slowest rank {:.3g} s"),
         ("data_wait_fraction", "data wait {:.0%}"),
+        ("checkpoint_stall_seconds", "saves stall {:.2g} s"),
+        ("tflops", "{:.4g} TFLOP/s"),
         ("mfu", "MFU {:.1%}"),
         ("memory_gb", "{:.1f} GB"),
         ("power_watts", "{:.0f} W"),
     )
     return "  ".join(form.format(run.record[key]) for key, form in shown if key in run.record)
+
+
+def _ranks(run: RunStatus) -> str:
+    rank, slowest = run.record["slowest_rank"], run.record.get("slowest_rank_seconds", 0.0)
+    median = run.record.get("median_rank_seconds", 0.0)
+    return (
+        f"the slowest is {rank:.0f} with {slowest:.3g} s a step of its own, median {median:.3g} s"
+    )
 
 
 def _checkpoint(saved: Saved) -> str:
