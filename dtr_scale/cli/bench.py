@@ -5,7 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dtr_scale.cli.arguments import OVERRIDES, Commands, actions, add_config, positive_integer, runs
+from dtr_scale.cli.arguments import (
+    OVERRIDES,
+    Commands,
+    actions,
+    add_config,
+    positive_integer,
+    positive_number,
+    runs,
+)
 from dtr_scale.launchers import launched_rank
 
 _EXAMPLES = """dtr-scale bench train --config configs/dit_l_dtr_antuw.json --json before.json
@@ -15,7 +23,8 @@ _EXAMPLES = """dtr-scale bench train --config configs/dit_l_dtr_antuw.json --jso
   dtr-scale bench attention --config configs/dit_l_dtr_antuw.json
   dtr-scale bench start --config configs/demo_digits.json --launcher 'torchrun --nproc_per_node 2'
   dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch
-  dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8"""
+  dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8
+  dtr-scale bench scale --config configs/dit_xl_dtr_antuw.json --gpu h100-80gb --nodes 128"""
 
 _Parts = Any  # argparse names the type of its sub-parsers privately
 
@@ -36,6 +45,7 @@ def add_bench(commands: Commands) -> None:
     _add_start(parts)
     _add_checkpoint(parts)
     _add_data(parts)
+    _add_scale(parts)
 
 
 def _add_train(parts: _Parts) -> None:
@@ -107,6 +117,36 @@ def _add_data(parts: _Parts) -> None:
     data.add_argument("--seconds", type=positive_integer, default=5, help="of each measurement")
     data.add_argument("--shards", type=positive_integer, default=16, help="how many are read")
     runs(data, _bench_data, overrides=True, on_ranks=True)
+
+
+def _add_scale(parts: _Parts) -> None:
+    scale = parts.add_parser(
+        "scale",
+        help="a training on a thousand ranks, simulated: order of the data, layout of checkpoints, "
+        f"failures; nothing is trained; {OVERRIDES}",
+    )
+    add_config(scale)
+    add = scale.add_argument
+    add("--gpu", default="h100-80gb", metavar="NAME", help="the kind, as for `plan`")
+    add("--gpus", type=positive_integer, default=8, metavar="N", help="of a node")
+    add("--nodes", type=positive_integer, default=128, metavar="N", help="how many")
+    add("--shards", type=positive_integer, default=100_000, help="of the data set")
+    add("--samples", type=positive_integer, default=10**9, help="of the data set")
+    add(
+        "--failures",
+        type=positive_number,
+        metavar="GPU_HOURS",
+        help="between two (default: 8090, as at Meta: 7.9 h on 1,024 GPUs)",
+    )
+    add(
+        "--storage",
+        type=positive_number,
+        default=1.0,
+        metavar="GB_S",
+        help="that a node writes or reads",
+    )
+    add("--json", type=Path, metavar="FILE", help="where to write the figures")
+    runs(scale, _bench_scale, overrides=True)
 
 
 def _add_dir(parser: argparse.ArgumentParser) -> None:
@@ -235,4 +275,28 @@ def _bench_data(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     experiment = load_experiment(arguments.config, overrides)
     print(bench_data(experiment, arguments.seconds, arguments.shards))
+    return 0
+
+
+def _bench_scale(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.bench.report import write_report
+    from dtr_scale.jobs.plan.cluster import Cluster
+    from dtr_scale.jobs.plan.goodput import GPU_HOURS_PER_FAILURE
+    from dtr_scale.jobs.plan.gpus import find_gpu
+    from dtr_scale.jobs.plan.run_plan import Terms
+    from dtr_scale.jobs.scale.simulate import Scale, scale_table, simulate
+
+    failures = arguments.failures or GPU_HOURS_PER_FAILURE
+    found = simulate(
+        experiment,
+        Cluster(find_gpu(arguments.gpu), arguments.gpus, arguments.nodes),
+        Scale(arguments.shards, arguments.samples),
+        Terms(gpu_hours_per_failure=failures, storage_gb=arguments.storage),
+    )
+    print(scale_table(found))
+    if arguments.json:
+        write_report(arguments.json, {"bench": "scale", **found})
     return 0

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic.dataclasses import dataclass
 
 from dtr_scale.errors import DataError
 from dtr_scale.storage.folder import Folder
@@ -25,7 +26,10 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Shard(_Record):
+# No pydantic model, each of which has a dict and a set of its own: 100,000 shards then take 40 MB
+# of every rank and worker instead of 200.
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Shard:
     """One tar of a split, with the sizes and hashes that it and its index must have."""
 
     name: ShardName

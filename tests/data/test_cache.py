@@ -6,6 +6,7 @@ import tarfile
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,7 +282,7 @@ def test_a_manifest_of_other_samples_is_refused(tmp_path, change, message):
     folder = open_folder(tmp_path)
     manifest = prepare_digits(folder)
     if change == "samples":
-        shards = [s.model_copy(update={"samples": s.samples - 1}) for s in manifest.shards]
+        shards = [replace(s, samples=s.samples - 1) for s in manifest.shards]
         change = {"shards": tuple(shards)}
     reader = SampleReader(folder, manifest.model_copy(update=change))
     with pytest.raises(DataError, match=message):

@@ -1,5 +1,7 @@
 """Damage of every kind is found, and what is in a folder is told and shown."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,7 @@ def test_every_damage_is_named(copy):
 
 def test_a_manifest_that_counts_wrong_is_told(copy):
     manifest = read_manifest(copy)
-    first = manifest.shards[0].model_copy(update={"samples": 77})
+    first = replace(manifest.shards[0], samples=77)
     write_manifest(copy, manifest.model_copy(update={"shards": (first, *manifest.shards[1:])}))
     (problem,) = damages(copy).values()
     assert problem == f"{manifest.shards[0].samples} samples, the manifest says 77"
