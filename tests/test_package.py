@@ -75,7 +75,11 @@ def imported_modules(path):
 
 
 def test_public_names_are_these():
-    assert dtr_scale.__all__ == ["GaussianDiffusion", "__version__", "build_model"]
+    assert dtr_scale.__all__ == [
+        "GaussianDiffusion", "ShardDataset", "__version__", "build_model", "load_run", "plan",
+        "sample",
+    ]  # fmt: skip
+    assert dir(dtr_scale) == dtr_scale.__all__
     for name in dtr_scale.__all__:
         assert getattr(dtr_scale, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,0 +1,1 @@
+"""Checkpoints: written and read whole or not at all, kept, converted, exported."""

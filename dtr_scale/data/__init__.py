@@ -1,0 +1,1 @@
+"""Shards: their manifest, the order of samples, streaming, the cache; `dataset` for any program."""

@@ -1,0 +1,1 @@
+"""The diffusion process: schedules, losses, timesteps and their clusters, samplers, guidance."""

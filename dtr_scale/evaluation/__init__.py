@@ -1,0 +1,1 @@
+"""Pictures of samples, features and distances, FLOPs, and the comparison of runs."""

@@ -1,0 +1,1 @@
+"""What each command starts, built of all the rooms; `api` is what Python programs call."""

@@ -65,12 +65,12 @@ def sample_run(
         world = ranks.world
         with world.agree():
             asked.check(guidance)
-        run = _seeded(_load(run_dir, overrides, choice, out, world), seed)
+        run = seeded(_load(run_dir, overrides, choice, out, world), seed)
         with world.agree():
             decoder = None
             if not latents:
                 needed = asked.needs_pictures or bool(guidance)
-                decoder = _decoder(run, vae, world.device, needed=needed)
+                decoder = decoder_of_run(run, vae, world.device, needed=needed)
             conditions = conditions_of(run.experiment, wanted, world.device)
             count = num_samples or _default_count(conditions, guidance)
             _check_guidance(run, guidance, count)
@@ -102,7 +102,7 @@ def sample_run(
     return path
 
 
-def _seeded(run: TrainedRun, seed: int | None) -> TrainedRun:
+def seeded(run: TrainedRun, seed: int | None) -> TrainedRun:
     """Return a run whose samples begin as the noise of another seed."""
     if seed is None:
         return run
@@ -177,7 +177,7 @@ def _load(
         ) from None
 
 
-def _decoder(
+def decoder_of_run(
     run: TrainedRun, vae: str | None, device: torch.device, *, needed: bool
 ) -> PictureEncoder | None:
     """Return what makes pictures of samples; None where there is nothing unless it is `needed`."""

@@ -1,0 +1,1 @@
+"""Networks: DiT and ADM, their routing, attention, experts."""

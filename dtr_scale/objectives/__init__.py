@@ -1,0 +1,1 @@
+"""What a step minimises: weights of the loss, ANT-UW, and the affinity of timesteps."""

@@ -1,0 +1,1 @@
+"""Folders on a disk or on S3, read by ranges and written whole."""

@@ -1,0 +1,1 @@
+"""Measure this machine: training, sampling, data, checkpoints, attention, peers."""

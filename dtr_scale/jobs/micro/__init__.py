@@ -1,0 +1,1 @@
+"""The paper's comparison in small, on Fashion-MNIST."""
