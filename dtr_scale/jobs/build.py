@@ -35,6 +35,7 @@ from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks, is_compiled
 from dtr_scale.errors import ConfigError
+from dtr_scale.jobs.alike import refuse_other_data
 from dtr_scale.models import build as networks
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.experts import expert_timesteps
@@ -62,6 +63,7 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
             # On rank 0, so that a thousand ranks do not list the same folder.
             samples.check_sizes()
             _tell_large_batch(experiment, sum(samples.shard_samples))
+    refuse_other_data(world, experiment.data.shards, samples.manifest.hash("train"))
     diffusion = build_diffusion(experiment)
     loader = BatchLoader(
         build_assembler(experiment, samples),

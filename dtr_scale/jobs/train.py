@@ -17,6 +17,7 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
 from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.heartbeat import Heartbeat
+from dtr_scale.jobs.alike import refuse_other_settings
 from dtr_scale.jobs.bench.report import nominal_flops
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.description import attempt_facts, network_cost
@@ -63,6 +64,7 @@ def train_experiment(
             # First of all: a request that comes while everything is built is heard, too.
             stack.enter_context(leave.listening())
         world = join(experiment)
+        refuse_other_settings(world, experiment)
         cost = None
         with world.agree():
             # Before the run directory is made, which a wrong address would leave behind.
