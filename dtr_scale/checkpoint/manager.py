@@ -177,13 +177,16 @@ class CheckpointManager:
         self,
         state: Mapping[str, Piece],
         accept: Callable[[CheckpointReader], LoadPlan] = LoadPlan,
+        *,
+        up_to: int | None = None,
     ) -> LoadPlan | None:
         """Copy the newest complete checkpoint into `state`'s pieces; return the plan followed.
 
-        Every rank calls it and gets the same verdict. Damaged checkpoints are named and passed
-        over. `accept` is given a checkpoint before any tensor is read; it returns what to take of
-        it, or raises if this run must not go on from it. None if there is no checkpoint at all;
-        CheckpointError, with pieces half loaded, if there are some and none can be used.
+        With `up_to` it is the newest that is not after this step. Every rank calls it and gets the
+        same verdict. Damaged checkpoints are named and passed over. `accept` is given a checkpoint
+        before any tensor is read; it returns what to take of it, or raises if this run must not go
+        on from it. None if there is no checkpoint at all; CheckpointError, with pieces half loaded,
+        if there are some and none can be used.
         """
         steps: list[int] = []
         with self._world.agree():
@@ -191,6 +194,8 @@ class CheckpointManager:
                 steps = self.steps()
         # One listing for all: ranks that list by themselves may see different newest steps.
         steps = self._world.broadcast_object(steps)
+        if up_to is not None:
+            steps = [step for step in steps if step <= up_to]
         for step in steps:
             try:
                 with self._world.agree():
@@ -211,6 +216,21 @@ class CheckpointManager:
                 "one from a copy, or start afresh on purpose with --checkpoint.resume=never"
             )
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which the run has given up; every rank calls it.
+
+        CheckpointError if that fails: the next start would go on from one of them.
+        """
+        self.saved_step = step
+        with self._world.agree(), _as_checkpoint_error(self._folder.url):
+            if self._world.is_main:
+                # First: a run is refused whose checkpoints end before what it told of.
+                with contextlib.suppress(OSError):
+                    self.on_saved(step)
+                for later in self._catalog.steps():
+                    if later > step:
+                        self._catalog.discard(later)
 
     def _try_to_store(
         self, step: int, snapshot: Snapshot, meta: dict[str, Any], figures: Mapping[str, float]

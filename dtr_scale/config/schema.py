@@ -130,6 +130,14 @@ class TrainConfig(Section):
     --sigma-rel` makes one of any width of those in the kept checkpoints."""
     grad_clip: PositiveFloat | None = None
     """Largest global gradient norm; null: no clipping (the norm is logged all the same)."""
+    spike_factor: Annotated[float, Field(gt=1.0)] | None = None
+    """Skip an update whose loss or gradient norm exceeds so many times its median over the last 128
+    updates; null: only one that is not finite."""
+    rollback_after: PositiveInt = 10
+    """Skipped updates in a row after which the run goes back to a checkpoint and draws anew."""
+    max_rollbacks: Count = 3
+    """To one checkpoint, before the run ends as diverged; 0, with rollback_after = 1: it ends at
+    the first update that would be skipped."""
     seed: Seed = 0
     """Of initial weights, order of samples, noise, timesteps and dropped labels."""
     log_every: PositiveInt = 100

@@ -181,6 +181,15 @@ class BatchLoader:
         located = self._assembler.order.samples(samples_seen + places)
         return located.tolist(), self._read_here(samples_seen, places, 0)
 
+    def sample_ids(self, samples_seen: int) -> list[tuple[str | int, int]]:
+        """Return (shard, index) of the global batch at a position, all ranks' samples.
+
+        A shard is named, or told by its number where samples are made up.
+        """
+        located = self._assembler.order.samples(samples_seen + np.arange(self.global_batch_size))
+        names = [shard.name for shard in self.samples.manifest.split("train")]
+        return [(names[shard] if names else shard, index) for shard, index in located.tolist()]
+
     def __iter__(self) -> Iterator[MicroBatch]:
         return self
 

@@ -5,13 +5,16 @@ averages see its state as pieces, the same for all engines.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
+
+Judge = Callable[[Tensor], Tensor]
+"""Given the gradient's global norm [], returns fp32 [], 1 where no update is to be made, else 0."""
 
 MASTER = "master"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,11 +57,22 @@ class Engine(ABC):
         """Add the gradient of `loss` [] to what will become the sum over micro-steps and ranks."""
 
     @abstractmethod
-    def step(self) -> Tensor:
+    def step(self, judge: Judge | None = None) -> Tensor:
         """Clip, update the weights, clear the gradients; return the global norm before clipping.
 
-        The norm [] stays on the device: reading it would make the host wait.
+        The norm [] stays on the device: reading it would make the host wait. So does the verdict of
+        `judge`, which is given the norm and may leave weights and Adam's state as they are.
         """
+
+    def _heed(self, judge: Judge | None, norm: Tensor) -> None:
+        """Let the next call of Adam look at the verdict before it changes anything."""
+        adam: Any = self._adam
+        # What `GradScaler` sets, and fused kernels read on the device.
+        adam.found_inf = None
+        if judge:
+            # Where an optimizer is offloaded its kernel runs on the host, which has to wait.
+            home = next(iter(self._adam.state)).device
+            adam.found_inf = judge(norm).to(home)
 
     def pieces(self) -> dict[str, Piece]:
         """Return this rank's part of masters and moments by "kind/parameter", as live views.

@@ -14,7 +14,14 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from dtr_scale.engines.base import AdamSettings, Engine, Piece, build_optimizer, undecayed
+from dtr_scale.engines.base import (
+    AdamSettings,
+    Engine,
+    Judge,
+    Piece,
+    build_optimizer,
+    undecayed,
+)
 from dtr_scale.engines.flat_group import FlatGroup, FlatWeights
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import wrap_call
@@ -84,7 +91,7 @@ class FlatEngine(Engine):
         late = [name for group in self._groups for name in group.uncollected()]
         assert not late, late
 
-    def step(self) -> Tensor:
+    def step(self, judge: Judge | None = None) -> Tensor:
         for group in self._groups:
             group.wait_for_gradient()
         gradients = [group.gradient for group in self._groups]
@@ -94,7 +101,9 @@ class FlatEngine(Engine):
             norm = self._world.all_reduce_sum(norm.square()).sqrt()
         if self._max_norm is not None:
             masters = [group.master for group in self._groups]
-            nn.utils.clip_grads_with_norm_(masters, self._max_norm, norm)
+            # A factor of nan would stay in the padding for ever, and with it in every later norm.
+            nn.utils.clip_grads_with_norm_(masters, self._max_norm, norm.nan_to_num(nan=0.0))
+        self._heed(judge, norm)
         self._adam.step()
         self.push_masters()
         return norm

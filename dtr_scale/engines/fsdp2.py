@@ -19,6 +19,7 @@ from dtr_scale.engines.base import (
     ADAM_MOMENTS,
     AdamSettings,
     Engine,
+    Judge,
     Piece,
     adam_state,
     build_optimizer,
@@ -85,7 +86,7 @@ class Fsdp2Engine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> Tensor:
+    def step(self, judge: Judge | None = None) -> Tensor:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         assert isinstance(norm, DTensor)
@@ -93,6 +94,7 @@ class Fsdp2Engine(Engine):
         norm = norm.full_tensor()
         if self._grad_clip:  # without, every gradient would be multiplied by 1
             nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, norm)
+        self._heed(judge, norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         return norm

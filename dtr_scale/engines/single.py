@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dtr_scale.engines.base import (
     AdamSettings,
     Engine,
+    Judge,
     Piece,
     adam_state,
     build_optimizer,
@@ -62,10 +63,11 @@ class SingleEngine(Engine):
         if self._casts_weights:
             self._collect_gradients()
 
-    def step(self) -> Tensor:
+    def step(self, judge: Judge | None = None) -> Tensor:
         norm = nn.utils.get_total_norm([m.grad for m in self._masters if m.grad is not None])
         if self._grad_clip:
             nn.utils.clip_grads_with_norm_(self._masters, self._grad_clip, norm)
+        self._heed(judge, norm)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
         self.push_masters()

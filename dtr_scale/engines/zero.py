@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dtr_scale.engines.base import (
     AdamSettings,
     Engine,
+    Judge,
     Piece,
     adam_state,
     build_optimizer,
@@ -76,6 +77,8 @@ class DeepSpeedEngine(Engine):
         self._engine = engine
         # DeepSpeed's ZeRO optimizer wraps the one that makes the update.
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._adam.register_step_pre_hook(self._before_update)
+        self._unheard: Judge | None = None
         self._find_state()
         for name, piece in self.masters().items() if initial else ():
             piece.data.copy_(cut(initial[name].view(-1), piece.offset, piece.data.numel()))
@@ -94,13 +97,34 @@ class DeepSpeedEngine(Engine):
         # mean over micro-steps.
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
-    def step(self) -> Tensor:
+    def step(self, judge: Judge | None = None) -> Tensor:
         # Stage 0 offers no norm in fp32. Its gradients are already exchanged and whole; the step
         # clears them.
         norm = self._total_norm() if self._stage == 0 else None
+        self._unheard = judge
+        if norm is not None:
+            self._hear(norm)
         self._engine.step()
         if norm is None:
-            norm = self._engine.get_global_grad_norm()
+            norm = self._on_device(self._engine.get_global_grad_norm())
+        # In fp32 and at stage 3 DeepSpeed reads the norm itself, and makes no update, nor a call
+        # of Adam, where it is not finite. Then it is infinite, which the judge refuses, too.
+        self._hear(norm)
+        return norm
+
+    def _before_update(self, *_: Any) -> None:  # noqa: ANN401
+        """Judge where DeepSpeed knows the norm and has changed nothing yet: before Adam's step."""
+        # `_global_grad_norm` is what `get_global_grad_norm` will return after the step. Stage 3
+        # calls Adam for each sub-group.
+        if self._unheard is not None:
+            self._hear(self._on_device(self._engine.optimizer._global_grad_norm))
+
+    def _hear(self, norm: Tensor) -> None:
+        judge, self._unheard = self._unheard, None
+        if judge is not None:
+            self._heed(judge, norm)
+
+    def _on_device(self, norm: Tensor | float) -> Tensor:
         # A tensor on the device, or a number that DeepSpeed has read already.
         return torch.as_tensor(norm, dtype=torch.float64, device=self._world.device)
 

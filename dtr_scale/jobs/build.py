@@ -42,6 +42,7 @@ from dtr_scale.models.experts import expert_timesteps
 from dtr_scale.objectives.objective import build_objective
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.train.ema import ConstantDecay, Ema, EmaProfile, PowerFunction
+from dtr_scale.train.guard import UpdateGuard
 from dtr_scale.train.learning_rate import LearningRate
 from dtr_scale.train.run_dir import CHECKPOINTS
 from dtr_scale.train.trainer import Trainer
@@ -91,6 +92,11 @@ def build_trainer(experiment: Experiment, world: World) -> Trainer:
         timesteps=build_timesteps(experiment, diffusion),
         loader=loader,
         ema=Ema(engine, _ema_profiles(train)),
+        guard=UpdateGuard(
+            spike_factor=train.spike_factor,
+            rollback_after=train.rollback_after,
+            max_rollbacks=train.max_rollbacks,
+        ),
         checkpoints=open_checkpoints(experiment, world),
         # Saved with every checkpoint; a resume compares it (`jobs/resume.py`).
         meta={

@@ -34,12 +34,14 @@ from dtr_scale.train.evaluate import Result
 from dtr_scale.train.health import Health, SlowRank
 from dtr_scale.train.progress import Progress
 from dtr_scale.train.run_dir import (
+    SKIPPED,
     RunDirectory,
     goodput_of,
     write_failure,
     write_saved_step,
     write_status,
 )
+from dtr_scale.train.skipped import SkipLog, SkippedStep
 from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -101,7 +103,12 @@ def train_experiment(
             if evaluate.is_due_again(trainer.step) and trainer.evaluation_is_due:
                 reason = evaluate.make_up(trainer.step)
         reason = reason or trainer.run(
-            leave, log=records.write, evaluate=evaluate, on_step=records.count
+            leave,
+            log=records.write,
+            evaluate=evaluate,
+            on_step=records.count,
+            on_skip=records.write_skipped,
+            on_rollback=records.begin_again,
         )
         records.end("preempted" if reason else "finished", reason or "")
         # The ranks wait here until rank 0 has written the end, still watched: if that fails, they
@@ -125,6 +132,10 @@ class _Records:
 
     def write_evaluation(self, result: Result) -> None: ...
 
+    def write_skipped(self, step: SkippedStep) -> None: ...
+
+    def begin_again(self, reason: str) -> None: ...
+
     def end(self, outcome: str, reason: str) -> None: ...
 
 
@@ -139,7 +150,8 @@ class _MainRecords(_Records):
         hosts: list[str],
         launched: datetime,
     ) -> None:
-        self._trainer = trainer
+        self._trainer, self._experiment, self._world = trainer, experiment, world
+        self._run_dir, self._cost, self._hosts = run_dir, cost, hosts
         self._path = run_dir.path
         run_dir.write_config(resolved(experiment))
         write_status(run_dir.path, "running", step=trainer.step)
@@ -153,21 +165,28 @@ class _MainRecords(_Records):
                 # What this job goes on from is what counts of the one before.
                 measure=partial(goodput_of, run_dir.path, trainer.step),
             )
-        self._journal = Journal(run_dir.journal, step=trainer.step)
-        facts = attempt_facts(world.world_size, hosts, world.device.type)
-        self._attempt = begin_attempt(run_dir.path, step=trainer.step, launched=launched, **facts)
-        self._gpu_hours = GpuHours(run_dir.journal, trainer.state.samples_seen, world.world_size)
-        self._tracker, self.training = build_tracker(experiment, world, run_dir, trainer, cost)
+        self._begin(launched)
         # A journal never ends before its checkpoint, and status.json knows of every checkpoint: a
         # start that misses it is refused.
-        trainer.checkpoints.before_commit = self._journal.sync
+        trainer.checkpoints.before_commit = lambda: self._journal.sync()
         trainer.checkpoints.on_saved = self._note_saved
         self._health = _health(experiment, world, cost)
         self._slow_rank = SlowRank(hosts)
+
+    def _begin(self, launched: datetime) -> None:
+        """Open everything at the step where the run stands; records of later ones are dropped."""
+        trainer, world, path = self._trainer, self._world, self._path
+        step, journal = trainer.step, self._run_dir.journal
+        self._journal = Journal(journal, step=step)
+        self._skipped = SkipLog(path / SKIPPED, step=step, salt=trainer.guard.rollbacks)
+        facts = attempt_facts(world.world_size, self._hosts, world.device.type)
+        self._attempt = begin_attempt(path, step=step, launched=launched, **facts)
+        self._gpu_hours = GpuHours(journal, trainer.state.samples_seen, world.world_size)
+        self._tracker, self.training = build_tracker(
+            self._experiment, world, self._run_dir, trainer, self._cost
+        )
         self._progress = Progress(
-            step=trainer.step,
-            max_steps=trainer.max_steps,
-            batch_size=trainer.global_batch_size,
+            step=step, max_steps=trainer.max_steps, batch_size=trainer.global_batch_size
         )
 
     def count(self, step: int, seconds: float) -> None:
@@ -188,6 +207,18 @@ class _MainRecords(_Records):
             value = result.figures[result.metric]
             checkpoints.rank(result.step, value, result.metric, result.settings)
         self._tracker.look()
+
+    def write_skipped(self, step: SkippedStep) -> None:
+        self._skipped.write(step)
+
+    def begin_again(self, reason: str) -> None:
+        """End the attempt that is given up, and begin another one at the checkpoint."""
+        log.warning(
+            "%s; going back to step %d, with other draws from there", reason, self._trainer.step
+        )
+        self.close("rolled back", reason)
+        self._begin(datetime.now(UTC))
+        write_status(self._path, "running", step=self._trainer.step)
 
     def end(self, outcome: str, reason: str) -> None:
         """Write how the run ended, first of all where launch scripts look for it.

@@ -5,7 +5,7 @@ number. An objective's own parameters are replicated fp32 tensors outside the ne
 """
 
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ class Objective(Protocol):
         """
         ...
 
-    def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
-        """Take one step of the objective's own parameters from l_k [K] and n_k [K]."""
+    def update(self, cluster_loss: Tensor, counts: Tensor, skip: Tensor | None = None) -> None:
+        """Take one step of the objective's own parameters from l_k [K] and n_k [K].
+
+        None where `skip` fp32 [], on the device, is 1.
+        """
         ...
 
     def metrics(self) -> dict[str, Tensor]:
@@ -63,7 +66,7 @@ class WeightedObjective(Objective):
         # By the global batch size, not this part's: the shares of any split sum to the same mean.
         return (self._weight(snr) * mse + vb).sum() / self.global_batch_size
 
-    def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
+    def update(self, cluster_loss: Tensor, counts: Tensor, skip: Tensor | None = None) -> None:
         pass
 
     def metrics(self) -> dict[str, Tensor]:
@@ -84,12 +87,13 @@ class AntUwObjective(Objective):
         # in the network's norm.
         self.log_var = torch.zeros(num_clusters, dtype=torch.float32, device=device)
         # AdamW's default decay of 0.01 would pull every s_k to 0.
-        self.optimizer = torch.optim.AdamW([self.log_var], lr=lr, weight_decay=0.0)
+        # Fused: one kernel, which looks at `skip` by itself.
+        self.optimizer = torch.optim.AdamW([self.log_var], lr=lr, weight_decay=0.0, fused=True)
         # Made now, not by the first step: a checkpoint of step 0 has them, and copies into them.
         # AdamW makes these keys at its first step and keeps a state that it finds. If torch renames
         # one, the first step fails with a KeyError.
         self.optimizer.state[self.log_var] = {
-            "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+            "step": torch.zeros((), dtype=torch.float32, device=device),
             "exp_avg": torch.zeros_like(self.log_var),
             "exp_avg_sq": torch.zeros_like(self.log_var),
         }
@@ -99,13 +103,15 @@ class AntUwObjective(Objective):
     ) -> Tensor:
         return uncertainty_loss(mse + vb, cluster, self.log_var, counts)
 
-    def update(self, cluster_loss: Tensor, counts: Tensor) -> None:
+    def update(self, cluster_loss: Tensor, counts: Tensor, skip: Tensor | None = None) -> None:
         # By hand, from l_k over all ranks: backward would see this rank's share alone, and the
         # network's clipping would count it.
         gradient = (1 - torch.exp(-self.log_var) * cluster_loss / len(self.log_var)) / 2
         # l_k of a cluster without samples is nan, 0 / 0. Its s_k moves by Adam's momentum alone.
         self.log_var.grad = torch.where(counts > 0, gradient, 0.0).float()
-        self.optimizer.step()
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = skip  # as in `Engine._heed`
+        optimizer.step()
 
     def metrics(self) -> dict[str, Tensor]:
         return {"uw_log_var": self.log_var}

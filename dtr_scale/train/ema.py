@@ -99,12 +99,27 @@ class Ema:
         return dict(self._histories)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after training step `step`, the first of which is 1."""
-        # Private in torch. A loop of `lerp_` does the same, with a launch per tensor.
-        foreach_lerp_ = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Take in the weights after training step `step`, the first of which is 1.
+
+        Not where `skip` fp32 [], on the device, is 1.
+        """
+        # ema += w (master - ema) is a step of SGD on |ema - master|^2 / 2, whose fused kernel asks
+        # the device whether to make it; rounded as `lerp_` rounds for w < 1/2. Private in torch.
         for profile, values in zip(self._profiles, self._values, strict=True):
-            foreach_lerp_(values, self._masters, 1.0 - profile.decay(step))
+            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+                values,
+                self._masters,
+                [],
+                weight_decay=1.0,
+                momentum=0.0,
+                lr=1.0 - profile.decay(step),
+                dampening=0.0,
+                nesterov=False,
+                maximize=True,
+                is_first_step=False,
+                found_inf=skip,
+            )
 
     def load(
         self, histories: Mapping[str, list[dict[str, Any]]], step: int, new: Collection[str]

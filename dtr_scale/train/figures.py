@@ -1,6 +1,5 @@
 """Sum a step's losses on the device, and bring them to the host when it need not wait for them."""
 
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ class StepResult:
     """Of the clusters that had samples."""
     objective: float
     grad_norm: float
+    is_skipped: bool
+    """Whether no update was made, see `UpdateGuard`."""
     metrics: Record
     """The objective's own parameters after the step."""
     rank_seconds: Sequence[float] = ()
@@ -34,10 +35,6 @@ class StepResult:
     def loss(self) -> float:
         """Unweighted, to compare runs of different objectives."""
         return self.mse + self.vb
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss + self.grad_norm)
 
     def record(self, lr: float) -> Record:
         """Return the journal's record of the step, but for the figures that tell the time."""
@@ -76,6 +73,11 @@ class StepSums:
         """Mean loss of each cluster, fp64 [K] on the device; nan where it has no samples."""
         return self._sums[3 : 3 + len(self.counts)] / self.counts
 
+    @property
+    def loss(self) -> Tensor:
+        """Sum of mse + vb over the samples, fp64 [] on the device."""
+        return self._sums[:2].sum()
+
     def add(self, losses: Losses, cluster: Tensor) -> None:
         """Add the losses of a micro-batch, by cluster id [n], and its share of the objective."""
         mse, vb = losses.mse.detach().double(), losses.vb.detach().double()
@@ -95,10 +97,15 @@ class StepSums:
         world.all_reduce_sum(self._sums)
 
     def to_host(
-        self, step: int, samples_seen: int, grad_norm: Tensor, metrics: Mapping[str, Tensor]
+        self,
+        step: int,
+        samples_seen: int,
+        grad_norm: Tensor,
+        skip: Tensor,
+        metrics: Mapping[str, Tensor],
     ) -> "StepFigures":
-        """Send the sums, the norm [] and vectors of the objective's on their way to the host."""
-        parts = [self._sums, grad_norm.detach().view(1), *metrics.values()]
+        """Send the sums, the norm [], `skip` [] and vectors of the objective's to the host."""
+        parts = [self._sums, grad_norm.detach().view(1), skip.view(1), *metrics.values()]
         # A copy, of what the next step changes in place.
         values = torch.cat([part.double() for part in parts])
         names = [f"{name}_{k}" for name, vector in metrics.items() for k in range(len(vector))]
@@ -138,7 +145,7 @@ class StepFigures:
         # The sums of the clusters, the ranks' seconds, the norm, the objective's parameters.
         losses, rest = rest[: len(counts)], rest[len(counts) :]
         seconds, rest = rest[: self._num_ranks], rest[self._num_ranks :]
-        norm, *metrics = rest
+        norm, skip, *metrics = rest
         return StepResult(
             step=self._step,
             samples_seen=self._samples_seen,
@@ -147,6 +154,7 @@ class StepFigures:
             cluster_loss={k: losses[k] / count for k, count in enumerate(counts) if count},
             objective=objective,
             grad_norm=norm,
+            is_skipped=bool(skip),
             metrics=dict(zip(self._names, metrics, strict=True)),
             rank_seconds=seconds,
         )
@@ -164,6 +172,10 @@ class Readback:
         # The same on every rank: all of them find out at one step that the training has diverged.
         self.steps_late = 1 if device.type == "cuda" else 0
         self._waiting: deque[StepFigures] = deque()
+
+    def clear(self) -> None:
+        """Forget the steps that were not read: the run goes back to before them."""
+        self._waiting.clear()
 
     def after(self, figures: StepFigures, *, up_to_now: bool) -> list[StepResult]:
         """Take a step's figures; return the results that are due, or all `up_to_now`."""

@@ -1,5 +1,6 @@
 """Take the mean of the losses since the journal's last record."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,13 +22,16 @@ class LossMeans:
         # Not when the record was made: a save of that step is ranked by the same means.
         if self._is_logged:
             self._restart()
+        if not math.isfinite(mse + vb):
+            return  # its update was skipped, and no mean would survive it
         self._num_steps += 1
         self._mse += mse
         self._vb += vb
 
     def record(self) -> Record:
-        """Return the journal's figures; of at least one step."""
-        mse, vb = self._mse / self._num_steps, self._vb / self._num_steps
+        """Return the journal's figures; nan where no step's loss was finite."""
+        num_steps = self._num_steps or math.nan
+        mse, vb = self._mse / num_steps, self._vb / num_steps
         return {"loss_mean": mse + vb, "mse_mean": mse, "vb_mean": vb}
 
     def close(self) -> None:

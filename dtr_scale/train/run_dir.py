@@ -24,7 +24,7 @@ from dtr_scale.tracking.run_file import RUN_FILE
 log = logging.getLogger(__name__)
 
 CONFIG, STATUS, JOURNAL, LOCK = "config.json", "status.json", "journal.jsonl", "lock"
-CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+CHECKPOINTS, SAMPLES, SKIPPED = "checkpoints", "samples", "skipped.jsonl"
 OWNER = "owner.json"
 """In the folder of the checkpoints, what LOCK is in the run directory."""
 TRAINING = "training.json"
@@ -43,6 +43,7 @@ _OF_ONE_RUN = (
     "evaluation.json",
     "evaluations.jsonl",
     METRICS_FILE,
+    SKIPPED,
 )
 
 

@@ -17,6 +17,7 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import CheckpointError, DataError
 from dtr_scale.objectives.objective import Objective
 from dtr_scale.train.ema import Ema
+from dtr_scale.train.guard import UpdateGuard
 from dtr_scale.train.means import LossMeans
 
 NUM_PROBED = 4
@@ -28,16 +29,17 @@ class RunState:
     """Everything that a checkpoint holds of a run: this rank's tensors, and the position.
 
     The position is `samples_seen`: which samples come next and every draw for them are functions
-    of it. `step` counts the updates.
+    of it. `step` counts the updates, with those that were skipped.
     """
 
-    def __init__(self, engine: Engine, ema: Ema, objective: Objective) -> None:
+    def __init__(self, engine: Engine, ema: Ema, objective: Objective, guard: UpdateGuard) -> None:
         self.step = 0
         self.samples_seen = 0
         self.means = LossMeans()
         self._engine = engine
         self._ema = ema
         self._objective = objective
+        self._guard = guard
         self._objective_state: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
 
@@ -70,6 +72,7 @@ class RunState:
             "optimizer_step": self._engine.optimizer_step,
             "averages": self._ema.meta(),
             "means": self.means.meta(),
+            "updates": self._guard.meta(),
         }
 
     def load(self, meta: Mapping[str, Any], fresh: Collection[str] = ()) -> None:
@@ -86,7 +89,8 @@ class RunState:
         # Not `step`, which is 0 where a training starts from the weights and moments of another.
         self._engine.optimizer_step = meta["optimizer_step"]
         self.step, self.samples_seen = meta["step"], meta["samples_seen"]
-        # Older checkpoints have no histories of averages, and no means.
+        # Older checkpoints have no histories of averages, no means and no skipped updates.
+        self._guard.load(meta.get("updates", {}))
         self._ema.load(meta.get("averages", {}), self.step, fresh)
         self.means.load(meta.get("means", {}))
 

@@ -36,7 +36,8 @@ def test_the_journal_has_the_agreed_keys(digits, tmp_path):
         record = json.loads(line)
         assert list(record) == [
             "step", "samples_seen", "loss", "objective", "mse", "vb", *clusters,
-            "lr", "grad_norm", "loss_mean", "mse_mean", "vb_mean", "samples_per_second",
+            "lr", "grad_norm", "loss_mean", "mse_mean", "vb_mean", "skipped_steps", "rollbacks",
+                "samples_per_second",
             "data_wait_fraction", "step_seconds", "checkpoint_stall_seconds", "gpu_hours",
             "memory_gb", "tokens_per_second", "tflops",
         ]  # fmt: skip

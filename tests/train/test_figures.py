@@ -16,6 +16,7 @@ from tests.support.runs import BATCH, SINGLE, TIMINGS, demo_experiment
 ALONE = World(0, 0, 1, torch.device("cpu"))
 STEPS = (*SINGLE, *BATCH, "--train.max_steps=7", "--train.log_every=2")
 SAVING = "--checkpoint.every_steps=3"
+AT_ONCE = ("--train.rollback_after=1", "--train.max_rollbacks=0")
 
 
 def test_the_sums_of_a_step_are_means_by_cluster():
@@ -25,7 +26,7 @@ def test_the_sums_of_a_step_are_means_by_cluster():
     sums.add(Losses(mse[:1], vb[:1], torch.tensor(1.0)), torch.tensor([1]))
     sums.reduce(ALONE)
     own = torch.tensor([0.25, 8.0])
-    figures = sums.to_host(7, 21, torch.tensor(4.0), {"uw_log_var": own})
+    figures = sums.to_host(7, 21, torch.tensor(4.0), torch.tensor(0.0), {"uw_log_var": own})
     own.zero_()  # as the next step does, before these are read
     result = figures.read()
     assert (result.mse, result.vb, result.objective) == (5 / 3, 1.25 / 3, 3.0)
@@ -39,7 +40,7 @@ def test_the_sums_of_a_step_are_means_by_cluster():
 
 def events_of(digits, place, *, steps_late, breaking_at=None):
     """Train; return what happened in order: ("begun" | "saved", step) or a logged record."""
-    trainer = build_trainer(demo_experiment(digits, place, *STEPS, SAVING), ALONE)
+    trainer = build_trainer(demo_experiment(digits, place, *STEPS, *AT_ONCE, SAVING), ALONE)
     assert trainer.readback.steps_late == 0
     trainer.readback.steps_late = steps_late
     events: list[Any] = []

@@ -18,6 +18,8 @@ from tests.support.ranks import run_on_ranks
 from tests.support.runs import SINGLE, demo_experiment, train
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
+AT_ONCE = ("--train.rollback_after=1", "--train.max_rollbacks=0")
+"""A first update that would be skipped ends the run."""
 STEPS = ("--train.global_batch_size=32", "--train.micro_batch_size=32", "--train.max_steps=3")
 
 
@@ -54,7 +56,7 @@ def test_the_averages_hold_every_step_with_its_own_weight(digits, tmp_path):
     ],
 )
 def test_a_divergence_is_a_failure_and_tells_where_to_go_on(digits, tmp_path, every, message):
-    diverging = ("--train.lr=1e30", f"--checkpoint.every_steps={every}")
+    diverging = (*AT_ONCE, "--train.lr=1e30", f"--checkpoint.every_steps={every}")
     with pytest.raises(DivergenceError, match=f"step 2: loss (inf|nan).*{message}") as caught:
         train(digits, tmp_path, *STEPS, *diverging)
     assert caught.value.exit_code == 1
@@ -67,7 +69,7 @@ def test_what_changes_the_state_lets_a_save_copy_it_first(digits, tmp_path):
     trainer, events = build_trainer(experiment, ALONE), []
     backward, step = trainer.engine.backward, trainer.engine.step
     trainer.engine.backward = lambda loss: (events.append("backward"), backward(loss))[1]
-    trainer.engine.step = lambda: (events.append("update"), step())[1]
+    trainer.engine.step = lambda judge=None: (events.append("update"), step(judge))[1]
     trainer.checkpoints.before_change = lambda: events.append("copied")
     with trainer.loader:
         trainer.run(
@@ -83,7 +85,7 @@ def broken_gradients(digits: Path, place: Path) -> list[str]:
     """Runs on a rank: return what each engine says of a gradient that is not a number."""
     world, found = join_world(needs_process_group=True), []
     for engine in ("zero1_bf16", "zero2_bf16", "zero3_bf16"):
-        overrides = (*setting(engine), "--checkpoint.every_steps=1")
+        overrides = (*setting(engine), *AT_ONCE, "--checkpoint.every_steps=1")
         trainer = build_trainer(demo_experiment(digits, place / engine, *overrides), world)
         weight: Any = trainer.engine.network.get_parameter("final_layer.linear.weight")
         # The loss is finite and the norm alone tells.

@@ -1,0 +1,68 @@
+"""Keep which steps were skipped and what they were made of, in skipped.jsonl of the run."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dtr_scale.storage.folder import open_folder
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step whose update was not made."""
+
+    step: int
+    salt: int
+    """That of its draws: how often the run had gone back before."""
+    loss: float
+    grad_norm: float
+    limits: tuple[float, float]
+    """What loss and gradient norm had to be below."""
+    in_a_row: int
+    samples: Sequence[tuple[str | int, int]]
+    """(shard, index in it) of the global batch."""
+
+    def __str__(self) -> str:
+        limits = (
+            "" if math.inf in self.limits else " (limits {:.4g} and {:.4g})".format(*self.limits)
+        )
+        return (
+            f"step {self.step}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}{limits}: "
+            f"the update is skipped, {self.in_a_row} in a row"
+        )
+
+
+class SkipLog:
+    """skipped.jsonl of a run that goes on from `step` with draws of `salt`.
+
+    Lines of later steps go, since the run makes them again; those of ways that were given up, whose
+    salt is lower, stay.
+    """
+
+    def __init__(self, path: Path, *, step: int, salt: int) -> None:
+        self._path = path
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if line.endswith("\n") and _stays(json.loads(line), step, salt)
+            ]
+            open_folder(path.parent).write_bytes(path.name, "".join(kept).encode())
+
+    def write(self, step: SkippedStep) -> None:
+        log.warning("%s", step)
+        try:
+            # Opened for each: most runs have none.
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(step)) + "\n")
+        except OSError as error:  # it is told of the run, and not worth it
+            log.warning("%s cannot be written: %s", self._path, error.strerror)
+
+
+def _stays(entry: dict[str, int], step: int, salt: int) -> bool:
+    return entry["step"] <= step or entry["salt"] < salt
