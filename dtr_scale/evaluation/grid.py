@@ -21,7 +21,7 @@ _SHOWN = 64  # pictures of a grid that may show any number of them, about
 _MOST_ROWS, _MOST_HEIGHT = 8, 2048  # of such a grid; pixels of the samples themselves
 _FONT_SIZES = 12, 16
 _MOST_LINES = 2  # of a name
-_INK = "#cdcdcd"
+_INK, _PAPER = "#cdcdcd", "#303030"  # pictures with black edges are told apart
 _LAST_DRAWN = 0x24F  # of Unicode: Pillow's own font has the Latin letters
 
 
@@ -90,7 +90,7 @@ def save_level_grid(
         period = titles.period if titles else 0
         columns = count // len(rows) if rows else grid_columns(count, period)
     layout = _Layout(levels.shape[2:], count, columns, titles, rows)
-    sheet = Image.new("L" if levels.shape[1] == 1 else "RGB", layout.size)
+    sheet = Image.new("L" if levels.shape[1] == 1 else "RGB", layout.size, _PAPER)
     for place, image in enumerate(levels):
         pixels = image.permute(1, 2, 0).squeeze(-1).numpy()
         enlarged = pixels.repeat(layout.enlarged, 0).repeat(layout.enlarged, 1)
