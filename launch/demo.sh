@@ -19,16 +19,21 @@ dtr-scale evaluate $plain --num-samples 500 > $plain/evaluation.txt
 dtr-scale evaluate $run --num-samples 500 > $run/evaluation.txt
 picture=$(dtr-scale sample $run --num-samples 100 --force)
 dtr-scale plots $run > /dev/null
+link=$(dtr-scale tracking link $run)
 
 echo
 dtr-scale compare $plain $run --out $page
 echo
-echo "commands: source .venv/bin/activate"
 echo "compared: $page/index.html"
 echo "curves:   $run/plots/sheet.png"
 echo "picture:  $picture"
 echo "numbers:  $run/evaluation.json, $run/journal.jsonl"
-echo "MLflow:   cd runs && mlflow server"
+echo "MLflow:   $link"
 echo
 echo "with DTR:"
 cat $run/evaluation.txt
+echo
+echo "next, after source .venv/bin/activate:"
+echo "  dtr-scale sample $run --classes 3,7 --guidance 1,3,8"
+echo "  dtr-scale prepare imagefolder YOUR_PICTURES --out data/mine --pixels"
+echo "  dtr-scale config init --data data/mine --out mine.json"

@@ -36,19 +36,24 @@ def _add_tracking(commands: Commands) -> None:
     parser = commands.add(
         "tracking",
         "look at a run",
-        "send MLflow what it has missed of a run: metrics, evaluations, pictures; a run that goes "
-        "on does so by itself",
-        "dtr-scale tracking sync runs/demo_digits\n"
-        "  dtr-scale tracking sync runs/demo_digits --uri http://mlflow:5000",
+        "send MLflow what it has missed of a run, which one that goes on does by itself; or tell "
+        "the link of its charts",
+        "dtr-scale tracking sync runs/demo_digits --uri http://mlflow:5000\n"
+        "  dtr-scale tracking link runs/demo_digits",
     )
-    sync = actions(parser).add_parser("sync", help="send what MLflow does not have")
-    add_run_dir(sync)
-    sync.add_argument(
-        "--uri",
-        help="MLflow's address (default: the run's, with its password from "
-        "MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD)",
-    )
-    runs(sync, _sync)
+    parts = actions(parser)
+    for name, told, run in (
+        ("sync", "send what MLflow does not have: metrics, evaluations, pictures", _sync),
+        ("link", "tell where MLflow shows the runs of its experiment", _link),
+    ):
+        part = parts.add_parser(name, help=told)
+        add_run_dir(part)
+        part.add_argument(
+            "--uri",
+            help="MLflow's address (default: the run's, with its password from "
+            "MLFLOW_TRACKING_URI or MLFLOW_TRACKING_PASSWORD)",
+        )
+        runs(part, run)
 
 
 def _add_sample(commands: Commands) -> None:
@@ -271,6 +276,13 @@ def _sync(arguments: argparse.Namespace) -> int:
     from dtr_scale.jobs.tracking import sync_run
 
     print(sync_run(arguments.run_dir, arguments.uri))
+    return 0
+
+
+def _link(arguments: argparse.Namespace) -> int:
+    from dtr_scale.jobs.tracking import link_of_run
+
+    print(link_of_run(arguments.run_dir, arguments.uri))
     return 0
 
 

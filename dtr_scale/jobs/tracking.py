@@ -13,7 +13,7 @@ from dtr_scale.checkpoint.lease import Lease, is_held
 from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World
-from dtr_scale.errors import DtrScaleError, TrackingError
+from dtr_scale.errors import ConfigError, DtrScaleError, TrackingError
 from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.jobs import description
 from dtr_scale.logs import without_password
@@ -21,7 +21,7 @@ from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.base import NullTracker, Tracker, Trackers
 from dtr_scale.tracking.description import DESCRIPTION, Description, RunInfo, read_description
 from dtr_scale.tracking.prometheus import PrometheusFile
-from dtr_scale.tracking.uri import artifact_home, shown_uri, tracking_uri
+from dtr_scale.tracking.uri import artifact_home, runs_page, shown_uri, tracking_uri
 from dtr_scale.train.run_dir import CHECKPOINTS, CONFIG, JOURNAL, LOCK, TRAINING, RunDirectory
 from dtr_scale.train.trainer import Trainer
 
@@ -130,6 +130,26 @@ def sync_run(run_dir: Path, uri: str | None = None) -> str:
         ) from None
     finally:
         lease.release()
+
+
+def link_of_run(run_dir: Path, uri: str | None = None) -> str:
+    """Return where MLflow shows the runs of a run's experiment, and what serves it if need be.
+
+    ConfigError if there is no such run, or if MLflow has nothing of it or does not answer.
+    """
+    from dtr_scale.tracking.check import check_uri
+    from dtr_scale.tracking.history import History
+
+    check_uri(uri)
+    info = _info_of(run_dir, uri)
+    name = info.description.experiment
+    found = History(info.uri, run_dir).experiment_id(name)
+    if found is None:
+        raise ConfigError(
+            f"MLflow at {shown_uri(info.uri)} has no experiment {name!r}; send it by "
+            f"dtr-scale tracking sync {run_dir}"
+        )
+    return runs_page(info.uri, found, run_dir)
 
 
 def send_findings(run_dir: Path) -> None:

@@ -47,6 +47,11 @@ class History:
             runs = self._server.all_runs(experiment) if experiment else []
             return [run.info.run_id for run in runs if PARENT not in run.data.tags]
 
+    def experiment_id(self, name: str) -> str | None:
+        """Return the id of an experiment, None if there is none of the name."""
+        with self._answering():
+            return self._server.find_experiment(name)
+
     def directory(self, run_id: str) -> Path | None:
         """Return a run's directory on this machine, None if it is not here or another run's."""
         with self._answering():

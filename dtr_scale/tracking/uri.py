@@ -45,6 +45,26 @@ def _home(run_dir: Path) -> Path:
     return place.parent if os.access(parent, os.W_OK) else place
 
 
+def runs_page(uri: str, experiment_id: str, run_dir: Path) -> str:
+    """Return where MLflow shows an experiment's runs as charts, and what serves it if nothing does.
+
+    Its own first page is about language models.
+    """
+    page = f"#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    if uri.startswith(("http:", "https:")):
+        return f"{shown_uri(uri).rstrip('/')}/{page}"
+    served = f"mlflow server --backend-store-uri {shown_uri(uri)}"
+    if is_default_database(uri, run_dir):
+        # Of what it finds in its working directory.
+        served = f"cd {_shortest(_home(run_dir))} && mlflow server"
+    return f"{served}, then http://127.0.0.1:5000/{page}"
+
+
+def _shortest(folder: Path) -> Path:
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
+
+
 def shown_uri(uri: str) -> str:
     """Return an address as it may be shown and stored."""
     return without_password(uri)

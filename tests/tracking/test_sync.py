@@ -35,6 +35,18 @@ def journal(run_dir):
     return [{k: v for k, v in json.loads(s).items() if k not in TIMINGS} for s in lines]
 
 
+def assert_link_opens_the_runs(run_dir, uri, server, capsys):
+    assert main(["tracking", "link", str(run_dir), "--uri", uri]) == 0
+    served, _, page = capsys.readouterr().out.strip().partition("/#/experiments/")
+    experiment = server.find_experiment("demo")
+    assert page == f"{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    started = f"mlflow server --backend-store-uri {uri}, then http://127.0.0.1:5000"
+    assert served == (uri if uri.startswith("http") else started)
+    other = f"sqlite:///{run_dir}/other.db"
+    assert main(["tracking", "link", str(run_dir), "--uri", other]) == 2
+    assert "has no experiment 'demo'; send it by dtr-scale tracking" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_job_whose_server_is_away_loses_nothing(digits, tmp_path, monkeypatch, uri, capsys):
     monkeypatch.setattr(mirror, "_FINISH_SECONDS", 0.5)
@@ -54,6 +66,7 @@ def test_a_job_whose_server_is_away_loses_nothing(digits, tmp_path, monkeypatch,
 
     home = artifact_home(uri, away)
     server = mlflow.Server(uri, home)
+    assert_link_opens_the_runs(away, uri, server, capsys)
     run = server.run(run_id)
     assert run is not None and run.info.status == "FINISHED"
     losses = [(p.step, p.value) for p in server.history(run_id, "train/loss")]
