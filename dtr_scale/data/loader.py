@@ -9,6 +9,7 @@ import functools
 import itertools
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -270,20 +271,23 @@ class BatchLoader:
                 slots = self._assembler.empty(self._num_slots, self.places.shape[1])
                 fix = f"lower data.num_workers (now {self._num_workers}) or train.micro_batch_size"
                 self._slots = MicroBatch(*shared(slots, fix))
-        loader = DataLoader(
-            _MicroBatches(self._assembler, self.places, self._node_lanes, self._slots),
-            sampler=_Keys(
-                self._samples_seen,
-                self.global_batch_size,
-                first=1 if self._num_workers else 0,
-                grad_accum_steps=self.grad_accum_steps,
-                salt=self._salt,
-                num_slots=self._num_slots,
-            ),
-            # An item is a micro-batch already: torch must not collate several.
-            batch_size=None,
-            num_workers=self._num_workers,
-            **workers,
-        )
-        with starting_workers() if self._num_workers else contextlib.nullcontext():
-            return iter(loader)
+        with warnings.catch_warnings():
+            # More workers than cores: the banner tells it once, torch twice on each rank.
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                _MicroBatches(self._assembler, self.places, self._node_lanes, self._slots),
+                sampler=_Keys(
+                    self._samples_seen,
+                    self.global_batch_size,
+                    first=1 if self._num_workers else 0,
+                    grad_accum_steps=self.grad_accum_steps,
+                    salt=self._salt,
+                    num_slots=self._num_slots,
+                ),
+                # An item is a micro-batch already: torch must not collate several.
+                batch_size=None,
+                num_workers=self._num_workers,
+                **workers,
+            )
+            with starting_workers() if self._num_workers else contextlib.nullcontext():
+                return iter(loader)

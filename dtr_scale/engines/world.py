@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -162,14 +164,15 @@ def join_world(*, needs_process_group: bool, device: str = "auto") -> World:
         store.set_timeout(COLLECTIVE_TIMEOUT)
         if own.type == "cuda":
             refuse_shared_gpus(store, rank, world_size, gpu_name(own))
-        dist.init_process_group(
-            "nccl" if own.type == "cuda" else "gloo",
-            store=PrefixStore("default_pg", store),
-            rank=rank,
-            world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=own if own.type == "cuda" else None,
-        )
+        with without_lines_of_gloo():
+            dist.init_process_group(
+                "nccl" if own.type == "cuda" else "gloo",
+                store=PrefixStore("default_pg", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=own if own.type == "cuda" else None,
+            )
     world = World(launched_rank(), local_rank, world_size, own)
     if world_size == 1:
         return world
@@ -179,9 +182,30 @@ def join_world(*, needs_process_group: bool, device: str = "auto") -> World:
 
 
 def _host_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    with without_lines_of_gloo():
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+@contextmanager
+def without_lines_of_gloo() -> Iterator[None]:
+    """Leave out of stdout what gloo's C++ prints of each group: how many ranks it has reached."""
+    # No setting turns it off, and Python's stdout is not what it writes to.
+    sys.stdout.flush()
+    with tempfile.TemporaryFile() as printed:
+        stdout = os.dup(1)
+        os.dup2(printed.fileno(), 1)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            os.dup2(stdout, 1)
+            os.close(stdout)
+            printed.seek(0)
+            for line in printed:
+                if not line.startswith(b"[Gloo] Rank"):
+                    os.write(1, line)
 
 
 def _free_port() -> int:

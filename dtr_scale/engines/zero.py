@@ -28,11 +28,14 @@ from dtr_scale.engines.base import (
     whole_pieces,
 )
 from dtr_scale.engines.deepspeed_config import SECTION
-from dtr_scale.engines.world import World
+from dtr_scale.engines.world import World, without_lines_of_gloo
 from dtr_scale.errors import ConfigError, EngineError
 
 # Set before the import: DeepSpeed's loggers read it once; its progress lines are not ours.
 os.environ.setdefault("DS_LOG_LEVEL", "warning")
+if not torch.cuda.is_available():
+    # Or it warns of what it would choose by itself; the banner tells the device.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfigError
@@ -63,7 +66,8 @@ class DeepSpeedEngine(Engine):
         exempt = undecayed(network, adam)
         optimizer = build_optimizer(network.named_parameters(), exempt, adam)
         try:
-            engine: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=config)[0]
+            with without_lines_of_gloo():  # DeepSpeed makes groups of its own
+                parts: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
@@ -74,7 +78,7 @@ class DeepSpeedEngine(Engine):
         except (DeepSpeedConfigError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise ConfigError(f"DeepSpeed refuses {SECTION}: {reason}") from error
-        self._engine = engine
+        self._engine = engine = parts[0]
         # DeepSpeed's ZeRO optimizer wraps the one that makes the update.
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._adam.register_step_pre_hook(self._before_update)

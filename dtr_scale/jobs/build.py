@@ -272,8 +272,8 @@ def _build_engine(
 ) -> Engine:
     config, train = experiment.engine, experiment.train
     network = build_network(experiment)
-    if world.is_main:
-        _announce(experiment, network)
+    if world.is_main and (caution := caution_of(experiment)):
+        log.warning("%s", caution)
     if not compiles and world.is_main:
         _tell_not_compiled(config, world)
     if compiles:
@@ -378,24 +378,6 @@ def _tell_large_batch(experiment: Experiment, num_samples: int) -> None:
             experiment.data.shards,
             batch_size / num_samples,
         )
-
-
-def _announce(experiment: Experiment, network: nn.Module) -> None:
-    model, engine = experiment.model, experiment.engine
-    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    stage = f" ZeRO-{engine.zero_stage}" if engine.type == "deepspeed" else ""
-    log.info(
-        "%s, %.4gM parameters, routing %s, objective %s; engine %s%s %s",
-        model.title,
-        millions,
-        model.routing.type,
-        experiment.objective.type,
-        engine.type,
-        stage,
-        engine.precision,
-    )
-    if caution := caution_of(experiment):
-        log.warning("%s", caution)
 
 
 def caution_of(experiment: Experiment) -> str | None:

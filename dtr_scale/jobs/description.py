@@ -97,7 +97,7 @@ def tags(experiment: Experiment, *, ranks: int, device: str, run_dir: Path) -> d
         "routing": experiment.model.routing.type,
         "weighting": experiment.objective.type,
         "dataset": dataset_name(experiment),
-        "engine": f"zero-{engine.zero_stage}" if engine.type == "deepspeed" else engine.type,
+        "engine": engine_name(experiment),
         "precision": engine.precision,
         "world_size": str(ranks),
         "device": device,
@@ -112,6 +112,12 @@ def tags(experiment: Experiment, *, ranks: int, device: str, run_dir: Path) -> d
         "mlflow.note.content": experiment.description,
     }
     return {key: value for key, value in found.items() if value}
+
+
+def engine_name(experiment: Experiment) -> str:
+    """Return the engine's type; of DeepSpeed's stages which one."""
+    engine = experiment.engine
+    return f"zero-{engine.zero_stage}" if engine.type == "deepspeed" else engine.type
 
 
 def attempt_facts(world_size: int, hosts: list[str], device: str) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class MlflowTracker(Tracker):
     def _mirror(self) -> None:
         """Send until the run is left and all is sent; back off while the server is away."""
         run: RunMirror | None = None
+        is_told = False
         pause = _FIRST_RETRY_SECONDS
         while True:
             self._work.wait(_SECONDS_BETWEEN_LOOKS)
@@ -90,6 +91,9 @@ class MlflowTracker(Tracker):
             leaving = self._leaving.is_set()
             try:
                 run = run or _open(self._info)
+                if not is_told:
+                    log.info("MLflow   %s", run.page)
+                    is_told = True
                 self._send(run)
             except Exception as error:  # whatever a server or a database does, training goes on
                 run = None

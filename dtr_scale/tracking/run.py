@@ -36,6 +36,7 @@ from dtr_scale.tracking.names import (
     valid_names,
 )
 from dtr_scale.tracking.run_file import read_run_file, write_run_file
+from dtr_scale.tracking.uri import runs_page
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,11 @@ class RunMirror:
     @property
     def run_id(self) -> str:
         return self._run_id
+
+    @property
+    def page(self) -> str:
+        """Where the run is shown beside the others of its experiment."""
+        return runs_page(self._info.uri, self._experiment_id, self._info.run_dir)
 
     def send_journal(self) -> int:
         """Send the records that the server does not have; return the last step that it has."""

@@ -20,7 +20,7 @@ class Pace:
     """Seconds per step over the last minute of training.
 
     What is no step, such as an evaluation, is not in what is added. A job's first step compiles
-    and allocates: it counts only until there is another.
+    and allocates, and does not count.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,8 @@ class Pace:
 
     def add(self, seconds: float) -> None:
         self._num_steps += 1
-        if self._num_steps == 2:
-            self._recent.clear()
-            self._sum = 0.0
+        if self._num_steps == 1:
+            return
         self._recent.append(seconds)
         self._sum += seconds
         # One stays, however long it took.
@@ -41,7 +40,7 @@ class Pace:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """None before the first step."""
+        """None before the second step."""
         return self._sum / len(self._recent) if self._recent else None
 
 
@@ -80,23 +79,25 @@ class Progress:
         """Show the record of the newest step that was counted."""
         self._loss = f"loss {record['loss_mean']:.4f}"
         if self._bar is None:
-            log.info(
-                "step %d/%d  %s  mse %.4f  vb %.4f  %s  data wait %.0f%%  eta %s  mem %.1f GB",
-                self._step,
-                self._max_steps,
-                self._loss,
-                record["mse_mean"],
-                record["vb_mean"],
-                self._speed(),
-                100 * record["data_wait_fraction"],
-                self._time_left(),
-                record["memory_gb"],
-            )
+            log.info("step %d/%d  %s", self._step, self._max_steps, self._long(record))
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.refresh()  # the last steps may have come faster than the bar is drawn
             self._bar.close()
+
+    def _long(self, record: Record) -> str:
+        """Return what stands in a line of a log file."""
+        figures = [
+            self._loss,
+            f"mse {record['mse_mean']:.4f}",
+            f"vb {record['vb_mean']:.4f}",
+            self._speed(),
+            f"data wait {record['data_wait_fraction']:.0%}",
+            f"eta {self._time_left()}",
+            f"mem {record['memory_gb']:.1f} GB",
+        ]
+        return "  ".join(filter(None, figures))
 
     def _short(self) -> str:
         """Return what stands beside the bar, which is to keep ten columns of 80."""

@@ -72,6 +72,7 @@ class Trainer:
         self.evaluate_every = evaluate_every
         self.state = RunState(engine, ema, objective, guard)
         self.readback = Readback(world.device)
+        self.is_compiled = compile_loss
         self._loss = StepLoss(diffusion, objective, compiled=compile_loss)
         self._vote = LeaveVote(world)
         self._watch = Stopwatch()

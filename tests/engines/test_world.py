@@ -1,9 +1,11 @@
 """Ranks form a mesh, and all of them hear of a failure."""
 
+import os
+
 import pytest
 
 from dtr_scale.config.schema import EngineConfig
-from dtr_scale.engines.world import join_world
+from dtr_scale.engines.world import join_world, without_lines_of_gloo
 from dtr_scale.errors import ConfigError, DataError, EngineError
 from tests.support.ranks import run_on_ranks
 
@@ -20,6 +22,14 @@ def test_a_mesh_uses_every_rank(replicate, shard, expected):
 def test_a_mesh_that_does_not_fit_is_refused(replicate, shard):
     with pytest.raises(ConfigError, match=r"engine\.\w+ = \d+ .*do not fit 8 ranks: replicate x"):
         EngineConfig(replicate=replicate, shard=shard).mesh(8)
+
+
+def test_what_is_no_line_of_gloos_is_printed_all_the_same(capfd):
+    with pytest.raises(ValueError, match="here"), without_lines_of_gloo():
+        os.write(1, b"before\n[Gloo] Rank 0 is connected to 1 peer ranks.\n")
+        os.write(1, b"after\n")
+        raise ValueError("here")
+    assert capfd.readouterr().out == "before\nafter\n"
 
 
 def verdicts() -> list[str]:

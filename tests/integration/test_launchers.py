@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -83,6 +84,9 @@ def test_two_ranks_of_zero1_write_the_journal_of_one_process(digits, tmp_path, l
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     output_lines = output.splitlines()
     assert sum("step 20/20" in line for line in output_lines) == 1, "only rank 0 reports"
+    # But for the launcher's, which have a date, there is no line that is not ours.
+    ours = [line for line in output_lines if not line.startswith("[20")]
+    assert all(re.match(r"\d\d:\d\d:\d\d \w", line) for line in ours), output
 
 
 # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.

@@ -12,7 +12,7 @@ from dtr_scale.jobs import description
 from dtr_scale.tracking import mlflow
 from dtr_scale.tracking import run as run_module
 from dtr_scale.tracking.names import GOODPUT
-from dtr_scale.tracking.uri import artifact_home, tracking_uri
+from dtr_scale.tracking.uri import artifact_home, runs_page, tracking_uri
 from tests.support.mlflow_jobs import (
     DISTANCE,
     PARAMS,
@@ -44,6 +44,18 @@ def test_the_server_is_the_configured_one_then_the_environments(tmp_path, monkey
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
     assert tracking_uri(None, tmp_path) == "http://environment"
     assert tracking_uri("http://configured", tmp_path) == "http://configured"
+
+
+def test_the_page_of_the_runs_is_a_link_or_what_serves_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "a"
+    page = "#/experiments/3/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    local = f"then http://127.0.0.1:5000/{page}"
+    database = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert runs_page(database, "3", run_dir) == f"cd runs && mlflow server, {local}"
+    assert runs_page("http://me:secret@host:80/", "3", run_dir) == f"http://host:80/{page}"
+    other = runs_page("postgresql://me:secret@db/mlflow", "3", run_dir)
+    assert other == f"mlflow server --backend-store-uri postgresql://db/mlflow, {local}"
 
 
 def test_without_a_server_a_database_beside_the_runs_has_it_all(tmp_path):

@@ -62,7 +62,7 @@ def test_the_pace_is_that_of_the_last_minute_without_the_first_step():
     pace = Pace()
     assert pace.seconds_per_step is None
     pace.add(85.0)  # it compiles
-    assert pace.seconds_per_step == 85
+    assert pace.seconds_per_step is None
     for _ in range(10):
         pace.add(2.0)
     assert pace.seconds_per_step == 2
