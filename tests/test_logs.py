@@ -4,11 +4,14 @@ import logging
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from tqdm import tqdm
 
-from dtr_scale.logs import setup_logging, without_password
+from dtr_scale import logs
+from dtr_scale.logs import ProgressBar, setup_logging, watched, without_password
+from tests.support.terminal import shown_by, terminal
 
 log = logging.getLogger("dtr_scale.tests")
 
@@ -90,3 +93,30 @@ def test_a_reader_that_is_gone_does_not_stop_the_run():
 )
 def test_no_password_is_shown(url, shown):
     assert without_password(url) == shown
+
+
+def test_long_work_tells_a_log_every_half_a_minute_how_far_it_is(capsys, monkeypatch):
+    setup_logging(0)
+    now = iter(range(0, 1000, 20))
+    monkeypatch.setattr(logs.time, "monotonic", lambda: next(now))
+    assert list(watched("abcde", "letters", 10)) == list("abcde")
+    other = ProgressBar("letters", 10, shown=False)
+    for _ in range(5):
+        other.advance()
+    told = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["letters: 2 of 10, eta 0:02:40", "letters: 4 of 10, eta 0:02:00"]
+
+
+@pytest.mark.parametrize("columns", [80, None])
+def test_long_work_fills_a_bar_on_a_terminal(columns):
+    """None: a terminal that does not tell its size."""
+    with terminal(columns) as screen:
+        with ProgressBar("letters", 10) as bar:
+            drawn: Any = bar._bar
+            drawn.mininterval = 0  # or it would be drawn every tenth of a second
+            bar.advance(3)
+            bar.advance(4)
+        print(file=sys.stderr)
+        lines = shown_by(screen)
+    assert max(map(len, lines)) <= 79
+    assert [line for line in lines if re.match(r"letters  70%\|█+.* +\| 7/10 eta \d\d:\d\d$", line)]

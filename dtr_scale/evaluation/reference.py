@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dtr_scale.errors import EvaluationError
 from dtr_scale.evaluation.features import Extractor, Features, Inception
@@ -24,6 +23,7 @@ from dtr_scale.evaluation.metrics import (
     precision_recall,
 )
 from dtr_scale.evaluation.pictures import ARRAY, NpzPictures, Pictures
+from dtr_scale.logs import ProgressBar
 from dtr_scale.storage.local import replacing
 
 log = logging.getLogger(__name__)
@@ -113,10 +113,10 @@ def _moments(arrays: dict[str, np.ndarray]) -> tuple[Moments, Moments | None]:
 
 def _told(pictures: Pictures, batch_size: int, what: str) -> Iterator[np.ndarray]:
     """Yield the batches of pictures, and show how far it is."""
-    with tqdm(total=len(pictures), desc=what, leave=False, disable=None) as bar:
+    with ProgressBar(what, len(pictures)) as bar:
         for batch in pictures.batches(batch_size):
             yield batch
-            bar.update(len(batch))
+            bar.advance(len(batch))
 
 
 def compare(samples: Measured, reference: "Reference", extractor: Extractor) -> dict[str, float]:

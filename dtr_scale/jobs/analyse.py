@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dtr_scale.config.schema import Experiment
 from dtr_scale.data.order import GlobalOrder
@@ -18,6 +17,7 @@ from dtr_scale.evaluation.cka import timestep_cka
 from dtr_scale.evaluation.heatmaps import save_heatmaps
 from dtr_scale.jobs.build import build_diffusion, open_samples
 from dtr_scale.jobs.trained import TrainedRun, check_output, load_run, write_whole
+from dtr_scale.logs import watched
 from dtr_scale.objectives.affinity import gradient_affinity
 from dtr_scale.train.run_dir import SAMPLES
 
@@ -47,7 +47,7 @@ def cka_run(
         build_diffusion(run.experiment),
         x_start,
         y,
-        tqdm(timesteps.tolist(), desc="timesteps", leave=False, disable=None),
+        watched(timesteps.tolist(), "timesteps", len(timesteps)),
         seed=run.experiment.train.seed,
         step=run.mask_step,
         debiased=debiased,
@@ -81,7 +81,7 @@ def affinity_run(
     affinity = gradient_affinity(
         run.network,
         build_diffusion(run.experiment),
-        tqdm(batches, desc="batches", leave=False, disable=None),
+        watched(batches, "batches", len(batches)),
         timesteps.tolist(),
         seed=run.experiment.train.seed,
         step=run.mask_step,

@@ -23,6 +23,7 @@ from dtr_scale.jobs.measure import samples_manifest
 from dtr_scale.jobs.ranks import Ranks
 from dtr_scale.jobs.sampling import build_sampler, samples_compiled
 from dtr_scale.jobs.trained import TrainedRun
+from dtr_scale.logs import columns
 from dtr_scale.prepare.encode import PictureEncoder, weights_sha256
 
 log = logging.getLogger(__name__)
@@ -169,7 +170,15 @@ class _Progress:
         self._bar: tqdm | None = None
         if self._shows and sys.stderr.isatty():
             layout = "{l_bar}{bar}| {postfix}"
-            self._bar = tqdm(total=self._total, desc="sampling", bar_format=layout, leave=False)
+            self._bar = tqdm(
+                total=self._total,
+                desc="sampling",
+                bar_format=layout,
+                leave=False,
+                ncols=columns(),
+                nrows=24,  # as of `logs.ProgressBar`
+                miniters=1,
+            )
 
     def advance(self) -> None:
         self._done += 1

@@ -8,8 +8,8 @@ from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from dtr_scale.logs import ProgressBar
 from dtr_scale.prepare.encode import PictureEncoder, TextEncoder
 from dtr_scale.prepare.images import UnreadablePictureError, read_ahead, read_picture
 from dtr_scale.prepare.listing import Picture, utf8_name
@@ -163,12 +163,12 @@ class Progress:
         self._pictures, self._shards = pictures, shards
         self.num_made = self._stored = 0
         self._start = time.monotonic()
-        off = None if shown else True  # None: off where there is no terminal
-        self._bar = tqdm(total=pictures, unit=" pictures", smoothing=0.05, disable=off)
+        self._bar = ProgressBar("pictures", pictures, shown=shown)
 
     def made(self, pictures: int) -> None:
         self.num_made += pictures
-        self._bar.update(pictures)
+        # A shard may take an hour: in a log too, it is told how far the first one is.
+        self._bar.advance(pictures)
 
     def stored(self, name: str, samples: int) -> None:
         self._stored += 1

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from dtr_scale.diffusion.samplers import Progress
 from dtr_scale.engines.base import Engine
 from dtr_scale.evaluation.batchwise import BatchMeasure
 from dtr_scale.evaluation.features import Extractor
@@ -16,6 +17,7 @@ from dtr_scale.evaluation.precision import one_thread, products_in
 from dtr_scale.evaluation.reference import FeatureSums, Reference
 from dtr_scale.evaluation.report import is_newest_report, write_report
 from dtr_scale.evaluation.sampling import SamplingSettings, draw_samples
+from dtr_scale.logs import ProgressBar
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import Record
@@ -85,6 +87,7 @@ class PeriodicEvaluation:
         self.on_result: Callable[[Result], None] = lambda result: None
         """Called on rank 0 with what an evaluation has found, when that is on disk."""
         self._rounds = rounds
+        self._progress: Progress = rounds.steps
         self._engine = engine
         self._ema = ema
         self._settings = settings
@@ -174,6 +177,13 @@ class PeriodicEvaluation:
         numbers = range(-(-self._num_samples // self._batch_size))
         # Rank 0 alone knows what is kept. All must draw the same batches.
         missing = world.broadcast_object([n for n in numbers if n not in kept.batches])
+        told = f"step {step}: sampling steps of {len(missing)} batches"
+        with _Sampling(self._rounds, told, -(-len(missing) // world.world_size)) as sampling:
+            self._progress = sampling
+            self._draw_missing(missing, step, kept)
+
+    def _draw_missing(self, missing: list[int], step: int, kept: KeptBatches) -> None:
+        world = self._rounds.world
         for i in range(0, len(missing), world.world_size):
             # Past the last one a rank draws it again, and nobody counts that.
             mine = missing[min(i + world.rank, len(missing) - 1)]
@@ -197,7 +207,7 @@ class PeriodicEvaluation:
             conditions=self._conditions,
             null_condition=self._null_condition,
             step=step - 1,  # the masks that were trained last, if they roam
-            progress=self._rounds.steps,
+            progress=self._progress,
         )
 
     def _prepare_reference(self) -> None:
@@ -226,6 +236,7 @@ class PeriodicEvaluation:
         size = extractor.batch_size
         mine = reference.pictures.share(size, world.rank, world.world_size)
         num_batches = -(-len(reference.pictures) // size)
+        bar = ProgressBar("batches of the reference", num_batches, shown=world.is_main)
         for _ in range(0, num_batches, world.world_size):
             features = None
             with self._rounds.joint():
@@ -234,6 +245,8 @@ class PeriodicEvaluation:
             for found in self._rounds.gathered(features):
                 if found is not None:
                     sums.add(found)
+                    bar.advance()
+        bar.close()
         return sums
 
     def _finish(self, step: int, figures: Record, kept: KeptBatches) -> None:
@@ -276,6 +289,32 @@ class PeriodicEvaluation:
             return None
         plan = {"batch_size": self._batch_size, **self._manifest(step)}
         return KeptBatches(self._samples_dir, step, plan)
+
+
+class _Sampling:
+    """Goes through the sampling steps of rounds, and shows on rank 0 how far they are."""
+
+    def __init__(self, rounds: Rounds, what: str, num_rounds: int) -> None:
+        self._rounds = rounds
+        self._what = what
+        self._num_rounds = num_rounds
+        self._bar: ProgressBar | None = None
+
+    def __call__(self, steps: Iterable[int]) -> Iterator[int]:
+        of_batch = list(steps)
+        if self._bar is None:
+            total, shown = self._num_rounds * len(of_batch), self._rounds.world.is_main
+            self._bar = ProgressBar(self._what, total, shown=shown)
+        for step in self._rounds.steps(of_batch):
+            yield step
+            self._bar.advance()
+
+    def __enter__(self) -> "_Sampling":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.close()
 
 
 def _headline(figures: Record) -> Record:

@@ -1,18 +1,17 @@
 """Show how a run gets on: a bar that moves on a terminal, plain lines in a log file."""
 
 import logging
-import os
 import sys
 from collections import deque
 
 from tqdm import tqdm
 
+from dtr_scale.logs import columns, duration
 from dtr_scale.tracking.journal import Record
 
 log = logging.getLogger(__name__)
 
 _PACE_SECONDS = 60.0
-_COLUMNS = 80  # of a terminal that does not tell its size
 _WIDE = 110
 
 
@@ -60,7 +59,7 @@ class Progress:
                 total=max_steps,
                 initial=step,
                 bar_format=layout,
-                ncols=_columns(),
+                ncols=columns(),
                 nrows=24,  # in a terminal of no known size tqdm would find no row to draw in
                 miniters=1,  # each step asks whether it is time to draw, also after a slow one
             )
@@ -70,8 +69,8 @@ class Progress:
         self._step = step
         self._pace.add(seconds)
         if self._bar is not None:
-            # A window may be resized. One column stays free: some terminals wrap a full line.
-            self._bar.ncols = _columns()
+            # A window may be resized.
+            self._bar.ncols = columns()
             self._bar.set_postfix_str(self._short(), refresh=False)
             self._bar.update(step - self._bar.n)
 
@@ -101,7 +100,7 @@ class Progress:
 
     def _short(self) -> str:
         """Return what stands beside the bar, which is to keep ten columns of 80."""
-        speed = self._speed() if _columns() >= _WIDE else self._speed().partition("  ")[0]
+        speed = self._speed() if columns() >= _WIDE else self._speed().partition("  ")[0]
         return "  ".join(filter(None, [self._loss, speed, f"eta {self._time_left()}"]))
 
     def _speed(self) -> str:
@@ -117,25 +116,5 @@ class Progress:
         return duration((self._max_steps - self._step) * seconds)
 
 
-def duration(seconds: float) -> str:
-    """Return a duration in hours, minutes and seconds, or in days and hours.
-
-    >>> duration(12_345.6), duration(200_000)
-    ('3:25:46', '2d 7h')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours // 24}d {hours % 24}h" if hours >= 48 else f"{hours}:{minutes:02}:{rest:02}"
-
-
 def _short_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
-
-
-def _columns() -> int:
-    """Return how many columns the terminal on stderr has to be filled."""
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        columns = 0
-    return (columns or _COLUMNS) - 1

@@ -2,16 +2,14 @@
 
 import logging
 import os
-import pty
 import re
-import termios
-from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
 import pytest
 
 from dtr_scale.logs import setup_logging
 from dtr_scale.train.progress import Pace, Progress
+from tests.support.terminal import shown_by, terminal
 
 log = logging.getLogger("dtr_scale.tests")
 RECORD = {
@@ -22,18 +20,6 @@ RECORD = {
     "data_wait_fraction": 0.031,
     "memory_gb": 1.26,
 }
-
-
-@contextmanager
-def terminal(columns):
-    """Make stderr a terminal; yield the file descriptor of its screen, which is to be closed."""
-    screen, device = pty.openpty()
-    termios.tcsetwinsize(device, (24, columns) if columns else (0, 0))
-    stderr = os.fdopen(device, "w", buffering=1)
-    with redirect_stderr(stderr):
-        yield screen
-    with suppress(OSError):  # what could not be shown is still in its buffer
-        stderr.close()
 
 
 def progress_from(step, max_steps):
@@ -76,7 +62,6 @@ def test_the_pace_is_that_of_the_last_minute_without_the_first_step():
 @pytest.mark.parametrize("columns", [80, 120, None])
 def test_a_terminals_bar_moves_at_every_step_and_fits(columns):
     """None: a terminal that does not tell its size."""
-    shown = ""
     with terminal(columns) as screen:
         progress = progress_from(399_000, 400_000)
         bar: Any = progress._bar
@@ -87,10 +72,7 @@ def test_a_terminals_bar_moves_at_every_step_and_fits(columns):
         bar.last_print_t = 0
         progress.count(399_004, 200.0)
         progress.close()
-        while "\n" not in shown:  # the bar stays on one line to its end
-            shown += os.read(screen, 100_000).decode()
-        os.close(screen)
-    lines = [re.sub(r"\x1b\[A", "", line).strip() for line in re.split(r"[\r\n]+", shown)]
+        lines = shown_by(screen)
     assert max(map(len, lines)) <= (columns or 80) - 1
     for step in range(399_000, 399_005):
         assert any(f"| {step}/400000" in line for line in lines)

@@ -15,6 +15,7 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs.bench.place import temporary_folder
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.launchers import launched_world_size
+from dtr_scale.logs import watched
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.storage.folder import Folder, open_folder
 from dtr_scale.tracking.journal import Record
@@ -65,7 +66,8 @@ def measure(experiment: Experiment, world: World, rounds: int) -> str:
     # Without the first step, in which torch compiles and allocates.
     steps = [batch_size / record["samples_per_second"] for record in records[1:]]
     stalls, saves, loads, readings = [], [], [], []
-    for number in range(step + 1, step + rounds + 1):
+    numbers = range(step + 1, step + rounds + 1)
+    for number in watched(numbers, "saves and restores", rounds, shown=world.is_main):
         # Before each timing: a rank that comes late would be measured as slow saving by the others.
         world.barrier()
         stall = _seconds(lambda n=number: checkpoints.save(n, state, trainer.meta))

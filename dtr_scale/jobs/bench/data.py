@@ -19,10 +19,12 @@ from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.reader import SampleReader
 from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.build import build_assembler, open_samples
+from dtr_scale.logs import watched
 from dtr_scale.storage.folder import open_folder
 
 _WARM_UP_SECONDS = 1.0
 _LEAST_BATCHES = 4
+_ROWS = 9
 
 
 class _WithoutDraws(BatchAssembler):
@@ -49,7 +51,8 @@ def bench_data(experiment: Experiment, seconds: float, num_shards: int) -> str:
     if data.cache_dir:
         Path(data.cache_dir).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=data.cache_dir) as cache_dir:
-        return "\n".join(_Table(experiment, Path(cache_dir), num_shards, seconds).lines())
+        lines = _Table(experiment, Path(cache_dir), num_shards, seconds).lines()
+        return "\n".join(watched(lines, "rows of the table", _ROWS))
 
 
 class _Table:

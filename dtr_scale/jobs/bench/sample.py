@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dtr_scale.jobs.build import build_network
 from dtr_scale.jobs.conditions import Wanted, conditions_of
 from dtr_scale.jobs.plan.compute import plan_compute
 from dtr_scale.jobs.sampling import build_sampler
+from dtr_scale.logs import ProgressBar
 
 
 def bench_sample(
@@ -87,17 +89,20 @@ class _Measurement:
         matmul_flops, matmuls = self._matmul()
         self._evaluations = 0
         self._clock.begin_round()
-        for batch in self._batches:
-            self._draw(batch, self._timed)
-            self._clock.end_round()  # from the last step to the samples on the CPU
+        total = len(self._batches) * self._sampler.num_steps
+        with ProgressBar("sampling steps", total, shown=self._world.is_main) as bar:
+            for batch in self._batches:
+                self._draw(batch, partial(self._timed, bar))
+                self._clock.end_round()  # from the last step to the samples on the CPU
         matmuls += self._matmul()[1]
         peak = matmul_flops / spread(matmuls).median
         return self._report(peak) | {"warm_up_seconds": warm_up_seconds}
 
-    def _timed(self, steps: Iterable[int]) -> Iterator[int]:
+    def _timed(self, bar: ProgressBar, steps: Iterable[int]) -> Iterator[int]:
         for step in steps:
             yield step
             self._clock.end_round()
+            bar.advance()
             if self._theirs:
                 self._theirs.make_step()
 

@@ -20,6 +20,7 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import EngineError
 from dtr_scale.jobs.bench.report import config, machine
 from dtr_scale.jobs.bench.timing import spread
+from dtr_scale.logs import ProgressBar
 from dtr_scale.tracking.journal import read_journal
 
 _POLL_SECONDS = 0.02
@@ -43,10 +44,12 @@ def bench_start(
     with tempfile.TemporaryDirectory(prefix="dtr-scale-bench-", dir=place) as folder:
         program = shlex.split(launcher) if launcher else [sys.executable]
         command = [*program, "-m", "dtr_scale", "train", *arguments]
-        first, total = _start(command, Path(folder), max_steps=1)
-        resumed = [
-            _start(command, Path(folder), max_steps=2 + number)[0] for number in range(rounds)
-        ]
+        with ProgressBar("starts", 1 + rounds) as bar:
+            first, total = _start(command, Path(folder), max_steps=1)
+            resumed = []
+            for number in range(rounds):
+                bar.advance()
+                resumed.append(_start(command, Path(folder), max_steps=2 + number)[0])
     return {
         "bench": "start",
         "cold_first_step_seconds": first,

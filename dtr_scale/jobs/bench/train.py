@@ -1,5 +1,6 @@
 """Measure an experiment's training step: how fast it is, how near the device's peak, and why."""
 
+import logging
 import re
 import time
 from collections.abc import Iterable
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dtr_scale.config.schema import Experiment
@@ -19,9 +21,12 @@ from dtr_scale.jobs.bench.timing import Alternating, LoopClock, matmul_seconds, 
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.plan.compute import plan_compute
 from dtr_scale.jobs.train import join
+from dtr_scale.logs import ProgressBar
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 _PROFILED_STEPS = 2
 _PARTS = ("forward", "backward", "update", "ema")
@@ -101,9 +106,17 @@ class _Measurement:
     def run(self) -> None:
         self._measure_matmul()
         self._watch()
-        self._clock.begin_round()
         trainer = self._trainer
-        trainer.run(LeaveRequest(), log=self._log, evaluate=lambda step: None)
+        if trainer.is_compiled and self._world.is_main:
+            log.info("compiling: the first step takes about a minute")
+        self._clock.begin_round()
+        with ProgressBar("steps", trainer.max_steps, shown=self._world.is_main) as bar:
+            trainer.run(
+                LeaveRequest(),
+                log=self._log,
+                evaluate=lambda step: None,
+                on_step=lambda step, seconds: bar.advance(),
+            )
         trainer.loader.close()
         # After the steps, too: on a machine that others use both see the same.
         self._measure_matmul()
@@ -119,8 +132,8 @@ class _Measurement:
         self._trainer.save = self._stalls.timed("save", self._trainer.save)
         update_ema = clock.timed("ema", self._trainer.ema.update)
 
-        def end_step(step: int) -> None:
-            update_ema(step)
+        def end_step(step: int, skip: Tensor | None = None) -> None:
+            update_ema(step, skip)
             clock.end_round()
             if self._theirs:
                 self._theirs.make_step()
