@@ -11,7 +11,9 @@ import torch
 from dtr_scale.config.schema import Experiment
 from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.jobs.description import engine_name
+from dtr_scale.jobs.drawing import device_name
 from dtr_scale.launchers import local_world_size
+from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,19 @@ class Place(NamedTuple):
     @property
     def world_size(self) -> int:
         return len(self.hosts)
+
+
+def place_of(trainer: Trainer, hosts: Sequence[str]) -> Place:
+    """Return where a trainer stands."""
+    loader = trainer.loader
+    return Place(
+        hosts=hosts,
+        device=device_name(trainer.world.device),
+        micro_batch_size=loader.places.shape[1],
+        num_samples=sum(loader.samples.shard_samples),
+        samples_seen=trainer.state.samples_seen,
+        is_compiled=trainer.is_compiled,
+    )
 
 
 def tell_start(experiment: Experiment, place: Place, cost: LayerCost | None) -> None:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from dtr_scale.checkpoint.lease import is_held
 from dtr_scale.config.schema import Experiment
-from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError
+from dtr_scale.jobs.banner import banner, place_of
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.in_training import build_evaluation
 from dtr_scale.jobs.plan.compute import plan_compute
@@ -39,8 +41,9 @@ def dry_run(experiment: Experiment) -> None:
     finally:
         trainer.loader.close()
         trainer.checkpoints.close()
+    hosts = world.all_gather_object(socket.gethostname())
     if world.is_main:
-        for line in _told(experiment, trainer, world, begins):
+        for line in _told(experiment, trainer, hosts, begins):
             print(line, flush=True)
     world.leave()
 
@@ -57,19 +60,14 @@ def _begins(trainer: Trainer, experiment: Experiment) -> str:
     return "at step 0"
 
 
-def _told(experiment: Experiment, trainer: Trainer, world: World, begins: str) -> list[str]:
-    train, samples = experiment.train, trainer.loader.samples
-    num_samples = sum(samples.shard_samples)
-    micro = experiment.micro_batch_size(world.world_size)
-    accumulated = train.global_batch_size // (micro * world.world_size)
-    epochs = train.max_steps * train.global_batch_size / num_samples
+def _told(experiment: Experiment, trainer: Trainer, hosts: Sequence[str], begins: str) -> list[str]:
+    plan = plan_compute(experiment)
     return [
-        plan_compute(experiment).table(per_layer=False),
-        f"data      {num_samples:,} samples in {len(samples.shard_samples)} shards, "
-        f"{epochs:,.1f} epochs",
-        f"batch     {micro} samples x {accumulated} micro-batches x {world.world_size} ranks, on "
-        f"{world.device}",
-        f"begins    {begins}, in {experiment.run_path}",
+        *banner(experiment, place_of(trainer, hosts), plan.forward.total),
+        f"begins   {begins}",
+        "",
+        plan.table(per_layer=False),
+        "",
         "dry run: all of it was checked, nothing was written",
     ]
 

@@ -18,11 +18,10 @@ from dtr_scale.errors import ConfigError, DtrScaleError, PeerError, UnsavedError
 from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.heartbeat import Heartbeat
 from dtr_scale.jobs.alike import refuse_other_settings
-from dtr_scale.jobs.banner import Place, tell_start
+from dtr_scale.jobs.banner import place_of, tell_start
 from dtr_scale.jobs.bench.report import nominal_flops
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.description import attempt_facts, network_cost
-from dtr_scale.jobs.drawing import device_name
 from dtr_scale.jobs.in_training import build_evaluation
 from dtr_scale.jobs.plan.compute import TRAINING_FORWARDS
 from dtr_scale.jobs.resume import resume_or_start
@@ -172,7 +171,7 @@ class _MainRecords(_Records):
         # start that misses it is refused.
         trainer.checkpoints.before_commit = lambda: self._journal.sync()
         trainer.checkpoints.on_saved = self._note_saved
-        tell_start(experiment, _place(trainer, hosts), cost)
+        tell_start(experiment, place_of(trainer, hosts), cost)
         self._health = _health(experiment, world, cost)
         self._slow_rank = SlowRank(hosts)
 
@@ -269,18 +268,6 @@ class _MainRecords(_Records):
     def _note_saved(self, step: int) -> None:
         write_saved_step(self._path, step)
         self._tracker.look()
-
-
-def _place(trainer: Trainer, hosts: list[str]) -> Place:
-    loader = trainer.loader
-    return Place(
-        hosts=hosts,
-        device=device_name(trainer.world.device),
-        micro_batch_size=loader.places.shape[1],
-        num_samples=sum(loader.samples.shard_samples),
-        samples_seen=trainer.state.samples_seen,
-        is_compiled=trainer.is_compiled,
-    )
 
 
 def _health(experiment: Experiment, world: World, cost: LayerCost | None) -> Health:

@@ -103,7 +103,7 @@ class PeriodicEvaluation:
 
     def check(self) -> None:
         """Raise now, on the way to the first step, what is wrong with the settings."""
-        self._draw_batch(range(0), step=1)
+        self._draw_batch(range(0), 1)
 
     def __call__(self, step: int) -> str | None:
         """Evaluate a step; return why that was cut off, None where it was not."""

@@ -19,9 +19,10 @@ def files_of(folder):
 def test_a_run_that_would_begin_is_told_and_leaves_no_trace(digits, tmp_path, capsys):
     assert dry_run(digits, tmp_path / "runs" / "new", "--tracking.type=mlflow") == 0
     out = capsys.readouterr().out
-    assert "data      1,500 samples in 3 shards, 0.1 epochs" in out
-    assert "batch     32 samples x 1 micro-batches x 1 ranks, on cpu" in out
-    assert f"begins    at step 0, in {tmp_path}/runs/new" in out
+    assert "1,500 samples, 10 classes; 0.0853 epochs to come" in out
+    assert f"run      {tmp_path}/runs/new" in out
+    assert "batch    32 = micro-batch 32 x accumulation 1 x 1 rank" in out
+    assert "begins   at step 0" in out
     assert "nothing was written" in out.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
@@ -30,9 +31,9 @@ def test_a_run_that_would_go_on_is_told_and_stays_as_it_is(digits, tmp_path, cap
     assert tiny(digits, tmp_path) == 0
     before = files_of(tmp_path)
     assert dry_run(digits, tmp_path, "--train.max_steps=8") == 0
-    assert "begins    at step 4, with the newest checkpoint" in capsys.readouterr().out
+    assert "begins   at step 4, with the newest checkpoint" in capsys.readouterr().out
     assert dry_run(digits, tmp_path, "--checkpoint.resume=never") == 0
-    assert "begins    afresh, and sets the earlier run aside" in capsys.readouterr().out
+    assert "begins   afresh, and sets the earlier run aside" in capsys.readouterr().out
     assert dry_run(digits, tmp_path, "--train.seed=7") == 2
     assert "train.seed was 0 and is 7" in capsys.readouterr().err
     assert files_of(tmp_path) == before
