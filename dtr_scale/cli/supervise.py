@@ -91,5 +91,6 @@ def _run_path(training: Sequence[str]) -> Path:
 
     parser = Parser(prog="dtr-scale supervise ... --", usage="%(prog)s --config FILE [overrides]")
     add_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="the ranks' own matter")
     found, overrides = parser.parse_known_args(training)
     return load_experiment(found.config, overrides).run_path

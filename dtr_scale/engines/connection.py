@@ -1,10 +1,18 @@
-"""Notice within seconds that the other end of a TCP connection is gone."""
+"""Listen, and notice within seconds that the other end of a TCP connection is gone."""
 
 import socket
 
 IDLE_SECONDS, PROBE_SECONDS, NUM_PROBES = 2, 2, 2
 LOST_SECONDS = IDLE_SECONDS + PROBE_SECONDS * NUM_PROBES
 """By when a host that does not answer, as behind a cut cable, is taken for lost."""
+
+
+def listen(port: int, backlog: int) -> socket.socket:
+    """Listen on a port of all addresses, IPv6 as well where there is any; 0 is any free port."""
+    if socket.has_dualstack_ipv6():
+        family = socket.AF_INET6
+        return socket.create_server(("", port), family=family, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", port), backlog=backlog)
 
 
 def keep_alive(connection: socket.socket) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from dtr_scale.engines.connection import keep_alive
+from dtr_scale.engines.connection import keep_alive, listen
 from dtr_scale.errors import EngineError
 
 _CONNECT_SECONDS = 30.0
@@ -75,7 +75,7 @@ class Links:
 
     def listen(self, host: str, backlog: int) -> Address:
         """Let other ranks connect, and return where."""
-        self._listener = socket.create_server(("", 0), backlog=backlog)
+        self._listener = listen(0, backlog)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._token = secrets.token_hex(16)
         return Address(host, self._listener.getsockname()[1], self._token)

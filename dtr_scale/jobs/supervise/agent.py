@@ -22,14 +22,19 @@ from dtr_scale.jobs.supervise.meeting import Attempt
 RANK_COMMAND = (sys.executable, "-u", "-m", "dtr_scale", "train")
 _POLL_SECONDS = 0.1
 # Ranks end by themselves when one of them has failed, and tell why (`engines.peers`).
-_END_SECONDS = 12.0
+_END_SECONDS = 8.0
 _STACKS_SECONDS = 1.0
 # All nodes have met a moment ago.
 _JOIN_SECONDS = 60
 
 
 class _Agent(LocalElasticAgent):
-    """Lets ranks end by themselves after a failure, and kills what is left of them."""
+    """Lets ranks end by themselves after a failure, and kills what is left of them.
+
+    `is_over` tells whether another node's ranks have failed.
+    """
+
+    is_over: Callable[[], bool]
 
     def _monitor_workers(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, worker_group: WorkerGroup
@@ -38,7 +43,7 @@ class _Agent(LocalElasticAgent):
         assert isinstance(context, SubprocessContext)
         ranks = [handler.proc for handler in context.subprocess_handlers.values()]
         # Before the agent looks: it sends SIGTERM to the others, which is a request to checkpoint.
-        if any(rank.poll() for rank in ranks):
+        if any(rank.poll() for rank in ranks) or self.is_over():
             _let_end(ranks)
         return super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
 
@@ -51,9 +56,11 @@ def run_attempt(
     nnodes: int,
     node_rank: int,
     command: Sequence[str] = RANK_COMMAND,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[int, int]:
     """Run this node's ranks until all have ended; return the exit codes of those that failed.
 
+    They have a few seconds to end once one of them has failed, or `is_over`.
     A signal's number is negative, as in `subprocess`. Raises RuntimeError if the nodes do not find
     each other.
     """
@@ -73,6 +80,7 @@ def run_attempt(
         monitor_interval=_POLL_SECONDS,
     )
     agent = _Agent(spec, DefaultLogsSpecs(), exit_barrier_timeout=30)
+    agent.is_over = is_over
     agent._remaining_restarts = 0  # the next attempt is a meeting of all nodes again
     # torch's own decorator hides the type.
     result = cast(RunResult, agent.run())

@@ -23,6 +23,10 @@ class Meeting(Protocol):
 
     def begin(self) -> Attempt: ...
 
+    def is_over(self) -> bool: ...
+
+    def end(self, *, finished: bool) -> None: ...
+
 
 def supervise(
     training: Sequence[str],
@@ -53,9 +57,12 @@ def supervise(
                 nnodes=nnodes,
                 node_rank=node_rank,
                 command=command,
+                is_over=meeting.is_over,
             )
+            meeting.end(finished=not codes)
         except (RuntimeError, OSError) as error:
             # A node was lost after the meeting; the next one waits until it is back.
+            meeting.end(finished=False)
             told = f"the nodes did not find each other: {str(error).partition(chr(10))[0]}"
         else:
             for code in (START_AGAIN, MISTAKE, INTERRUPTED):  # all ranks end with it together

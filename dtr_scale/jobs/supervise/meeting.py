@@ -2,6 +2,7 @@
 
 Node 0 listens at the endpoint. The others connect, say who they are, and are told when all are
 there. Who is gone meanwhile connects again, so that a node may be lost and come back at any time.
+The connections stand as long as the attempt: their end tells the other nodes that it has failed.
 """
 
 import json
@@ -10,11 +11,11 @@ import secrets
 import select
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
-from dtr_scale.engines.connection import keep_alive
+from dtr_scale.engines.connection import keep_alive, listen
 from dtr_scale.errors import ConfigError, EngineError
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _AGAIN_SECONDS = 1.0
 _HELLO_SECONDS = 5.0
 _MAX_LINE = 4096
 _TELL_SECONDS = 30.0
+_FINISHED = b"finished\n"
 
 
 class Attempt(NamedTuple):
@@ -53,11 +55,12 @@ class Host:
         self._number = -1
         self._launch = f"supervise-{secrets.token_hex(4)}"
         self._guests: dict[int, socket.socket] = {}
+        self._attempt = _Connections()
         self._listener: socket.socket | None = None
         if not self._others:
             return
         try:
-            self._listener = socket.create_server(("", endpoint[1]), backlog=nnodes + 16)
+            self._listener = listen(endpoint[1], backlog=nnodes + 16)
         except OSError as error:
             raise ConfigError(
                 f"--rdzv-endpoint: port {endpoint[1]} cannot be listened on: {error.strerror}; "
@@ -69,6 +72,7 @@ class Host:
 
         EngineError if one is missing for longer than the patience.
         """
+        self._attempt.end(finished=False)
         deadline = time.monotonic() + self._patience
         told_at = time.monotonic() + _TELL_SECONDS / 3
         while missing := sorted(self._others - self._present()):
@@ -86,13 +90,23 @@ class Host:
         self._number += 1
         attempt = Attempt(self._number, self._launch, self._host, _free_port())
         for guest in self._guests.values():
-            with guest, suppress(OSError):  # lost at this moment: it comes to the next meeting
+            with suppress(OSError):  # lost at this moment: it comes to the next meeting
                 guest.sendall(json.dumps(attempt).encode() + b"\n")
+        self._attempt = _Connections(self._guests.values())
         self._guests = {}
         return attempt
 
+    def is_over(self) -> bool:
+        """Tell whether the attempt has failed on another node, or that node is lost."""
+        return self._attempt.are_lost()
+
+    def end(self, *, finished: bool) -> None:
+        """Let the other nodes know how this node's ranks have ended."""
+        self._attempt.end(finished=finished)
+
     def close(self) -> None:
         """Leave the meetings; who waits there knows at once."""
+        self._attempt.end(finished=False)
         for connection in filter(None, (self._listener, *self._guests.values())):
             connection.close()
 
@@ -126,29 +140,70 @@ class Guest:
         self._node = node_rank
         self._endpoint = endpoint
         self._patience = patience_seconds
+        self._attempt = _Connections()
 
     def begin(self) -> Attempt:
         """Return the next attempt, once all nodes are here.
 
         EngineError if node 0 is not there for longer than the patience.
         """
-        seen = time.monotonic()
+        self._attempt.end(finished=False)
+        deadline = time.monotonic() + self._patience
         while True:
-            with (
-                suppress(OSError, ValueError, TypeError),
-                socket.create_connection(self._endpoint, timeout=_HELLO_SECONDS) as host,
-            ):
+            with suppress(OSError, ValueError, TypeError), ExitStack() as stack:
+                host = socket.create_connection(self._endpoint, timeout=_HELLO_SECONDS)
+                stack.enter_context(host)
                 keep_alive(host)
                 host.sendall(json.dumps({"node": self._node}).encode() + b"\n")
                 # As long as it takes: node 0 waits for the others, or for its ranks to end.
                 host.settimeout(None)
-                answer = _read_line(host)
-                seen = time.monotonic()
-                return Attempt(*answer)
-            if time.monotonic() - seen > self._patience:
+                attempt = Attempt(*_read_line(host))
+                stack.pop_all()  # the connection stands as long as the attempt
+                self._attempt = _Connections([host])
+                return attempt
+            if time.monotonic() > deadline:
                 place = ":".join(map(str, self._endpoint))
                 raise _missing(f"node 0 does not answer at {place}", self._patience)
             time.sleep(_AGAIN_SECONDS)
+
+    def is_over(self) -> bool:
+        """Tell whether the attempt has failed on another node, or node 0 is lost."""
+        return self._attempt.are_lost()
+
+    def end(self, *, finished: bool) -> None:
+        """Let the other nodes know how this node's ranks have ended."""
+        self._attempt.end(finished=finished)
+
+    def close(self) -> None:
+        """Leave the meetings."""
+        self._attempt.end(finished=False)
+
+
+class _Connections:
+    """The connections of one attempt."""
+
+    def __init__(self, connections: Iterable[socket.socket] = ()) -> None:
+        self._connections = list(connections)
+        self._is_one_lost = False
+
+    def are_lost(self) -> bool:
+        """Tell whether one of them has ended without a word."""
+        for connection in select.select(self._connections, [], [], 0)[0]:
+            try:
+                told = connection.recv(len(_FINISHED))
+            except OSError:
+                told = b""
+            # A node that has finished may end before the others.
+            self._is_one_lost = self._is_one_lost or told != _FINISHED
+            self._connections.remove(connection)
+            connection.close()
+        return self._is_one_lost
+
+    def end(self, *, finished: bool) -> None:
+        for connection in self._connections:
+            with connection, suppress(OSError):
+                connection.sendall(_FINISHED if finished else b"")
+        self._connections = []
 
 
 def _read_line(connection: socket.socket) -> Any:  # noqa: ANN401

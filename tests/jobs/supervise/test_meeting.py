@@ -3,7 +3,7 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -23,8 +23,14 @@ def threads():
         yield pool
 
 
-def test_all_nodes_begin_the_same_attempts(endpoint, threads):
-    guests = [Guest(node, endpoint) for node in (1, 2)]
+@pytest.fixture
+def open_guest(endpoint):
+    with ExitStack() as stack:
+        yield lambda node: stack.enter_context(closing(Guest(node, endpoint)))
+
+
+def test_all_nodes_begin_the_same_attempts(endpoint, threads, open_guest):
+    guests = [open_guest(node) for node in (1, 2)]
     early = threads.submit(guests[0].begin)  # before node 0 is there
     time.sleep(0.2)
     with closing(Host(3, endpoint)) as host:
@@ -36,7 +42,7 @@ def test_all_nodes_begin_the_same_attempts(endpoint, threads):
     assert attempt.launch == again.launch and attempt.host == "127.0.0.1"
 
 
-def test_a_node_that_is_lost_while_others_wait_comes_back(endpoint, threads):
+def test_a_node_that_is_lost_while_others_wait_comes_back(endpoint, threads, open_guest):
     with closing(Host(2, endpoint)) as host:
         with socket.create_connection(endpoint) as lost:
             lost.sendall(b'{"node": 1}\n')
@@ -45,16 +51,35 @@ def test_a_node_that_is_lost_while_others_wait_comes_back(endpoint, threads):
         waiting = threads.submit(host.begin)
         time.sleep(0.5)
         assert not waiting.done()
-        assert Guest(1, endpoint).begin() == waiting.result(timeout=20)
+        assert open_guest(1).begin() == waiting.result(timeout=20)
 
 
-def test_a_node_outlives_node_0(endpoint, threads):
+def test_a_node_outlives_node_0(endpoint, threads, open_guest):
     gone = socket.create_server(endpoint)
-    begun = threads.submit(Guest(1, endpoint).begin)
+    begun = threads.submit(open_guest(1).begin)
     gone.accept()[0].close()
     gone.close()
     with closing(Host(2, endpoint)) as host:
         assert host.begin() == begun.result(timeout=20)
+
+
+@pytest.mark.parametrize("who", ["host", "guest"])
+def test_a_failure_on_one_node_ends_the_attempt_on_the_others(endpoint, threads, open_guest, who):
+    with closing(Host(2, endpoint)) as host:
+        guest = open_guest(1)
+        failed, other = (host, guest) if who == "host" else (guest, host)
+        for _ in range(2):
+            begun = threads.submit(guest.begin)
+            assert host.begin() == begun.result(timeout=20)
+            assert not other.is_over()
+            failed.end(finished=False)
+            assert other.is_over() and other.is_over()
+            other.end(finished=False)
+        begun = threads.submit(guest.begin)
+        assert host.begin() == begun.result(timeout=20)
+        failed.end(finished=True)
+        assert not other.is_over(), "it finishes by itself"
+        other.end(finished=True)
 
 
 def test_a_missing_node_ends_the_wait(endpoint):
