@@ -94,7 +94,6 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     gpu, gpus = find_gpu(arguments.gpu), arguments.gpus or 8
     cluster = Cluster(gpu, gpus, arguments.nodes or 1, arguments.network)
-    experiment.micro_batch_size(cluster.world_size)  # refuses a batch that ranks cannot share
     run = plan_run(
         experiment,
         cluster,

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dtr_scale.config.schema import Experiment
+from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.plan.cluster import Cluster
 from dtr_scale.jobs.plan.compute import ComputePlan, plan_compute
 from dtr_scale.jobs.plan.goodput import (
@@ -73,9 +74,9 @@ class RunPlan:
 
     @property
     def interval_steps(self) -> int:
-        """Steps between checkpoints for the best goodput."""
+        """Steps between checkpoints for the best goodput, a tenth of the run at most."""
         steps = rounded_steps(self.failures.best_interval() / self.chosen.step.total)
-        return min(steps, self.experiment.train.max_steps)
+        return max(1, min(steps, self.experiment.train.max_steps // 10))
 
     def goodput(self, every_steps: int) -> float:
         return self.failures.goodput(every_steps * self.chosen.step.total)
@@ -151,7 +152,14 @@ def plan_run(
     factor: float = 1.0,
     as_released: bool = False,
 ) -> RunPlan:
-    """Return the plan of a run; ConfigError if the batch cannot be shared by so many ranks."""
+    """Return the plan of a run; ConfigError if it cannot run on so many ranks."""
+    if experiment.engine.type == "single" and cluster.world_size > 1 and not as_released:
+        raise ConfigError(
+            f"engine.type = 'single' runs in one process, --gpus and --nodes make "
+            f"{cluster.world_size} (--gpus is 8 unless given); add --engine.type=flat, or plan "
+            "with --gpus=1"
+        )
+    experiment.micro_batch_size(cluster.world_size)  # raises for a batch that ranks cannot share
     planner = Planner(experiment, cluster, factor=factor, as_released=as_released)
     chosen = _engine_plan(planner, None)
     names = [name for name in ENGINES if name != "single" or cluster.world_size == 1]

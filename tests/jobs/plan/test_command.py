@@ -126,6 +126,7 @@ def _flat(experiment):
         (("--nodes=2",), "--nodes needs --gpu: give one of a100-40gb"),
         (("--as-released",), "--as-released needs --gpu"),
         (("--gpu=a100-80gb", "--gpus=7"), "is not divisible by 7 ranks"),
+        (("--gpu=a100-80gb", "--engine.type=single"), "plan with --gpus=1"),
     ],
 )
 def test_mistakes_are_told_in_a_line(capsys, arguments, told):

@@ -42,8 +42,8 @@ def test_flat_places_are_those_of_the_engine(parts):
             with meta:
                 named = {name: torch.nn.Parameter(torch.empty_like(p)) for name, p in part.items()}
                 group = FlatGroup(named, world=World(rank, 0, RANKS, meta), dtype=torch.bfloat16)
-            state: dict[str, torch.Tensor] = {k: group.master for k in ("exp_avg", "exp_avg_sq")}
-            for pieces in group.pieces(state):
+            master: torch.Tensor = group.master
+            for pieces in group.pieces({"exp_avg": master, "exp_avg_sq": master}):
                 ((key, piece),) = ((k, p) for k, p in pieces.items() if k.startswith("master/"))
                 name = key.removeprefix("master/")
                 expected.append((name, piece.offset, piece.data.numel()))

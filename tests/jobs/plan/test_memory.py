@@ -1,0 +1,83 @@
+"""The planned memory beside that of real runs, byte by byte of PyTorch's allocator on a CPU."""
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dtr_scale.config.load import load_experiment
+from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.world import World
+from dtr_scale.jobs.build import build_trainer
+from dtr_scale.jobs.plan.cluster import Cluster
+from dtr_scale.jobs.plan.gpus import find_gpu
+from dtr_scale.jobs.plan.memory import Memory, checkpoint_bytes
+from dtr_scale.jobs.plan.planner import Planner
+
+CONFIG = Path(__file__).parents[3] / "configs" / "demo_digits.json"
+LONE = World(0, 0, 1, torch.device("cpu"))
+# In fp32, since bf16's attention on a CPU is not the fused one that is planned for.
+SETTINGS = (
+    "--data.type=synthetic", "--data.num_workers=0", "--tracking.type=none",
+    "--engine.precision=fp32", "--engine.compile=false", "--train.ema_decays=[0.9]",
+)  # fmt: skip
+
+
+def experiment_of(place: Path, *overrides: str) -> Experiment:
+    return load_experiment(CONFIG, [*SETTINGS, f"--run_dir={place}", *overrides])
+
+
+def measured(experiment: Experiment, world: World) -> tuple[int, int]:
+    """Return the bytes of all tensors between two steps, and at the fullest moment of one."""
+    gc.collect()
+    before = _bytes_of_tensors()
+    trainer = build_trainer(experiment, world)
+    batches = iter(trainer.loader)
+    for _ in range(2):
+        trainer._train_step(batches)
+    gc.collect()
+    resting = _bytes_of_tensors() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trainer._train_step(batches)
+    # What the allocator has told; torch has no public list of it.
+    profiler: Any = profiled.profiler
+    live = peak = 0
+    for event in profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    trainer.loader.close()
+    trainer.checkpoints.close()
+    return resting, resting + peak
+
+
+def _bytes_of_tensors() -> int:
+    storages = [
+        each.untyped_storage()
+        for each in gc.get_objects()
+        if issubclass(type(each), torch.Tensor) and each.device.type == "cpu"
+    ]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def planned(experiment: Experiment, ranks: int) -> tuple[Planner, Memory]:
+    planner = Planner(experiment, Cluster(find_gpu("a100-80gb"), ranks))
+    return planner, planner.memory(replace(planner.layout(), on_gpu=False))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.profiler")
+@pytest.mark.parametrize("extra", [(), ("--engine.activation_checkpointing=true",)])
+def test_one_process(tmp_path, extra):
+    experiment = experiment_of(tmp_path, "--engine.type=single", *extra)
+    resting, peak = measured(experiment, LONE)
+    planner, memory = planned(experiment, 1)
+    state = memory.weights + memory.optimizer + memory.ema
+    # What else rests is the position table, masks and a batch.
+    assert state <= resting <= 1.005 * state
+    assert state == checkpoint_bytes(planner.sizes)
+    # Above it: all gradients count, though the last come when most activations are gone.
+    assert peak <= memory.total <= 1.1 * peak
