@@ -215,6 +215,8 @@ def test_what_is_no_run_is_refused(runs, capsys):
     assert "other is no run: it has none of status.json" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is no run"):
         read_status([str(runs / "nowhere")])
+    with pytest.raises(ConfigError, match="cannot be read: File name too long"):
+        read_status(["a" * 5000])
 
 
 def test_watch_shows_it_again_until_interrupted(runs, popen):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.status.run import is_run, read_run
 from dtr_scale.jobs.status.state import RunStatus
 from dtr_scale.jobs.status.stored import read_checkpoint_dir
@@ -15,7 +16,16 @@ def read_status(places: Sequence[str]) -> list[RunStatus]:
     A place is a run directory, a folder of them, or a checkpoint.dir, also s3://. ConfigError where
     there is no run.
     """
-    return [status for place in places for status in _read_place(place)]
+    found: list[RunStatus] = []
+    for place in places:
+        try:
+            found += _read_place(place)
+        except OSError as error:
+            raise ConfigError(
+                f"{place[:200]} cannot be read: {error.strerror or error}; give a place that this "
+                "user can read"
+            ) from None
+    return found
 
 
 def _read_place(place: str) -> Iterable[RunStatus]:
