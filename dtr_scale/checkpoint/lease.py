@@ -224,6 +224,7 @@ class Lease:
 class Holder:
     """The job that holds a folder, as its lease tells."""
 
+    job: str
     host: str
     pid: int
     run_dir: str
@@ -241,7 +242,7 @@ def read_holder(folder: Folder, name: str) -> Holder | None:
             return None
         age = (datetime.now(UTC) - datetime.fromisoformat(found["time"])).total_seconds()
         told = (str(found["host"]), int(found["pid"]), str(found["run_dir"]), max(0.0, age))
-        return Holder(*told, _is_alive(found))
+        return Holder(str(found["job"]), *told, _is_alive(found))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -182,7 +182,9 @@ class _MainRecords(_Records):
         self._journal = Journal(journal, step=step)
         self._skipped = SkipLog(path / SKIPPED, step=step, salt=trainer.guard.rollbacks)
         facts = attempt_facts(world.world_size, self._hosts, world.device.type)
-        self._attempt = begin_attempt(path, step=step, launched=launched, **facts)
+        self._attempt = begin_attempt(
+            path, step=step, launched=launched, job=self._run_dir.job, **facts
+        )
         self._gpu_hours = GpuHours(journal, trainer.state.samples_seen, world.world_size)
         self._tracker, self.training = build_tracker(
             self._experiment, world, self._run_dir, trainer, self._cost

@@ -33,6 +33,8 @@ class Attempt:
     """Where and how it ran: hosts, world_size, commit."""
     launched: datetime | None = None
     """When its command was started: from there to `start` it imports, connects and loads."""
+    job: str = ""
+    """Which job it is of, as the lease of the run directory names it."""
     end: datetime | None = None
     outcome: str = ""
     reason: str = ""
@@ -52,12 +54,14 @@ def begin_attempt(
     *,
     step: int,
     launched: datetime | None = None,
+    job: str = "",
     **facts: Any,  # noqa: ANN401
 ) -> str:
     """Write that a job begins at a step; return the attempt's id."""
     attempt = secrets.token_hex(8)
     times = {"start": _now()} | ({"launched": _text(launched)} if launched else {})
-    _append(run_dir, {"attempt": attempt, **times, "step": step, "facts": facts})
+    told = {"job": job, "step": step, "facts": facts}
+    _append(run_dir, {"attempt": attempt, **times, **told})
     return attempt
 
 
@@ -122,7 +126,8 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
                 start = datetime.fromisoformat(line["start"])
                 launched = datetime.fromisoformat(line.get("launched", line["start"]))
                 step, facts = int(line["step"]), line["facts"]
-                attempts[name] = Attempt(name, start, step, facts, launched)
+                job = str(line.get("job", ""))
+                attempts[name] = Attempt(name, start, step, facts, launched, job)
             elif name in attempts:
                 attempts[name] = replace(
                     attempts[name],

@@ -85,14 +85,16 @@ class Ending(NamedTuple):
     time: datetime
     outcome: str
     step: int
+    reason: str = ""
 
 
 def closed(attempts: Sequence[Attempt], ending: Ending) -> list[Attempt]:
     """Return attempts of which the last, if it still goes on, ends so."""
     if not attempts or attempts[-1].end is not None:
         return list(attempts)
-    time, outcome, step = ending
-    return [*attempts[:-1], replace(attempts[-1], end=time, outcome=outcome, end_step=step)]
+    time, outcome, step, reason = ending
+    last = replace(attempts[-1], end=time, outcome=outcome, end_step=step, reason=reason)
+    return [*attempts[:-1], last]
 
 
 def read_goodput(

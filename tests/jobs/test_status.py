@@ -29,7 +29,7 @@ RUNNING = {"outcome": "running"}
 
 
 def held(is_alive, age=2.0):
-    return Holder("node1", 7, "/runs/a", age, is_alive)
+    return Holder("a", "node1", 7, "/runs/a", age, is_alive)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_is_odd_about_a_run_that_goes_on_is_told(tmp_path, monkeypatch):
     with closing(run_dir):
         checkpoint = {"every_steps": 10}
         run_dir.write_config({"name": "a", "train": {"max_steps": 100}, "checkpoint": checkpoint})
-        begin_attempt(run_dir.path, step=0)
+        begin_attempt(run_dir.path, step=0, job=run_dir.job)
         assert [run.state for run in read_status([str(run_dir.path)])] == ["starting"]
         record = {"step": 25, "samples_seen": 25, "samples_per_second": 5.0, "loss": float("nan")}
         record |= {"data_wait_fraction": 0.4, "slowest_rank": 3}
@@ -128,18 +128,40 @@ def test_what_is_odd_about_a_run_that_goes_on_is_told(tmp_path, monkeypatch):
         os.utime(tmp_path / "heartbeat", (long_ago, long_ago))
         monkeypatch.setenv(HEARTBEAT, str(tmp_path / "heartbeat"))
         (run_dir.path / "stacks").mkdir()
-        (run_dir.path / "stacks" / "rank_0.txt").touch()
+        (run_dir.path / "stacks" / "rank_0.txt").write_text("a stack")
+        (run_dir.path / "stacks" / "rank_1.txt").touch()
         (run,) = read_status([str(run_dir.path)])
     assert run.state == "running" and run.eta_seconds == pytest.approx(75 / 5)
     told = "; ".join(run.problems)
     for expected in (
         "no record for 600 s, where one comes every 0 s", "25 steps without a checkpoint",
         "rank 3 is slow: 0.9 s a step", "waits for data 40% of the time",
-        "the loss is nan", "unhealthy", "1 stacks of ranks",
+        "the loss is nan", "unhealthy", "1 ranks have left",
     ):  # fmt: skip
         assert expected in told
     assert "the slowest is 3 with 0.9 s" in status_text([run])
     assert read_status([str(run_dir.path)])[0].state == "dead", "it has let go without a word"
+
+
+def test_a_job_that_has_just_taken_a_run_starts_and_the_attempt_before_is_over(runs, tmp_path):
+    """It has not yet loaded its checkpoint, nor told how the attempt before has ended."""
+    place = shutil.copytree(runs / "good", tmp_path / "run")
+    attempts = (place / "attempts.jsonl").read_text().splitlines(keepends=True)
+    (place / "attempts.jsonl").write_text(attempts[0])
+    with closing(RunDirectory(place)):
+        (run,) = read_status([str(place)])
+    assert (run.state, run.step) == ("starting", 4)
+    assert [(a.outcome, a.end_step) for a in run.attempts] == [("killed", 4)]
+    assert run.wall and run.wall.between == 0
+
+
+def test_a_failure_whose_attempt_could_not_tell_its_end_is_told_as_it_was(runs):
+    """A rank that was killed leaves it to another to write status.json."""
+    lines = (runs / "bad" / "attempts.jsonl").read_text().splitlines(keepends=True)
+    (runs / "bad" / "attempts.jsonl").write_text(lines[0])
+    (run,) = read_status([str(runs / "bad")])
+    (attempt,) = run.attempts
+    assert (attempt.outcome, attempt.reason) == ("failed", "rank 3 ran out of memory")
 
 
 def journal_lines(run_dir):

@@ -12,7 +12,7 @@ from dtr_scale.jobs.status.state import DEAD, ENDED, RUNNING, RunStatus, judge
 from dtr_scale.jobs.status.stored import StoredConfig, newest_saved
 from dtr_scale.jobs.status.worries import RECENT_RECORDS, heartbeat, history, worries
 from dtr_scale.storage.folder import open_folder
-from dtr_scale.tracking.attempts import ATTEMPTS, KILLED, Attempt, read_attempts
+from dtr_scale.tracking.attempts import ATTEMPTS, Attempt, read_attempts, untold_end
 from dtr_scale.tracking.findings import read_evaluations
 from dtr_scale.tracking.goodput import Ending, closed, step_clock, wall_times, whole_run
 from dtr_scale.tracking.journal import Record, read_journal
@@ -32,13 +32,17 @@ def read_run(path: Path) -> RunStatus:
     holder = read_holder(open_folder(path), LOCK)
     step = _step(records, attempts, told)
     record = records[-1] if records else {}
-    has_logged = not attempts or step > attempts[-1].step
+    # A job that has just taken the directory has not told the end of the attempt before.
+    is_its = bool(holder and attempts and attempts[-1].job in ("", holder.job))
+    has_logged = bool(records) and (not attempts or (is_its and step > attempts[-1].step))
     state, reason = judge(told, holder, has_logged=has_logged)
     is_going = holder is not None and state not in (DEAD, *ENDED)
     quiet = _age(path / JOURNAL)
-    # One that is dead ended with its last sign.
-    end = datetime.now(UTC).timestamp() - (0.0 if is_going else quiet or 0.0)
-    ending = Ending(datetime.fromtimestamp(end, UTC), "running" if is_going else KILLED, step)
+    ending = Ending(datetime.now(UTC), "running", step)
+    if not (is_going and is_its):
+        # As the next job will tell it: what is dead ended with its last sign.
+        outcome, why, end = untold_end(told, time.time() - (quiet or 0.0))
+        ending = Ending(end, outcome, step, why)
     saved = newest_saved(config.checkpoints(path), told.get("saved_step"), problems)
     saved_step = saved.step if saved else told.get("saved_step")
     accounted = closed(attempts, ending)
@@ -63,7 +67,7 @@ def read_run(path: Path) -> RunStatus:
         eta_seconds=per_step * left if is_going and per_step else None,
         saved=saved,
         evaluation=_newest(path, attempts),
-        attempts=attempts if is_going else accounted,
+        attempts=attempts if is_going and is_its else accounted,
         times=times,
         wall=whole_run(accounted, times) if accounted else None,
         problems=problems,

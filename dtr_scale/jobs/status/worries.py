@@ -9,6 +9,7 @@ from statistics import mean
 from dtr_scale.checkpoint.lease import Holder
 from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat
 from dtr_scale.jobs.status.stored import StoredConfig
+from dtr_scale.storage.folder import open_folder
 from dtr_scale.tracking.journal import Record
 
 RECENT_RECORDS = 50
@@ -74,6 +75,7 @@ def history(run_dir: Path, record: Record) -> Iterable[str]:
     for key, what in (("skipped_steps", "updates skipped"), ("rollbacks", "rollbacks")):
         if count := record.get(key):
             yield f"{count:.0f} {what} so far"
-    stacks = run_dir / "stacks"
-    if stacks.is_dir() and (found := sum(1 for _ in stacks.iterdir())):
-        yield f"{found} stacks of ranks in {stacks}"
+    # Each rank has its file ready from the start.
+    stacks = open_folder(run_dir / "stacks")
+    if filled := sum(size > 0 for size in stacks.sizes().values()):
+        yield f"{filled} ranks have left their stacks in {stacks.url}"
