@@ -149,7 +149,7 @@ class _Layout:
             draw.multiline_text(at, name, **self._style("md"))
         for place, name in enumerate(self._above_pictures):
             left, top = self.corner(place)
-            draw.multiline_text((left + width / 2, top), name, **self._style("md"))
+            draw.multiline_text((left + width / 2, top - 1), name, **self._style("md"))
         for row, name in enumerate(self._row_names):
             at = self._left - 2 * _GAP, self.corner(row * self.columns)[1] + height / 2
             draw.text(at, name, fill=_INK, font=self._font, anchor="rm")

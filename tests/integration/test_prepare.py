@@ -181,3 +181,14 @@ def test_emoji_become_latents_with_tokens_on_s3_and_are_trained_on(s3_url, tmp_p
     losses = [record["loss"] for record in journal(run_dir)]
     assert len(losses) == 50
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
+
+    # Prompts go through the text encoder that the manifest names, latents through its autoencoder.
+    prompts = ["--prompt", "a red apple", "--prompt", "the face of a dog that is laughing"]
+    fast = ["--num-samples", "8", "--evaluation.num_sampling_steps=4", "--evaluation.batch_size=8"]
+    assert main(["sample", str(run_dir), *prompts, *fast]) == 0
+    (grid,) = (run_dir / "samples").glob("step_00000050_grid_a_red_apple_*.png")
+    assert json.loads(grid.with_suffix(".json").read_text())["labels"] == (
+        'prompts ["a red apple", "the face of a dog that is laughing"]'
+    )
+    with Image.open(grid) as picture:
+        assert picture.width == 4 * 66 + 2 and picture.height > 2 * 66 + 20, "named above columns"

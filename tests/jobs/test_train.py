@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from PIL import Image
 
 from dtr_scale.engines.world import World
 from dtr_scale.errors import EngineError, UnsavedError
@@ -60,6 +61,9 @@ def test_workers_and_evaluation_change_nothing(digits, tmp_path):
     assert journal(tmp_path / "busy") == journal(tmp_path / "plain")
     pictures = sorted(path.name for path in (tmp_path / "busy" / "samples").iterdir())
     assert pictures == ["step_00000002.png", "step_00000004.png"]
+    with Image.open(tmp_path / "busy" / "samples" / pictures[0]) as grid:
+        assert grid.width == 10 * 66 + 2, "a column for each class"
+        assert 10 < grid.height - (2 * 66 + 2) < 30, "with its name"
 
 
 def test_shards_and_checkpoints_in_object_storage(digits, tmp_path, s3_url):
