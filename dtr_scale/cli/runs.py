@@ -71,8 +71,8 @@ def _add_sample(commands: Commands) -> None:
     parser.add_argument(
         "--num-samples",
         type=positive_integer,
-        help="samples; with --guidance of each scale (default: 64; with --guidance 8, or one for "
-        "each class or text)",
+        help="samples; with --guidance of each scale (default: 64; with --guidance 8, or "
+        "all classes or texts equally often)",
     )
     parser.add_argument(
         "--out",
@@ -90,7 +90,6 @@ def _add_sample(commands: Commands) -> None:
     parser.add_argument(
         "--classes",
         type=comma_separated,
-        default=(),
         metavar="CLASS,...",
         help="names or numbers of classes, in turn (default: all)",
     )
@@ -102,7 +101,6 @@ def _add_sample(commands: Commands) -> None:
     parser.add_argument(
         "--guidance",
         type=scales,
-        default=(),
         metavar="SCALE,...",
         help="draw one sheet: a row of the same samples for each scale of guidance",
     )
@@ -116,7 +114,6 @@ def _add_sample(commands: Commands) -> None:
     text.add_argument(
         "--prompt",
         action="append",
-        default=[],
         metavar="TEXT",
         help="draw this; may be given again, for several in turn",
     )
@@ -235,14 +232,14 @@ def _sample(arguments: argparse.Namespace, overrides: list[str]) -> int:
             vae=arguments.vae,
             choice=Choice(arguments.ema, arguments.sigma_rel, arguments.step),
             wanted=Wanted(
-                arguments.classes,
-                tuple(arguments.prompt),
+                arguments.classes or (),
+                tuple(arguments.prompt or ()),
                 arguments.captions,
                 arguments.text_encoder,
                 arguments.text_pretrained,
             ),
             seed=arguments.seed,
-            guidance=arguments.guidance,
+            guidance=arguments.guidance or (),
             force=arguments.force,
             overrides=overrides,
             leave=leave,

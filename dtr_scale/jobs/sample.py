@@ -25,7 +25,7 @@ from dtr_scale.train.run_dir import SAMPLES
 log = logging.getLogger(__name__)
 
 NUM_SAMPLES = 64
-_SHEET_COLUMNS = 8  # of a sheet of scales of guidance, unless classes or texts say how many
+_SHEET_COLUMNS = 8  # of a sheet of scales of guidance, about
 
 
 def sample_run(
@@ -114,7 +114,9 @@ def _default_count(conditions: Conditions, guidance: Sequence[float]) -> int:
     if not guidance:
         return NUM_SAMPLES
     period = conditions.titles.period if conditions.titles else 0
-    return period if 1 < period <= 2 * _SHEET_COLUMNS else _SHEET_COLUMNS
+    if not 1 < period <= 2 * _SHEET_COLUMNS:
+        return _SHEET_COLUMNS
+    return period * max(1, _SHEET_COLUMNS // period)  # each as often as the others
 
 
 def _check_guidance(run: TrainedRun, guidance: Sequence[float], count: int) -> None:

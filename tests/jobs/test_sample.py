@@ -433,6 +433,13 @@ def test_a_sheet_shows_the_same_samples_at_each_scale_of_guidance(run_dir, tmp_p
         np.testing.assert_array_equal(row, np.load(out)["arr_0"][:, :, :, 0])
 
 
+@pytest.mark.parametrize(("classes", "columns"), [((), 10), (("3", "7"), 8), (("3",), 8)])
+def test_a_sheet_shows_each_class_equally_often(run_dir, tmp_path, classes, columns):
+    fast = {"wanted": Wanted(classes), "guidance": (1.0, 2.0), "overrides": [STEPS]}
+    out = sample_run(run_dir, out=tmp_path / "sheet.png", **fast)
+    assert json.loads(out.with_suffix(".json").read_text())["num_samples"] == columns
+
+
 def test_bf16_is_near_fp32_and_told(run_dir, whole, tmp_path):
     overrides = [*FAST, "--evaluation.precision=bf16"]
     out = sample_run(run_dir, num_samples=32, out=tmp_path / "bf16.npz", overrides=overrides)
