@@ -136,6 +136,21 @@ def test_weights_are_casts_of_masters_that_keep_what_bf16_has_not():
         assert torch.equal(weight, master.data.view(master.shape).bfloat16())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_gradient_that_is_no_number_leaves_nothing_behind(precision):
+    """Neither in the padding of the buffers, which clipping multiplies as well."""
+    engine = flat(dit(), precision=precision, grad_clip=0.5)
+    x, t, y = torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 2])
+    for step, factor in enumerate((1.0, float("nan"), 1.0)):
+        before = {key: piece.data.clone() for key, piece in engine.pieces().items()}
+        engine.backward(engine.forward(x, t, y, step).square().mean() * factor)
+        norm = engine.step(lambda norm: norm.isfinite().logical_not().float())
+        assert bool(norm.isfinite()) == (factor == 1.0)
+        same = all(torch.equal(piece.data, before[key]) for key, piece in engine.pieces().items())
+        assert same == (factor != 1.0)
+    assert engine.optimizer_step == 2
+
+
 def test_blocks_are_exchanged_during_the_last_backward_alone(monkeypatch):
     network = dit()
     engine = flat(network)

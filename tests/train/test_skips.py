@@ -197,6 +197,8 @@ def test_a_run_that_was_stopped_on_its_way_back_takes_the_same_way(digits, tmp_p
     assert job.train_experiment(experiment) == 0
     assert journal(stopped) == journal(through)
     assert skipped(stopped) == skipped(through)
+    # Step 7 is on the way that was taken; what was saved at step 5 was given up with the other.
+    assert set(kept(stopped)) - {7} == set(kept(through))
 
 
 def test_a_run_that_comes_back_in_vain_has_diverged(digits, tmp_path, poisoned):
