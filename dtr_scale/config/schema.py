@@ -131,7 +131,7 @@ class TrainConfig(Section):
     grad_clip: PositiveFloat | None = None
     """Largest global gradient norm; null: no clipping (the norm is logged all the same)."""
     spike_factor: Annotated[float, Field(gt=1.0)] | None = None
-    """Skip an update whose loss or gradient norm exceeds so many times its median over the last 128
+    """Skip an update whose mse or gradient norm exceeds so many times its median over the last 128
     updates; null: only one that is not finite."""
     rollback_after: PositiveInt = 10
     """Skipped updates in a row after which the run goes back to a checkpoint and draws anew."""

@@ -74,6 +74,11 @@ class StepSums:
         return self._sums[3 : 3 + len(self.counts)] / self.counts
 
     @property
+    def mse(self) -> Tensor:
+        """Sum over the samples, fp64 [] on the device."""
+        return self._sums[0]
+
+    @property
     def loss(self) -> Tensor:
         """Sum of mse + vb over the samples, fp64 [] on the device."""
         return self._sums[:2].sum()
@@ -89,8 +94,9 @@ class StepSums:
 
     def tell(self, rank: int, seconds: float) -> None:
         """Tell the other ranks how long this one's own work takes."""
-        # A number goes with the kernel that writes it: no copy, which the host might wait for.
-        self._sums[3 + len(self.counts) + rank] = seconds
+        # A number goes with the kernel that writes it. An assignment would make a tensor of it, and
+        # the host wait for its copy.
+        self._sums[3 + len(self.counts) + rank].fill_(seconds)
 
     def reduce(self, world: World) -> None:
         """Sum over all ranks."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dtr_scale.train.figures import StepResult
+from dtr_scale.train.figures import StepResult, StepSums
 
 WINDOW = 128
 """Steps that the medians are of."""
@@ -23,8 +23,9 @@ _FEWEST = 32
 class UpdateGuard:
     """Counts skipped updates, and tells how large the next step's loss and gradient may be.
 
-    Without a `spike_factor` they need only be finite. With it, neither may exceed that many times
-    its median over the last steps that were updates. Skipped updates in a row, `rollback_after` of
+    Without a `spike_factor` they need only be finite. With it, neither mse nor the norm may exceed
+    that many times its median over the last steps that were updates: mse, since one sample at t = 0
+    can make vb twenty times as large. Skipped updates in a row, `rollback_after` of
     them, take the run back to a checkpoint; `max_rollbacks` to the same one, and it ends.
     """
 
@@ -43,7 +44,7 @@ class UpdateGuard:
         self.max_rollbacks = max_rollbacks
         self._spike_factor = spike_factor
         self._rollback_after = rollback_after
-        # (step, loss, gradient norm) of updates; one more than a window, see `limits`.
+        # (step, mse, gradient norm) of updates; one more than a window, see `limits`.
         self._history: deque[tuple[int, float, float]] = deque(maxlen=WINDOW + 1)
 
     @property
@@ -65,20 +66,19 @@ class UpdateGuard:
         return self.num_in_a_row >= self._rollback_after
 
     def limits(self, step: int) -> tuple[float, float]:
-        """Return what loss and gradient norm of `step` must be below.
+        """Return what mse and gradient norm of `step` must be below.
 
         They follow from the steps up to the one before the last. A GPU has no later ones, and on a
         CPU, after a save or a resume the same must come out.
         """
         if self._spike_factor is None:
             return math.inf, math.inf
-        known = [(loss, norm) for at, loss, norm in self._history if at < step - 1][-WINDOW:]
+        known = [(mse, norm) for at, mse, norm in self._history if at < step - 1][-WINDOW:]
         if len(known) < _FEWEST:
             return math.inf, math.inf
-        losses, norms = zip(*known, strict=True)
         # A median of 0 says nothing of what is usual.
-        loss, norm = (self._spike_factor * median(values) for values in (losses, norms))
-        return loss or math.inf, norm or math.inf
+        mse, norm = (self._spike_factor * median(values) for values in zip(*known, strict=True))
+        return mse or math.inf, norm or math.inf
 
     def note(self, result: StepResult) -> None:
         """Count a step whose figures have been read; every step, in their order."""
@@ -86,7 +86,7 @@ class UpdateGuard:
         self.skipped_steps += result.is_skipped
         self.num_in_a_row = self.num_in_a_row + 1 if result.is_skipped else 0
         if self._spike_factor is not None and not result.is_skipped:
-            self._history.append((result.step, result.loss, result.grad_norm))
+            self._history.append((result.step, result.mse, result.grad_norm))
 
     def meta(self) -> dict[str, Any]:
         """Return what a checkpoint keeps, so that a resumed run decides the same."""
@@ -103,27 +103,28 @@ class UpdateGuard:
         self.num_in_a_row = meta.get("in_a_row", 0)
         self.rollbacks = meta.get("rollbacks", 0)
         self._history.clear()
-        self._history.extend((step, loss, norm) for step, loss, norm in meta.get("history", []))
+        self._history.extend((step, mse, norm) for step, mse, norm in meta.get("history", []))
 
 
 class Verdict:
     """One step's verdict on the device, made when the engine knows the gradient's norm.
 
-    `loss_sum` [] is the loss of the global batch times its `num_samples`.
+    `limits` are what mse and norm must be below.
     """
 
     skip: Tensor
     """fp32 []: 1 where the update is not to be made, else 0. PyTorch's fused optimizers call it
     `found_inf`, and leave weights, moments and their own step count alone where it is 1."""
 
-    def __init__(self, loss_sum: Tensor, num_samples: int, limits: tuple[float, float]) -> None:
-        self._loss_sum = loss_sum
-        self._limits = limits[0] * num_samples, limits[1]
+    def __init__(self, sums: StepSums, num_samples: int, limits: tuple[float, float]) -> None:
+        self._sums = sums
+        self._mse_limit, self._norm_limit = limits[0] * num_samples, limits[1]
 
     def __call__(self, grad_norm: Tensor) -> Tensor:
-        """Return `skip`, the same on all ranks, since both numbers are sums over all of them."""
-        loss, norm = self._limits
+        """Return `skip`, the same on all ranks, since the numbers are sums over all of them."""
         # False for nan, and for inf where the limit is inf.
-        is_good = (self._loss_sum < loss) & (grad_norm < norm)
+        is_good = (self._sums.loss < math.inf) & (grad_norm < self._norm_limit)
+        if self._mse_limit < math.inf:
+            is_good &= self._sums.mse < self._mse_limit
         self.skip = is_good.logical_not().float()
         return self.skip

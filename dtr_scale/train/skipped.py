@@ -20,9 +20,10 @@ class SkippedStep:
     salt: int
     """That of its draws: how often the run had gone back before."""
     loss: float
+    mse: float
     grad_norm: float
     limits: tuple[float, float]
-    """What loss and gradient norm had to be below."""
+    """What mse and gradient norm had to be below."""
     in_a_row: int
     samples: Sequence[tuple[str | int, int]]
     """(shard, index in it) of the global batch."""
@@ -32,8 +33,8 @@ class SkippedStep:
             "" if math.inf in self.limits else " (limits {:.4g} and {:.4g})".format(*self.limits)
         )
         return (
-            f"step {self.step}: loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}{limits}: "
-            f"the update is skipped, {self.in_a_row} in a row"
+            f"step {self.step}: loss {self.loss:.4g}, mse {self.mse:.4g}, gradient norm "
+            f"{self.grad_norm:.4g}{limits}: the update is skipped, {self.in_a_row} in a row"
         )
 
 

@@ -136,6 +136,7 @@ class Trainer:
                 told = f"updates skipped in a row up to step {last.step}: {self.guard.num_in_a_row}"
                 batches = self._roll_back(last)
                 on_rollback(told)
+                self._watch.restart()
                 if leaving:
                     return self._reason(leave)
                 continue
@@ -228,7 +229,7 @@ class Trainer:
         # By the step alone, so a resumed run has the same; its updates count from 1.
         self.engine.set_lr(self.lr.at(self.step + 1))
         limits = self.guard.limits(self.step + 1)
-        verdict = Verdict(sums.loss, self.global_batch_size, limits)
+        verdict = Verdict(sums, self.global_batch_size, limits)
         grad_norm = self.engine.step(verdict)
         # After the last backward: all micro-batches were weighted by the same log-variances. Their
         # gradient is made of reduced losses, so each rank makes the same update of its replica.
@@ -277,6 +278,7 @@ class Trainer:
             step=result.step,
             salt=self.guard.rollbacks,
             loss=result.loss,
+            mse=result.mse,
             grad_norm=result.grad_norm,
             limits=self.guard.limits(result.step),
             in_a_row=self.guard.num_in_a_row,
@@ -320,7 +322,6 @@ class Trainer:
         self.readback.clear()
         self._own_work = OwnWork(self.world.device)  # it waits for what was not read
         self._save_is_owed = False
-        self._watch.restart()
         return self._batches()
 
     def _batches(self) -> Iterator[MicroBatch]:

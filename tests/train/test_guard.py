@@ -6,8 +6,9 @@ import math
 import pytest
 import torch
 
-from dtr_scale.train.figures import StepResult
+from dtr_scale.train.figures import StepResult, StepSums
 from dtr_scale.train.guard import WINDOW, UpdateGuard, Verdict
+from dtr_scale.train.loss import Losses
 
 
 def result(step, loss=1.0, norm=2.0, *, skipped=False):
@@ -73,22 +74,26 @@ def test_it_goes_on_from_what_a_checkpoint_keeps():
 
 
 @pytest.mark.parametrize(
-    ("loss", "norm", "limits", "skip"),
+    ("mse", "vb", "norm", "limits", "skip"),
     [
-        (1.0, 1.0, (math.inf, math.inf), 0),
-        (math.nan, 1.0, (math.inf, math.inf), 1),
-        (1.0, math.nan, (math.inf, math.inf), 1),
-        (math.inf, 1.0, (math.inf, math.inf), 1),
-        (1.0, math.inf, (math.inf, math.inf), 1),
-        (1.0, 3e38, (math.inf, math.inf), 0),
-        (2.5, 1.0, (2.0, 4.0), 1),
-        (1.5, 5.0, (2.0, 4.0), 1),
-        (1.5, 3.0, (2.0, 4.0), 0),
+        (1.0, 0.5, 1.0, (math.inf, math.inf), 0),
+        (math.nan, 0.5, 1.0, (math.inf, math.inf), 1),
+        (1.0, math.inf, 1.0, (math.inf, math.inf), 1),
+        (1.0, 0.5, math.nan, (math.inf, math.inf), 1),
+        (1.0, 0.5, math.inf, (math.inf, math.inf), 1),
+        (1.0, 0.5, 3e38, (math.inf, math.inf), 0),
+        (2.5, 0.5, 1.0, (2.0, 4.0), 1),
+        (1.5, 0.5, 5.0, (2.0, 4.0), 1),
+        (1.5, 90.0, 3.0, (2.0, 4.0), 0),
+        (1.5, math.nan, 3.0, (2.0, 4.0), 1),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_verdict_skips_what_is_not_finite_or_too_large(loss, norm, limits, skip, dtype):
-    verdict = Verdict(torch.tensor(8 * loss, dtype=torch.float64), 8, limits)
+def test_a_verdict_skips_what_is_not_finite_or_too_large(mse, vb, norm, limits, skip, dtype):
+    sums = StepSums(torch.tensor([8]), [8])
+    each = torch.ones(8, dtype=torch.float64)
+    sums.add(Losses(mse * each, vb * each, torch.tensor(0.0)), torch.zeros(8, dtype=torch.int64))
+    verdict = Verdict(sums, 8, limits)
     found = verdict(torch.tensor(norm, dtype=dtype))
     assert (found.item(), found.dtype, found.shape) == (skip, torch.float32, ())
     assert verdict.skip is found
