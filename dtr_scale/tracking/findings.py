@@ -77,7 +77,9 @@ def _picture(path: Path, last_step: int) -> Picture | None:
     except OSError:  # replaced at this moment
         return None
     if match := _OF_A_STEP.fullmatch(path.stem):
-        return Picture(path, match[2] or PICTURES, int(match[1]), time_ms, is_remade=False)
+        # What has a kind was made by a command, which may make it again.
+        key, is_remade = match[2] or PICTURES, match[2] is not None
+        return Picture(path, key, int(match[1]), time_ms, is_remade)
     step = _manifest_of(path).get("step", last_step)
     key = re.sub(r"[^A-Za-z0-9_\-. ]", "_", path.stem)
     return Picture(path, key, step if isinstance(step, int) else last_step, time_ms, is_remade=True)
