@@ -102,7 +102,8 @@ def _classes(experiment: Experiment, wanted: Sequence[str]) -> Conditions:
     def titles(indices: range) -> list[str]:
         return [class_title(label, names()) for label in labels(indices).tolist()]
 
-    return Conditions(told, labels, titles=Titles(titles, period))
+    # The name of the only class would tell nothing.
+    return Conditions(told, labels, titles=Titles(titles, period) if num_classes > 1 else None)
 
 
 def class_names(experiment: Experiment) -> tuple[str, ...]:

@@ -396,6 +396,9 @@ def test_classes_are_known_by_their_names(tmp_path, capsys):
     conditions = conditions_of(load_run(run_dir).experiment, Wanted(), torch.device("cpu"))
     assert conditions.titles is not None and conditions.titles.period == 3
     assert conditions.titles.of(range(4)) == ["cat", "1", "dog", "cat"]
+    random = load_run(run_dir, ["--evaluation.labels=random"]).experiment
+    conditions = conditions_of(random, Wanted(), torch.device("cpu"))
+    assert conditions.titles is not None and conditions.titles.period == 0
     # Without their data, classes are known by their numbers.
     (tmp_path / "data").rename(tmp_path / "gone")
     assert "'dog' is no class of this run; give 0 to 2" in refused(
