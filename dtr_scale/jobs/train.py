@@ -28,7 +28,7 @@ from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.tracking import build_system_metrics, build_tracker, check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.signals import LeaveRequest
-from dtr_scale.tracking.attempts import begin_attempt, close_open_attempt, end_attempt
+from dtr_scale.tracking.attempts import ROLLED_BACK, begin_attempt, close_open_attempt, end_attempt
 from dtr_scale.tracking.journal import Journal, Record, last_step
 from dtr_scale.train.clock import GpuHours
 from dtr_scale.train.evaluate import Result
@@ -220,7 +220,8 @@ class _MainRecords(_Records):
         log.warning(
             "%s; going back to step %d, with other draws from there", reason, self._trainer.step
         )
-        self.close("rolled back", reason)
+        # The journal has the steps that are given up; the state has gone back before them.
+        self.close(ROLLED_BACK, reason, step=last_step(self._run_dir.journal))
         self._begin(datetime.now(UTC))
         write_status(self._path, "running", step=self._trainer.step)
 
@@ -250,11 +251,11 @@ class _MainRecords(_Records):
         told = f"leaving on request ({reason})" if reason else outcome
         log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint or "none yet")
 
-    def close(self, outcome: str, reason: str) -> None:
+    def close(self, outcome: str, reason: str, *, step: int | None = None) -> None:
         self._progress.close()
         with contextlib.suppress(OSError):  # told already, when its records were kept in memory
             self._journal.close()
-        step, now = self._trainer.step, datetime.now(UTC)
+        step, now = step or self._trainer.step, datetime.now(UTC)
         goodput = goodput_of(self._path, self._trainer.saved_step, now, outcome, step)
         end_attempt(
             self._path,

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 ATTEMPTS = "attempts.jsonl"
 KILLED = "killed"
 """The outcome of an attempt that could not tell how it ended."""
+ROLLED_BACK = "rolled back"
+"""Of one that its own job has given up, to begin another at the newest checkpoint."""
 
 
 @dataclass(frozen=True)

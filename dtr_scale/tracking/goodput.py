@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dtr_scale.errors import DataError
-from dtr_scale.tracking.attempts import Attempt, read_attempts
+from dtr_scale.tracking.attempts import KILLED, ROLLED_BACK, Attempt, read_attempts
 from dtr_scale.tracking.journal import Record, read_journal
 
 
@@ -146,7 +146,7 @@ def _kept_step(attempts: Sequence[Attempt], made: int, saved_step: int | None) -
     first, *later = attempts
     if later:
         kept = min(attempt.step for attempt in later)
-    elif first.outcome in ("killed", "failed"):
+    elif first.outcome in (KILLED, "failed", ROLLED_BACK):
         kept = saved_step or 0
     else:
         kept = made

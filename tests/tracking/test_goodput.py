@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_counts_all_its_steps_and_a_failed_one_those_it_has_s
     run = Simulation(50, log_every=1)
     run.attempt(gap=0, start=0, num_steps=60, step_seconds=1.0, evaluation=40)
     going = [replace(run.attempts[0], end=None, outcome="", end_step=None)]
-    for outcome, goodput in (("running", 0.6), ("failed", 0.5)):
+    for outcome, goodput in (("running", 0.6), ("rolled back", 0.5), ("failed", 0.5)):
         ending = Ending(BEGIN + seconds(100), outcome, 60)
         (time,) = wall_times(closed(going, ending), run.journal, saved_step=50)
         assert time.goodput == pytest.approx(goodput)

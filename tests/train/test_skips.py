@@ -170,8 +170,8 @@ def test_a_run_goes_back_and_draws_anew(digits, tmp_path, poisoned):
     assert not (clean / "skipped.jsonl").exists()
     assert kept(broken) == [4, 6, 8]
     assert status(broken)["outcome"] == "finished"
-    attempts = [(a.step, a.outcome) for a in read_attempts(broken)]
-    assert attempts == [(0, "rolled back"), (4, "finished")]
+    attempts = [(a.step, a.end_step, a.outcome) for a in read_attempts(broken)]
+    assert attempts == [(0, 6, "rolled back"), (4, 8, "finished")]
 
 
 @pytest.mark.parametrize("cut", [5, 6, 7])
