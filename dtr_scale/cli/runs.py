@@ -121,7 +121,7 @@ def _add_sample(commands: Commands) -> None:
         "--captions",
         type=Path,
         metavar="FILE",
-        help="a caption a line; sample i is of line i (default: the held-out split's)",
+        help="a caption a line; sample i is of line i (default: held-out ones, else trained)",
     )
     group.add_argument(
         "--text-encoder", metavar="NAME", help="open_clip's or a folder (default: the data's)"

@@ -19,7 +19,7 @@ from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.evaluation.grid import Titles, class_title
 from dtr_scale.evaluation.sampling import sample_labels
 from dtr_scale.jobs.build import open_samples
-from dtr_scale.jobs.sampling import sampling_conditions, sampling_settings
+from dtr_scale.jobs.sampling import captions_told, sampling_conditions, sampling_settings
 from dtr_scale.prepare.encode import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def conditions_of(experiment: Experiment, wanted: Wanted, device: torch.device) 
     if wanted.texts_option is not None:
         return _texts(experiment, wanted, device)
     texts, null = sampling_conditions(experiment)
-    return Conditions("held-out captions", texts, null)
+    return Conditions(captions_told(experiment), texts, null)
 
 
 def _classes(experiment: Experiment, wanted: Sequence[str]) -> Conditions:

@@ -10,7 +10,6 @@ import torch
 
 from dtr_scale import __version__
 from dtr_scale.config.schema import EvaluationConfig, Experiment
-from dtr_scale.data.manifest import read_manifest
 from dtr_scale.data.reader import Samples
 from dtr_scale.evaluation.features import Extractor, build_extractor, inception_is_here
 from dtr_scale.evaluation.pictures import ROUNDING, Pictures
@@ -27,14 +26,12 @@ from dtr_scale.evaluation.reference import (
 from dtr_scale.evaluation.report import has_pixel_metrics
 from dtr_scale.jobs.build import open_samples
 from dtr_scale.jobs.pictures import ShardPictures, decoder_sha256, open_pictures
-from dtr_scale.jobs.sampling import sampling_settings
+from dtr_scale.jobs.sampling import HELD_OUT, reference_split, sampling_settings
 from dtr_scale.jobs.trained import check_output
 from dtr_scale.prepare.encode import PictureEncoder
 from dtr_scale.storage.folder import open_folder
 
 log = logging.getLogger(__name__)
-
-HELD_OUT = "val"
 
 Weights = Mapping[str, Path | None]
 """Files of extractors' weights by name; None: the usual ones."""
@@ -144,14 +141,6 @@ def samples_manifest(
         "checkpoints": checkpoints,
         "step": step,
     }
-
-
-def reference_split(experiment: Experiment) -> str:
-    """Return the split that samples are compared with: held out, or train where none is."""
-    data = experiment.data
-    assert data.shards is not None
-    manifest = read_manifest(open_folder(data.shards, data.storage_options), None)
-    return HELD_OUT if manifest.split(HELD_OUT) else "train"
 
 
 def is_measured_by_pixels(experiment: Experiment) -> bool:

@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 from dtr_scale.config.schema import Experiment
+from dtr_scale.data.manifest import read_manifest
 from dtr_scale.engines.wrap import compile_blocks, is_compiled
 from dtr_scale.evaluation.precision import cast, resolve_precision
 from dtr_scale.evaluation.sampling import Sampler, SamplingSettings
 from dtr_scale.jobs.build import open_samples
 from dtr_scale.models.denoiser import Denoiser
+from dtr_scale.storage.folder import open_folder
+
+HELD_OUT = "val"
+"""The split of the data that is not trained on."""
 
 
 def sampling_settings(experiment: Experiment) -> SamplingSettings:
@@ -68,13 +73,13 @@ def samples_compiled(experiment: Experiment, device: torch.device) -> bool:
 def sampling_conditions(
     experiment: Experiment,
 ) -> tuple[Callable[[range], Tensor], Tensor] | tuple[None, None]:
-    """Return what gives the texts of samples, the held-out split's in order, and the null text.
+    """Return what gives the texts of samples, the reference split's in order, and the null text.
 
     None for classes.
     """
     if experiment.model.conditioning != "text":
         return None, None
-    samples = open_samples(experiment, "val")
+    samples = open_samples(experiment, reference_split(experiment))
     places = [(shard, i) for shard, size in enumerate(samples.shard_samples) for i in range(size)]
 
     def texts(indices: range) -> Tensor:
@@ -83,3 +88,19 @@ def sampling_conditions(
         return torch.from_numpy(np.stack(tokens))
 
     return texts, torch.from_numpy(samples.null_condition())
+
+
+def reference_split(experiment: Experiment) -> str:
+    """Return the split that samples are compared with: held out, or train where none is."""
+    data = experiment.data
+    if data.type == "synthetic":  # any split is made up
+        return HELD_OUT
+    assert data.shards is not None
+    manifest = read_manifest(open_folder(data.shards, data.storage_options), None)
+    return HELD_OUT if manifest.split(HELD_OUT) else "train"
+
+
+def captions_told(experiment: Experiment) -> str:
+    """Say which captions samples are drawn for where none are given."""
+    is_held_out = reference_split(experiment) == HELD_OUT
+    return "held-out captions" if is_held_out else "training captions"
