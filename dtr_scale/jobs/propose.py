@@ -31,7 +31,9 @@ _FOR_CPUS = (
 )
 _CPU_BATCH, _CPU_SECONDS = 32, 3600
 _CPU_ENOUGH, _CPU_LEAST, _CPU_MOST = 5_000, 2_000, 10_000  # steps
-_FLOPS_PER_CORE = 40e9  # of a training step, measured with DiTs of these sizes
+# Forward and backward of these networks make 115 to 244 GFLOP/s on a core with AMX (measured, bf16,
+# batch 32). Half of the least, for all that surrounds them; without bf16 a third of that (assumed).
+_FLOPS_PER_CORE, _FLOPS_PER_FP32_CORE = 60e9, 20e9
 _SIDE_TOKENS = 16  # per side of a sample, as DiT-*/2 has of a 256x256 picture's latents
 _CPU_SIDE_TOKENS = 8
 _STATE_BYTES = 24  # per parameter: fp32 weights, gradients, Adam's moments, average; bf16 weights
@@ -159,7 +161,8 @@ def _scale(manifest: Manifest, machine: Machine) -> tuple[DiTSize, int, int]:
     def steps_of(size: DiTSize) -> int:
         # Each weight's product is two operations, in the forward and twice in the backward.
         flops = 6 * _products(size) * (side // patch) ** 2 * _CPU_BATCH
-        return int(_CPU_SECONDS * machine.cores * _FLOPS_PER_CORE / flops)
+        of_core = _FLOPS_PER_CORE if machine.bf16 else _FLOPS_PER_FP32_CORE
+        return int(_CPU_SECONDS * machine.cores * of_core / flops)
 
     size = next((size for size in _FOR_CPUS if steps_of(size) >= _CPU_ENOUGH), _FOR_CPUS[-1])
     max_steps = min(_CPU_MOST, max(_CPU_LEAST, steps_of(size) // 1000 * 1000))
