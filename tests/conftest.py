@@ -12,12 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before a hub's library is imported: nothing is fetched, and nobody waits for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from dtr_scale.jobs.bench.hosts import connected_hosts
 from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.storage.folder import open_folder
 from tests.support.browser import Browser
 from tests.support.ceph import CephServer
 from tests.support.faulty_proxy import FaultyProxy
-from tests.support.hosts import connected_hosts
 from tests.support.processes import started_processes
 
 # Fixtures that start servers of tests/debian-packages.txt: who uses one is marked `services`.

@@ -13,6 +13,7 @@ from dtr_scale.cli.arguments import (
     positive_integer,
     positive_number,
     runs,
+    whole_number,
 )
 from dtr_scale.launchers import launched_rank
 
@@ -22,6 +23,7 @@ _EXAMPLES = """dtr-scale bench train --config configs/dit_l_dtr_antuw.json --jso
   dtr-scale bench sample --config configs/dit_l_dtr_antuw.json --num-samples 128 --json now.json
   dtr-scale bench attention --config configs/dit_l_dtr_antuw.json
   dtr-scale bench start --config configs/demo_digits.json --launcher 'torchrun --nproc_per_node 2'
+  dtr-scale bench faults --config configs/demo_digits.json --hosts 2 --num 50
   dtr-scale bench checkpoint --model DiT-B/2 --rounds 5 --dir /scratch
   dtr-scale bench data --config configs/dit_l_dtr_antuw.json --data.num_workers=8
   dtr-scale bench scale --config configs/dit_xl_dtr_antuw.json --gpu h100-80gb --nodes 128"""
@@ -43,6 +45,7 @@ def add_bench(commands: Commands) -> None:
     _add_sample(parts)
     _add_attention(parts)
     _add_start(parts)
+    _add_faults(parts)
     _add_checkpoint(parts)
     _add_data(parts)
     _add_scale(parts)
@@ -98,6 +101,22 @@ def _add_start(parts: _Parts) -> None:
     start.add_argument("--dir", metavar="DIR", help="where (default: the temporary folder)")
     _add_report(start)
     runs(start, _bench_start, overrides=True)
+
+
+def _add_faults(parts: _Parts) -> None:
+    faults = parts.add_parser(
+        "faults",
+        help="a supervised training on two ranks that is broken at random: ranks are killed, "
+        "stopped, hang or hold their GIL; on two hosts (as root) the network is cut and hosts are "
+        f"lost as well; {OVERRIDES}",
+    )
+    add_config(faults)
+    faults.add_argument("--num", type=positive_integer, default=8, help="faults, of all kinds")
+    faults.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="with the two ranks")
+    faults.add_argument("--seed", type=whole_number, default=0, help="what the faults are drawn by")
+    faults.add_argument("--dir", metavar="DIR", help="where (default: the temporary folder)")
+    _add_report(faults)
+    runs(faults, _bench_faults, overrides=True)
 
 
 def _add_checkpoint(parts: _Parts) -> None:
@@ -232,6 +251,25 @@ def _bench_start(arguments: argparse.Namespace, overrides: list[str]) -> int:
         )
 
     return _report(arguments, "start", measure, start_table)
+
+
+def _bench_faults(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from dtr_scale.config.load import load_experiment
+
+    experiment = load_experiment(arguments.config, overrides)
+    from dtr_scale.jobs.bench.faults import bench_faults, faults_table
+
+    def measure() -> dict[str, Any] | None:
+        return bench_faults(
+            experiment,
+            ["--config", arguments.config, *overrides],
+            num=arguments.num,
+            num_hosts=arguments.hosts,
+            seed=arguments.seed,
+            place=arguments.dir,
+        )
+
+    return _report(arguments, "faults", measure, faults_table)
 
 
 def _report(

@@ -16,6 +16,13 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, float]
 
+TIMINGS = {
+    "samples_per_second", "tokens_per_second", "step_seconds", "data_wait_fraction",
+    "checkpoint_stall_seconds", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds",
+    "gpu_hours", "memory_gb", "tflops", "mfu", "power_watts",
+}  # fmt: skip
+"""What a journal tells of time and machine: other figures are the same to the last bit."""
+
 
 class Journal:
     """journal.jsonl of a run that goes on from `step`.

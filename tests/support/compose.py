@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.support.hosts import PATH, Host, connected_hosts
+from dtr_scale.jobs.bench.hosts import PATH, Host, connected_hosts
 from tests.support.runs import ROOT
 
 COMPOSE, DOCKERFILE = ROOT / "docker" / "compose.yaml", ROOT / "docker" / "Dockerfile"

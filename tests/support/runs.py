@@ -12,17 +12,11 @@ from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.in_training import build_evaluation
 from dtr_scale.jobs.train import train_experiment
 from dtr_scale.signals import LeaveRequest
-from dtr_scale.tracking.journal import Record
+from dtr_scale.tracking.journal import TIMINGS, Record
 from dtr_scale.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs" / "demo_digits.json"
-# What a journal tells of time and machine: other figures are the same to the last bit.
-TIMINGS = {
-    "samples_per_second", "tokens_per_second", "step_seconds", "data_wait_fraction",
-    "checkpoint_stall_seconds", "slowest_rank", "slowest_rank_seconds", "median_rank_seconds",
-    "gpu_hours", "memory_gb", "tflops", "mfu", "power_watts",
-}  # fmt: skip
 SMALL = (
     "--model.hidden_size=32",
     "--model.depth=2",

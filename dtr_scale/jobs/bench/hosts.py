@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
-from tests.support.runs import ROOT
+from dtr_scale.errors import EngineError
 
 PROGRAMS = ("ip", "nsenter", "pdsh", "pgrep", "setpriv", "ssh", "sshd", "unshare")
 PACKAGES = "iproute2 openssh-client openssh-server pdsh procps"
@@ -102,14 +102,14 @@ class Host:
             self.run("ssh", "-o", "ConnectionAttempts=20", self.name, "true")
 
     def start(
-        self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT
+        self, *command: str, environment: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> subprocess.Popen[str]:
         """Start a command, whose output is one pipe; `environment` is added to this process's."""
         assert self._init, f"{self.name} is down"
         host = ("nsenter", "--target", self._first_pid(self._init), "--all")
         return subprocess.Popen(
             # A folder is found by its name in the host's own mounts, hence from within.
-            [*host, "env", "--chdir", str(cwd), *command],
+            [*host, "env", "--chdir", str(cwd or Path.cwd()), *command],
             env=os.environ | {"PATH": PATH} | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -122,7 +122,7 @@ class Host:
         self,
         *command: str,
         environment: Mapping[str, str] | None = None,
-        cwd: Path = ROOT,
+        cwd: Path | None = None,
         timeout_seconds: float = 60,
     ) -> str:
         """Return what a command prints; it must succeed."""
@@ -189,8 +189,10 @@ class Hosts(Sequence[Host]):
 def connected_hosts(num: int, *, sshd: bool = True) -> Iterator[Hosts]:
     """Boot `num` hosts in a network of their own, and end them; without sshd port 2222 is free."""
     missing = [program for program in PROGRAMS if not shutil.which(program, path=PATH)]
-    assert not missing, f"{missing} missing; fix: install Debian's packages {PACKAGES}"
-    assert os.geteuid() == 0, "hosts are made by root only; fix: run this test as root"
+    if missing:
+        raise EngineError(f"{missing} missing; install Debian's packages {PACKAGES}")
+    if os.geteuid() != 0:
+        raise EngineError("hosts are namespaces of Linux, made by root only; run this as root")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
         bridge, network = _bridge()
@@ -213,7 +215,7 @@ def _bridge() -> tuple[str, str]:
         with contextlib.suppress(subprocess.CalledProcessError):
             _ip("link", "add", f"dtr{number}", "type", "bridge")
             return f"dtr{number}", f"10.77.{number}"
-    raise AssertionError("no bridge can be made; fix: run this test where `ip link add` is allowed")
+    raise EngineError("no bridge can be made; run this where `ip link add` is allowed")
 
 
 def _write_files(folder: Path, addresses: dict[str, str]) -> None:
