@@ -58,7 +58,8 @@ class PeerWatch:
     Every `interval_seconds` a rank shows that it is alive and where it is. Rank 0 posts a failure
     for a rank whose connection ends, for one that has shown nothing for `silence_seconds`, in steps
     for 20 s, and for one that others wait for in a step that takes too long. A rank that still runs
-    `grace_seconds` after a failure ends by `end(failure)`.
+    `grace_seconds` after a failure ends by `end(failure)`; `told` is called at once, but not for
+    what this rank has posted of itself.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class PeerWatch:
         grace_seconds: float = 5.0,
         silence_seconds: float = 120.0,
         end: Callable[[Failure], None],
+        told: Callable[[Failure], None] = lambda failure: None,
     ) -> None:
         self._world = world
         self._interval = interval_seconds
         self._grace = grace_seconds
         self._silence = silence_seconds
         self._end = end
+        self._told = told
         self._closing = threading.Event()
         self._failure: Failure | None = None
         self._has_failed = False
@@ -105,7 +108,7 @@ class PeerWatch:
     def post(self, reason: str, exit_code: int = 1) -> None:
         """Tell all ranks that this one has failed; the first failure stays."""
         if self._world.world_size > 1:
-            self._post(Failure(f"rank {self._world.rank}: {reason}", exit_code))
+            self._post(Failure(f"rank {self._world.rank}: {reason}", exit_code), own=True)
 
     def failure(self) -> Failure | None:
         """Return the first failure, or None."""
@@ -164,22 +167,25 @@ class PeerWatch:
         if not self._peers[rank].has_left and not self._closing.is_set():
             self._post(Failure(f"{self._name(rank)} {_GONE}"))
 
-    def _post(self, failure: Failure) -> None:
+    def _post(self, failure: Failure, *, own: bool = False) -> None:
         with self._lock:
             if self._has_failed:
                 return
             self._has_failed = True
         # A rank tells rank 0, and rank 0 all others.
         self._links.send({"failure": failure})
-        if self._stacks and failure.exit_code == 1:
-            # Before the main thread knows, whose stack would be that of its end. The run directory
-            # may be away, which must keep nobody.
-            writing = threading.Thread(
-                target=self._stacks.write, args=[failure.reason], daemon=True
-            )
-            writing.start()
-            writing.join(_WRITE_SECONDS)
+        # Before the main thread knows, whose stack would be that of its end. The run directory may
+        # be away, which must keep nobody.
+        writing = threading.Thread(target=self._write, args=[failure, own], daemon=True)
+        writing.start()
+        writing.join(_WRITE_SECONDS)
         self._failure = failure
+
+    def _write(self, failure: Failure, own: bool) -> None:
+        if self._stacks and failure.exit_code == 1:
+            self._stacks.write(failure.reason)
+        if not own:
+            self._told(failure)
 
     def _name(self, rank: int) -> str:
         host = self._peers[rank].host

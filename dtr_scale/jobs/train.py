@@ -80,7 +80,8 @@ def train_experiment(
         job = world.broadcast_object(run_dir.job if run_dir else None)
         fail = partial(write_failure, experiment.run_path, job=job)
         # Before the parts are built: a rank may fail there while the others wait in a collective.
-        peers = PeerWatch(world, end=partial(_end_with_peer, fail, heartbeat))
+        told = partial(_tell_of_peer, fail)
+        peers = PeerWatch(world, end=partial(_end_with_peer, heartbeat), told=told)
         stacks = Stacks(experiment.run_path / STACKS, world.rank)
         stack.callback(stacks.close)
         stack.enter_context(_failures_told(fail, peers))
@@ -357,11 +358,11 @@ def _failures_told(fail: Callable[[str], bool], peers: PeerWatch) -> Iterator[No
         # A collective that lost a peer raises a RuntimeError. It may come before the peer's own
         # reason has reached the store, hence the wait.
         if isinstance(error, RuntimeError) and (failure := peers.wait_for_failure(_PEER_SECONDS)):
-            told = PeerError(f"another rank failed: {failure.reason}")
-            told.exit_code = failure.exit_code
-            told.reported = not fail(failure.reason)
-            end_at_exit(told.exit_code)
-            raise told from None
+            ended = PeerError(f"another rank failed: {failure.reason}")
+            ended.exit_code = failure.exit_code
+            ended.reported = True  # by the watch
+            end_at_exit(ended.exit_code)
+            raise ended from None
         reason = failure_reason(error)
         # What `agree` has raised on every rank is told by rank 0 alone.
         if launched_rank() == 0 or not getattr(error, "on_every_rank", False):
@@ -387,11 +388,14 @@ def _end_without_a_trace(heartbeat: Heartbeat, message: str) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _end_with_peer(fail: Callable[[str], bool], heartbeat: Heartbeat, failure: Failure) -> None:
-    """End this process, which still waits for a rank that has failed."""
-    own = failure.reason.startswith(f"rank {launched_rank()}:")
-    if fail(failure.reason) or (launched_rank() == 0 and not own):
+def _tell_of_peer(fail: Callable[[str], bool], failure: Failure) -> None:
+    """Tell of a failure at once: it may be seconds until the main thread knows."""
+    if fail(failure.reason) or launched_rank() == 0:
         log.error("another rank failed: %s", failure.reason)
+
+
+def _end_with_peer(heartbeat: Heartbeat, failure: Failure) -> None:
+    """End this process, which still waits for a rank that has failed."""
     heartbeat.stop()
     # Nothing else ends a main thread that is inside a collective.
     os._exit(failure.exit_code)

@@ -40,7 +40,7 @@ def train_with_a_failure(digits: Path, run_dir: Path) -> None:
     patched: Any = Trainer
     patched._train_step = faulty
     original = run_module.PeerWatch
-    run_module.PeerWatch = lambda world, end: original(world, end=end, grace_seconds=2)
+    run_module.PeerWatch = lambda world, **ends: original(world, **ends, grace_seconds=2)
     arguments = [
         *SMALL,
         f"--data.shards={digits}",

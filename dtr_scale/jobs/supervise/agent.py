@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import cast
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -89,7 +90,8 @@ def run_attempt(
 
 def _let_end(ranks: Sequence["subprocess.Popen[str]"]) -> None:
     """Wait for ranks to end; let those that do not write their stacks, and kill them."""
-    _wait(_END_SECONDS, lambda: not _running(ranks))
+    # One that is stopped does not end by itself, however long it is given.
+    _wait(_END_SECONDS, lambda: all(_is_stopped(rank.pid) for rank in _running(ranks)))
     if not _running(ranks):
         return
     # A rank that is stopped answers once it is woken up: stacks first, then all that waits for it.
@@ -101,6 +103,13 @@ def _let_end(ranks: Sequence["subprocess.Popen[str]"]) -> None:
     for rank in _running(ranks):
         rank.kill()
         rank.wait()
+
+
+def _is_stopped(pid: int) -> bool:
+    with suppress(OSError):
+        # "pid (name) state ...", where a name may be anything.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return False
 
 
 def _running(ranks: Sequence["subprocess.Popen[str]"]) -> list["subprocess.Popen[str]"]:
