@@ -14,6 +14,7 @@ _IDENTITY = (
     "objective.",
     "train.global_batch_size",
     "train.seed",
+    "train.freeze",
     "data.num_lanes",
     "data.window_shards",
     "data.horizontal_flip",

@@ -121,6 +121,9 @@ class TrainConfig(Section):
     """Of AdamW."""
     decayed: Literal["all", "matrices"] = "all"
     """What weight_decay shrinks; matrices: no biases, norms and embeddings."""
+    freeze: Annotated[list[str], BeforeValidator(comma_separated)] = Field(default=[])
+    """Patterns of parameters that stay as they begin, for example `blocks.*.attn.*`; on the command
+    line separated by commas. Names are those of `dtr-scale checkpoint inspect`."""
     ema_decay: OpenFraction = 0.9999
     """Decay of the averaged weights that samples are drawn with."""
     ema_decays: list[OpenFraction] = Field(default=[])

@@ -95,7 +95,9 @@ class Engine(ABC):
     def optimizer_step(self) -> int:
         """Updates that Adam has made, for its bias correction."""
         # Fused AdamW keeps it on the device: reading makes the host wait.
-        return int(next(iter(self._adam.state.values()))["step"])
+        # Of a parameter that is trained: frozen ones are not counted.
+        trained = (state for p, state in self._adam.state.items() if p.requires_grad)
+        return int(next(trained)["step"])
 
     @optimizer_step.setter
     def optimizer_step(self, step: int) -> None:

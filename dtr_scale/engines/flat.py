@@ -59,7 +59,10 @@ class FlatEngine(Engine):
                 # Around compiled graphs and recomputation: it is called once per forward.
                 wrap_call(block, partial(self._call_block, group))
         if frozen:
-            self._outside.append(FlatWeights(frozen, world=world, dtype=dtype))
+            still = FlatWeights(frozen, world=world, dtype=dtype)
+            for _, part in still.parts():
+                part.requires_grad_(False)
+            self._outside.append(still)
         self._weights = list(dict.fromkeys([*self._outside, *self._groups]))
         self.network = network.to(world.device)  # buffers: the parameters are there
         network.register_forward_pre_hook(self._before_network)

@@ -41,7 +41,10 @@ class SingleEngine(Engine):
         self._weights: list[Tensor] = [*self._masters]
         self._casts_weights = casts_weights and precision == "bf16"
         if self._casts_weights:
-            self._masters = [nn.Parameter(weight.detach().clone()) for weight in self._weights]
+            self._masters = [
+                nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+                for weight in self._weights
+            ]
             network.to(torch.bfloat16)
         names = [name for name, _ in network.named_parameters()]
         named = zip(names, self._masters, strict=True)

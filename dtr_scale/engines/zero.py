@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dtr_scale.engines.base import (
+    ADAM_MOMENTS,
     AdamSettings,
     Engine,
     Judge,
@@ -24,10 +25,12 @@ from dtr_scale.engines.base import (
     build_optimizer,
     cut,
     cut_pieces,
+    pieces_of,
     undecayed,
     whole_pieces,
 )
 from dtr_scale.engines.deepspeed_config import SECTION
+from dtr_scale.engines.flat_group import FlatWeights
 from dtr_scale.engines.world import World, without_lines_of_gloo
 from dtr_scale.errors import ConfigError, EngineError
 
@@ -64,7 +67,10 @@ class DeepSpeedEngine(Engine):
             initial = {name: p.detach() for name, p in network.named_parameters()}
         _prepare_process(world)
         exempt = undecayed(network, adam)
-        optimizer = build_optimizer(network.named_parameters(), exempt, adam)
+        # ZeRO makes a flat buffer of each group's trained parameters, and none can be empty.
+        trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+        given = network.named_parameters() if self._stage == 0 else trained
+        optimizer = build_optimizer(given, exempt, adam)
         try:
             with without_lines_of_gloo():  # DeepSpeed makes groups of its own
                 parts: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
@@ -83,6 +89,7 @@ class DeepSpeedEngine(Engine):
         self._adam = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._adam.register_step_pre_hook(self._before_update)
         self._unheard: Judge | None = None
+        self._frozen = self._take_frozen()
         self._find_state()
         for name, piece in self.masters().items() if initial else ():
             piece.data.copy_(cut(initial[name].view(-1), piece.offset, piece.data.numel()))
@@ -137,13 +144,33 @@ class DeepSpeedEngine(Engine):
         if self._stage in (1, 2):
             # Casts this rank's masters and gathers the others': a collective.
             zero.update_lp_params()
+            if self._frozen is not None:
+                self._frozen.push()
+                self._frozen.wait()
         elif self._stage == 3:
             zero.checkpoint_event_prologue()  # drops what is gathered
             # Casts a group's masters into the partition that weights are gathered from.
             # `ds_tensor` is a view of it.
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._push_frozen_partitions()
             zero.checkpoint_event_epilogue()  # gathers what stays gathered
+
+    def _take_frozen(self) -> FlatWeights | None:
+        """Hold what is not trained under stages 1 and 2, for DeepSpeed keeps no fp32 of it."""
+        frozen = {n: p for n, p in self.network.named_parameters() if not p.requires_grad}
+        if not frozen or self._stage not in (1, 2):
+            return None
+        dtype = next(iter(frozen.values())).dtype
+        return FlatWeights(frozen, world=self._world, dtype=dtype)
+
+    def _push_frozen_partitions(self) -> None:
+        """Cast this rank's parts of what is not trained under stage 3."""
+        masters = self.masters()
+        for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad and name in masters:
+                data = masters[name].data
+                cut(parameter.ds_tensor, 0, len(data)).copy_(data)  # pyright: ignore
 
     def _total_norm(self) -> Tensor:
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -181,7 +208,12 @@ class DeepSpeedEngine(Engine):
         """Stages 1, 2: this rank's range of a flat fp32 buffer per parameter group."""
         flats = self._engine.optimizer.single_partition_of_fp32_groups
         states = [adam_state(self._adam, flat) for flat in flats]
+        if self._frozen is not None:
+            still = self._frozen.master.detach()
+            yield from self._frozen.pieces({m: torch.zeros_like(still) for m in ADAM_MOMENTS})
         for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                continue
             # `_hp_mapping` (deepspeed/utils/tensor_fragment.py) links a parameter with its part of
             # the flat fp32 buffer. `lp_fragment_address` is where that part begins in the
             # parameter, `hp_fragment_address` where it begins in this rank's buffer.
@@ -205,6 +237,9 @@ class DeepSpeedEngine(Engine):
         flats = zero.fp32_partitioned_groups_flat
         states = [adam_state(self._adam, flat) for flat in flats]
         for name, parameter in self.network.named_parameters():
+            if not parameter.requires_grad:
+                yield self._frozen_partition(name, parameter)
+                continue
             # `grad_position` holds [sub-group, offset in its flat buffer, elements of a part with
             # its padding] by the parameter's id.
             group, start, part_size = zero.grad_position[zero.get_param_id(parameter)]
@@ -213,6 +248,18 @@ class DeepSpeedEngine(Engine):
             numel = min(part_size, shape.numel() - offset)
             if numel > 0:  # else other ranks hold all of it
                 yield cut_pieces(name, shape, offset, flats[group], states[group], start, numel)
+
+    def _frozen_partition(self, name: str, parameter: Any) -> dict[str, Piece]:  # noqa: ANN401
+        """Return this rank's equal part of what is not trained, with masters of our own."""
+        shape, part_size = parameter.ds_shape, parameter.ds_tensor.numel()
+        offset = self._world.rank * part_size
+        numel = min(part_size, shape.numel() - offset)
+        if numel <= 0:
+            return {}
+        master = cut(parameter.ds_tensor, 0, numel).float().clone()
+        return pieces_of(
+            name, shape, offset, master, [torch.zeros_like(master) for _ in ADAM_MOMENTS]
+        )
 
 
 def _prepare_process(world: World) -> None:

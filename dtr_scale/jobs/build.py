@@ -30,6 +30,7 @@ from dtr_scale.diffusion.timesteps import TimestepSampler, timestep_strata
 from dtr_scale.engines.base import AdamSettings, Engine
 from dtr_scale.engines.deepspeed_config import build_deepspeed_config
 from dtr_scale.engines.flat import FlatEngine
+from dtr_scale.engines.freeze import freeze
 from dtr_scale.engines.fsdp2 import Fsdp2Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
@@ -272,6 +273,7 @@ def _build_engine(
 ) -> Engine:
     config, train = experiment.engine, experiment.train
     network = build_network(experiment)
+    freeze(network, train.freeze)
     if world.is_main and (caution := caution_of(experiment)):
         log.warning("%s", caution)
     if not compiles and world.is_main:

@@ -118,6 +118,32 @@ def test_another_size_routing_and_no_condition(digits, digits_run, tmp_path, cap
     assert network.get_buffer("pos_embed").shape == (1, 64, 32)
 
 
+def test_what_is_frozen_stays_until_it_is_thawed_by_name(digits, digits_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    given = (
+        *BATCH, f"--checkpoint.start_from={digits_run / 'run'}", "--train.max_steps=2",
+        "--train.weight_decay=0.1", "--evaluation.every_steps=0",
+    )  # fmt: skip
+    assert train(digits, run, *given, "--train.freeze=blocks.*.attn.*,x_embedder.*") == 0
+    assert "frozen: 10 of " in capsys.readouterr().err
+
+    def moved():
+        """The parameters whose masters are not those of the run that was begun with."""
+        ends = [find_checkpoint(str(place)) for place in (digits_run / "run", run)]
+        begun, found = (reader.read(list(reader.shapes)) for reader in ends)
+        masters = [key for key in begun if key.startswith("master/")]
+        return {key[7:] for key in masters if not torch.equal(begun[key], found[key])}
+
+    trained = moved()
+    assert "blocks.0.mlp.fc1.weight" in trained
+    assert not [name for name in trained if ".attn." in name or name.startswith("x_embedder")]
+    with pytest.raises(ConfigError, match=r"allow_changes=train\.freeze"):
+        train(digits, run, *given[:2], *given[3:], "--train.max_steps=3")
+    thawed = ("--train.max_steps=3", "--checkpoint.allow_changes=train.freeze")
+    assert train(digits, run, *given[:2], *given[3:], *thawed) == 0
+    assert "blocks.0.attn.qkv.weight" in moved()
+
+
 def test_the_average_of_what_is_fresh_begins_with_it(digits, digits_run, tmp_path):
     start = (f"--checkpoint.start_from={digits_run / 'run'}", ADAPT)
     other = ("--model.num_classes=3", "--data.type=synthetic", "--evaluation.every_steps=0")
