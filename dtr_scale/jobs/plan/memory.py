@@ -117,9 +117,14 @@ def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
 
 
 def _buckets(layout: Layout, sizes: Sizes) -> float:
-    """Return what DeepSpeed sets aside: two buckets of gradients, and one in fp32 on its way."""
-    bucket = min(REDUCE_BUCKET_SIZE, sizes.parameters)
-    return bucket * (2 * layout.weight_bytes + ITEM_BYTES)
+    """Return what DeepSpeed sets aside for gradients on their way, however small the network is.
+
+    Stages 1 and 2 have a bucket that is filled and one that is exchanged, in fp32; stage 3 has one.
+    """
+    if layout.name == "zero-3":
+        return REDUCE_BUCKET_SIZE * layout.weight_bytes
+    cast = ITEM_BYTES * min(REDUCE_BUCKET_SIZE, sizes.parameters)
+    return 2 * REDUCE_BUCKET_SIZE * layout.weight_bytes + (cast if layout.weight_bytes == 2 else 0)
 
 
 def activation_bytes(trace: Trace, recomputed: Trace | None, *, compiled: bool) -> float:
