@@ -49,11 +49,13 @@ def write_pipeline(
     header: Mapping[str, str] | None = None,
     mask_step: int = 0,
     save_vae: Callable[[Path], object] | None = None,
+    null_context: Tensor | None = None,
 ) -> None:
     """Write a network as a pipeline folder, whole or not at all.
 
     `card` is its README.md, `header` the weights' metadata, `mask_step` the training step whose
-    masks are taken where they roam. `save_vae` writes the autoencoder into a folder. Raises
+    masks are taken where they roam. `save_vae` writes the autoencoder into a folder.
+    `null_context` [L, D] is the text that stands for none, of a network of texts. Raises
     ConfigError for a network that the pipeline's code does not compute, CheckpointError if the
     folder cannot be written.
     """
@@ -64,7 +66,7 @@ def write_pipeline(
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as directory:
             made = Path(directory) / folder.name
             _write_transformer(
-                network, made / "transformer", len(settings.betas), mask_step, header
+                network, made / "transformer", len(settings.betas), mask_step, header, null_context
             )
             _write_scheduler(network, made / "scheduler", settings)
             if save_vae:
@@ -83,11 +85,11 @@ def write_pipeline(
 
 def check_pipeline(network: Denoiser) -> None:
     """Raise ConfigError for a network that the pipeline's code does not compute."""
-    accepted = "accepted: a DiT of classes or of no condition; convert others to safetensors"
     if not isinstance(network, DiT):
-        raise ConfigError(f"a network of {type(network).__name__} has no pipeline; {accepted}")
-    if network.conditioning == "text":
-        raise ConfigError(f"model.conditioning: 'text' has no pipeline; {accepted}")
+        raise ConfigError(
+            f"a network of {type(network).__name__} has no pipeline; accepted: a DiT; others leave "
+            "as safetensors"
+        )
 
 
 def _write_transformer(
@@ -96,12 +98,18 @@ def _write_transformer(
     num_timesteps: int,
     mask_step: int,
     header: Mapping[str, str] | None,
+    null_context: Tensor | None,
 ) -> None:
     weights = {n: v for n, v in network.state_dict().items() if not n.startswith("routing.")}
     masks = _masks(network, num_timesteps, mask_step)
     if masks is not None:
         weights["masks"] = masks
     weights["pos_embed"] = network.pos_embed
+    context: tuple[int, ...] | tuple[None, None] = (None, None)
+    if network.conditioning == "text":
+        assert null_context is not None
+        weights["null_context"] = null_context.float()
+        context = tuple(null_context.shape)
     ((num_heads, _),) = network.attention_shapes()
     config = {
         "hidden_size": network.hidden_size,
@@ -115,6 +123,8 @@ def _write_transformer(
         "has_null_label": network.class_dropout_prob > 0,
         "num_timesteps": num_timesteps,
         "num_masks": 0 if masks is None else len(masks),
+        "context_length": context[0],
+        "context_dim": context[1],
     }
     folder.mkdir(parents=True)
     layout = {"layout": "dtr_transformer.py, for diffusers", **(header or {})}

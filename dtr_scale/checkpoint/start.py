@@ -137,8 +137,10 @@ def _read_export(path: Path) -> Start:
     file = path / _WEIGHTS if path.is_dir() else path
     weights = read_weights(file)
     config = json.loads(_header(file).get("config", "{}")).get("model", {})
-    # A pipeline has positions and all masks beside the parameters; those that are drawn are needed.
-    weights.pop("pos_embed", None)
+    # A pipeline has positions, the empty text and all masks beside the parameters. Masks that are
+    # drawn are needed.
+    for name in "pos_embed", "null_context":
+        weights.pop(name, None)
     masks = weights.pop("masks", None)
     if masks is not None and len(masks) > 1:
         weights |= {f"routing.mask_{block}": mask for block, mask in enumerate(masks)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from dtr_scale.checkpoint.convert import Kind, from_official, official_config, unwrapped
 from dtr_scale.checkpoint.export import export_dit
@@ -125,7 +126,7 @@ def convert_file(
     told = {"noise schedule": f"{schedule}, 1000 timesteps"}
     text = card(
         source.stem, summary, told, data="As published.", figures="As published.",
-        has_classes=network.conditioning == "class",
+        call="class_labels=[0, 1]" if network.conditioning == "class" else "num_images=2",
     )  # fmt: skip
     write_pipeline(network, out, settings, card=text, header=header)
     return _loading(out)
@@ -163,7 +164,7 @@ def _export_pipeline(found: Averaged, place: Path, out: Path, vae: str | None) -
     network = build_network(experiment)
     check_pipeline(network)
     network.load_state_dict(found.weights)
-    manifest = _manifest(experiment)
+    manifest, null_context = _data(experiment)
     autoencoder = _autoencoder(experiment, manifest, vae)
     write_pipeline(
         network,
@@ -179,6 +180,7 @@ def _export_pipeline(found: Averaged, place: Path, out: Path, vae: str | None) -
         header=_header(found),
         mask_step=max(meta["step"] - 1, 0),  # the masks that were trained last
         save_vae=autoencoder.save,
+        null_context=null_context,
     )
     return [f"decoder: {autoencoder.told}", *_loading(out)]
 
@@ -207,17 +209,25 @@ def _run_of(place: Path) -> Path:
     return place.parent.parent if place.name.startswith("step_") else place
 
 
-def _manifest(experiment: Experiment) -> Manifest | None:
-    """Return what describes a run's data, None where that is made up or not to be read."""
-    if experiment.data.type == "synthetic":
-        return None
+def _data(experiment: Experiment) -> tuple[Manifest | None, Tensor | None]:
+    """Return what describes a run's data, and the text that stands for none.
+
+    None where the data is made up or cannot be read, and without texts; ConfigError for texts that
+    cannot be read.
+    """
+    has_texts = experiment.model.conditioning == "text"
     try:
         samples = open_samples(experiment)
+        null_context = torch.from_numpy(samples.null_condition()) if has_texts else None
     except DataError as error:
+        if has_texts:
+            raise ConfigError(
+                f"the empty text is not known without the data ({error}); bring data.shards back"
+            ) from None
         log.warning("the data is not described: %s", error)
-        return None
+        return None, None
     samples.close()
-    return samples.manifest
+    return None if experiment.data.type == "synthetic" else samples.manifest, null_context
 
 
 def _autoencoder(

@@ -53,6 +53,13 @@ whoever publishes them, and of the data that they were trained on.
 """
 
 
+_CALLS = {
+    "class": "class_labels=[0, 1]",
+    "none": "num_images=2",
+    "text": "prompt_embeds=TOKENS",
+}
+
+
 def run_card(
     experiment: Experiment,
     meta: Mapping[str, Any],
@@ -81,7 +88,7 @@ def run_card(
         settings,
         data=_data(experiment, manifest),
         figures=_figures(evaluations, meta["step"]),
-        has_classes=model.conditioning == "class",
+        call=_CALLS[model.conditioning],
     )
 
 
@@ -92,10 +99,9 @@ def card(
     *,
     data: str,
     figures: str,
-    has_classes: bool,
+    call: str,
 ) -> str:
-    """Return a model card as Markdown."""
-    call = "class_labels=[0, 1]" if has_classes else "num_images=2"
+    """Return a model card as Markdown; `call` is an example of the pipeline's arguments."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
     sections = {"Training": f"| | |\n|---|---|\n{rows}", "Data": data, "Figures": figures}
     body = "".join(f"\n## {name}\n\n{text}\n" for name, text in sections.items())
@@ -123,6 +129,11 @@ def _data(experiment: Experiment, manifest: Manifest | None) -> str:
     told += [f"- {split}: {origin.source}" for split, origin in manifest.origins.items()]
     if manifest.encoder:
         told.append(f"- encoded by {manifest.encoder.name}, weights {manifest.encoder.sha256}")
+    if manifest.text_encoder:
+        told.append(
+            f"- texts by {manifest.text_encoder.name}, weights {manifest.text_encoder.sha256}: "
+            "the last hidden states after the final norm, filled up with the end token"
+        )
     return "\n".join(told)
 
 

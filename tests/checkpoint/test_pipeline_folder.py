@@ -36,25 +36,28 @@ def load(folder, **options) -> Any:
     return pipe
 
 
-def written(folder, config=CONFIG, schedule="linear", **settings):
+def written(folder, config=CONFIG, schedule="linear", *, null_context=None, **settings):
     """Write a network as a pipeline and return it."""
     network = random_network(config)
     given = {"sampler": "ddim", "num_sampling_steps": 7} | settings
     betas = beta_schedule(schedule, 1000).tolist()
     pipeline = PipelineSettings(betas=betas, **given)
-    write_pipeline(network, folder, pipeline, card="# Card", mask_step=STEP)
+    write_pipeline(
+        network, folder, pipeline, card="# Card", mask_step=STEP, null_context=null_context
+    )
     return network
 
 
-def ours(network, schedule, indices, **settings):
+def ours(network, schedule, indices, *, conditions=None, null=None, **settings):
     """Our samples of a network, the noise they begin with and that of each step."""
     given = {"cfg_scale": 1.0, "cfg_channels": None, "clip_denoised": False} | settings
     sampling = SamplingSettings(schedule, 1000, seed=3, **given)
     shape = (network.in_channels, network.input_size, network.input_size)
     noise = KeyedNoise(3, indices, shape, torch.device("cpu"))
-    samples = Sampler(network, sampling, step=STEP).draw(indices)
-    steps = Sampler(network, sampling, step=STEP).num_steps
-    return samples, noise.start, [noise[i] for i in range(steps - 1)]
+    given = {"conditions": conditions, "null_condition": null}
+    sampler = Sampler(network, sampling, step=STEP, **given)
+    steps = [noise[i] for i in range(sampler.num_steps - 1)]
+    return sampler.draw(indices), noise.start, steps
 
 
 def near(drawn, samples):
@@ -107,6 +110,27 @@ def test_a_pipeline_draws_our_samples(tmp_path, config, schedule, sampling):
     drawn = pipe(**labels, latents=start, step_noise=noise, output_type="latent", **other).images
     changed = {"num_sampling_steps": 3, "cfg_scale": 1.0, "cfg_interval": None}
     near(drawn, ours(network, schedule, range(4), **sampling | changed)[0])
+
+
+@pytest.mark.parametrize("is_learned", [True, False])
+def test_texts_are_drawn_by_their_tokens(tmp_path, is_learned):
+    """The text that stands for none: zeros, for which the network has learned one, or tokens."""
+    config = CONFIG | {"conditioning": "text", "context_length": 5, "context_dim": 8}
+    config |= {"routing": {"type": "dtr"}}
+    generator = torch.Generator().manual_seed(2)
+    tokens, empty = torch.randn(3, 5, 8, generator=generator), torch.zeros(5, 8)
+    if not is_learned:
+        empty = torch.randn(5, 8, generator=generator)
+    network = written(tmp_path / "p", config, "cosine", null_context=empty, cfg_scale=2.0)
+    samples, start, _ = ours(
+        network, "cosine", range(3), conditions=lambda indices: tokens[list(indices)], null=empty,
+        sampler="ddim", num_sampling_steps=7, cfg_scale=2.0,
+    )  # fmt: skip
+    pipe = load(tmp_path / "p")
+    near(pipe(prompt_embeds=tokens, latents=start, output_type="latent").images, samples)
+    for wrong in {"class_labels": [1]}, {"prompt_embeds": tokens[:, :4]}:
+        with pytest.raises(ValueError, match=r"give prompt_embeds \[N, 5, 8\]"):
+            pipe(**wrong)
 
 
 def test_pictures_names_and_seeds(tmp_path):
@@ -188,10 +212,8 @@ def test_nothing_loads_in_part(tmp_path):
 
 
 def test_what_has_no_pipeline_is_refused_and_nothing_is_left(tmp_path):
-    text = CONFIG | {"conditioning": "text", "context_length": 4, "context_dim": 8}
-    for config, reason in (text, "'text' has no pipeline"), (ADM, "a network of ADM"), (
-        CONFIG | {"num_experts": 2}, "a network of MultiExperts",
-    ):  # fmt: skip
+    experts = CONFIG | {"num_experts": 2}
+    for config, reason in (ADM, "a network of ADM"), (experts, "a network of MultiExperts"):
         with pytest.raises(ConfigError, match=reason):
             written(tmp_path / "p", config)
     (tmp_path / "full").mkdir()

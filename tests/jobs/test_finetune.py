@@ -101,6 +101,20 @@ def test_runs_and_their_exports_are_starts(digits, digits_run, tmp_path, capsys,
         torch.testing.assert_close(value, begun[name], rtol=0, atol=1e-6, msg=name)
 
 
+def test_a_pipeline_of_texts_is_a_start(digits, tmp_path):
+    texts = (
+        "--data.type=synthetic", "--model.conditioning=text", "--model.context_length=4",
+        "--model.context_dim=8", "--train.ema_decay=0.5",
+    )  # fmt: skip
+    few = (*BATCH, "--train.max_steps=2", "--evaluation.every_steps=0")
+    assert train(digits, tmp_path / "run", *few, *texts) == 0
+    pipeline = tmp_path / "pipeline"
+    assert main(["export", str(tmp_path / "run"), "--to", "diffusers", "--out", str(pipeline)]) == 0
+    assert "pipe(prompt_embeds=TOKENS)" in (pipeline / "README.md").read_text()
+    start = f"--checkpoint.start_from={pipeline}"
+    assert train(digits, tmp_path / "other", *few, *texts, start) == 0
+
+
 def test_another_size_routing_and_no_condition(digits, digits_run, tmp_path, capsys):
     other = (
         "--data.type=synthetic", "--model.input_size=16", "--model.routing.type=random",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 class DTRPipeline(DiffusionPipeline):
-    """From class labels to pictures.
+    """From class labels, or from the tokens of texts, to pictures.
 
     Latents are decoded by `vae`; without one, by the autoencoder `vae_name` of the hub, which is
     fetched when it is first needed; where both are None samples are pixels. `id2label` maps labels
@@ -63,6 +63,7 @@ class DTRPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: Sequence[int | str] | Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
         num_images: int = 1,
         num_inference_steps: int | str | None = None,
         guidance_scale: float | None = None,
@@ -74,7 +75,10 @@ class DTRPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Return one picture per label, a number or a name, or `num_images` of a model of none.
+        """Return one picture per label, a number or a name, or per text, or `num_images` of none.
+
+        `prompt_embeds` [N, context_length, context_dim] are texts as the training's encoder makes
+        them, which the model card names.
 
         What is not given is as the training's evaluation had it. `latents` [N, C, H, W] is the
         noise to begin with and `step_noise[i]` that of the i-th step, else `generator` draws them.
@@ -82,7 +86,7 @@ class DTRPipeline(DiffusionPipeline):
         """
         network = self.transformer
         device = self._execution_device
-        y = self._labels(class_labels, num_images).to(device)
+        y = self._conditions(class_labels, prompt_embeds, num_images).to(device)
         shape = (len(y), network.config.in_channels, *[network.config.sample_size] * 2)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
@@ -130,6 +134,24 @@ class DTRPipeline(DiffusionPipeline):
                 index[name] = _copied(type(component), folder / name)
         (folder / self.config_name).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
+    def _conditions(
+        self,
+        labels: Sequence[int | str] | Tensor | None,
+        prompt_embeds: Tensor | None,
+        num_images: int,
+    ) -> Tensor:
+        config = self.transformer.config
+        if config.context_dim is None:
+            if prompt_embeds is not None:
+                raise ValueError("prompt_embeds are for models of texts; give class_labels")
+            return self._labels(labels, num_images)
+        wanted = (config.context_length, config.context_dim)
+        if labels is not None or prompt_embeds is None or prompt_embeds.shape[1:] != wanted:
+            raise ValueError(
+                f"this model draws texts; give prompt_embeds [N, {wanted[0]}, {wanted[1]}]"
+            )
+        return prompt_embeds
+
     def _labels(self, given: Sequence[int | str] | Tensor | None, num_images: int) -> Tensor:
         num_classes = self.transformer.config.num_classes
         if given is None and num_classes > 1:
@@ -168,8 +190,11 @@ class DTRPipeline(DiffusionPipeline):
         timestep = t.reshape(1).to(x.device)
         if scale == 1.0 or not interval[0] <= int(t) < interval[1]:
             return self.transformer(x, timestep, y).sample.float()
-        labels = torch.cat([y, torch.full_like(y, self.transformer.config.num_classes)])
-        both = self.transformer(torch.cat([x, x]), timestep, labels).sample.float()
+        null = self.transformer.null_context
+        if null is None:
+            null = torch.full_like(y, self.transformer.config.num_classes)
+        conditions = torch.cat([y, null.expand_as(y).to(y)])
+        both = self.transformer(torch.cat([x, x]), timestep, conditions).sample.float()
         conditional, null = both.chunk(2)
         eps, eps_null = conditional[:, :channels], null[:, :channels]
         return torch.cat([eps_null + scale * (eps - eps_null), conditional[:, channels:]], dim=1)

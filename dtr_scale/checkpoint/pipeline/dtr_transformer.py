@@ -64,6 +64,21 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class TextEmbedder(nn.Module):
+    """Put the learned null text in the place of tokens [N, M, context_dim] that are all zero."""
+
+    def __init__(self, context_length: int, context_dim: int, has_null: bool) -> None:
+        super().__init__()
+        self.null_tokens = None
+        if has_null:
+            self.null_tokens = nn.Parameter(torch.zeros(context_length, context_dim))
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.null_tokens is None:
+            return y
+        return torch.where(y.any(dim=(1, 2), keepdim=True), y, self.null_tokens)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens [N, L, D]."""
 
@@ -79,6 +94,22 @@ class Attention(nn.Module):
         return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class CrossAttention(nn.Module):
+    """Multi-head attention from tokens [N, L, D] to text tokens [N, M, context_dim]."""
+
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(hidden_size, hidden_size)
+        self.kv = nn.Linear(context_dim, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(context).unflatten(2, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Mlp(nn.Module):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -91,29 +122,43 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A block with adaLN-Zero that sees the channels of its mask; the others bypass it whole."""
+    """A block with adaLN-Zero that sees the channels of its mask; the others bypass it whole.
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    With a `context_dim` it attends to text tokens between self-attention and MLP.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int | None) -> None:
         super().__init__()
         self.norm1 = _layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
+        self.cross_attn = None
+        if context_dim is not None:
+            self.norm_cross = _layer_norm(hidden_size)
+            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-
-    def forward(self, z: Tensor, c: Tensor, mask: Tensor | None) -> Tensor:
-        """Return tokens [N, L, D] of z [N, L, D], the condition c [N, D] and mask [N, D]."""
-        if mask is None:
-            return self._block(z, c)
-        mask = mask[:, None]
-        return ~mask * z + self._block(mask * z, c)  # eq. 8
-
-    def _block(self, z: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(
-            6, dim=-1
+        # Shift, scale and gate of each layer.
+        self.num_modulations = 6 if context_dim is None else 9
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(hidden_size, self.num_modulations * hidden_size)
         )
-        z = z + gate1 * self.attn(_modulate(self.norm1(z), shift1, scale1))
-        return z + gate2 * self.mlp(_modulate(self.norm2(z), shift2, scale2))
+
+    def forward(self, z: Tensor, c: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Return tokens [N, L, D] of z [N, L, D], the condition c [N, D], texts and mask [N, D]."""
+        if mask is None:
+            return self._block(z, c, context)
+        mask = mask[:, None]
+        return ~mask * z + self._block(mask * z, c, context)  # eq. 8
+
+    def _block(self, z: Tensor, c: Tensor, context: Tensor | None) -> Tensor:
+        modulation = self.adaLN_modulation(c)[:, None].chunk(self.num_modulations, dim=-1)
+        shift, scale, gate = modulation[:3]
+        z = z + gate * self.attn(_modulate(self.norm1(z), shift, scale))
+        if self.cross_attn is not None and context is not None:
+            shift, scale, gate = modulation[3:6]
+            z = z + gate * self.cross_attn(_modulate(self.norm_cross(z), shift, scale), context)
+        shift, scale, gate = modulation[-3:]
+        return z + gate * self.mlp(_modulate(self.norm2(z), shift, scale))
 
 
 class FinalLayer(nn.Module):
@@ -133,7 +178,8 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
 
     `num_masks` is 0 without routing, 1 where all blocks share the masks, else `depth`. The first
     `in_channels` of `out_channels` are the noise; twice as many mean a learned variance. With
-    `has_null_label` the label `num_classes` stands for no class, for guidance.
+    `has_null_label` the label `num_classes` stands for no class, for guidance. With a `context_dim`
+    conditions are texts, and `null_context` is the one that stands for none.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012  diffusers' own form
@@ -152,14 +198,24 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
         has_null_label: bool,
         num_timesteps: int,
         num_masks: int,
+        context_length: int | None = None,
+        context_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.patch_size, self.grid_size = patch_size, sample_size // patch_size
         self.out_channels = out_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes + has_null_label, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
+        self.null_context: Tensor | None
+        if context_length is None or context_dim is None:
+            self.y_embedder = LabelEmbedder(num_classes + has_null_label, hidden_size)
+            self.register_buffer("null_context", None)
+        else:
+            self.y_embedder = TextEmbedder(context_length, context_dim, has_null_label)
+            self.register_buffer("null_context", torch.zeros(context_length, context_dim))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, context_dim) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
         # Both in the file, so that nothing depends on how a library rebuilds them.
         self.pos_embed: Tensor
@@ -187,16 +243,23 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
         self,
         hidden_states: Tensor,
         timestep: Tensor,
-        class_labels: Tensor,
+        condition: Tensor,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Return [N, out_channels, H, W] for original timesteps [N] or [1] and labels [N]."""
+        """Return [N, out_channels, H, W] for original timesteps [N] or [1].
+
+        `condition` are labels [N], or text tokens [N, context_length, context_dim].
+        """
         dtype = self.final_layer.linear.weight.dtype
         t = timestep.long()
         z = self.x_embedder(hidden_states.to(dtype)) + self.pos_embed.to(dtype)
-        c = self.t_embedder(t.expand(len(z)), dtype) + self.y_embedder(class_labels.long())
+        c, context = self.t_embedder(t.expand(len(z)), dtype), None
+        if self.null_context is None:
+            c = c + self.y_embedder(condition.long())
+        else:
+            context = self.y_embedder(condition.to(dtype))
         for number, block in enumerate(self.blocks):
-            z = block(z, c, self._mask(number, t))
+            z = block(z, c, context, self._mask(number, t))
         sample = self._unpatchified(self.final_layer(z, c))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
