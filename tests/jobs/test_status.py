@@ -136,7 +136,7 @@ def test_what_is_odd_about_a_run_that_goes_on_is_told(tmp_path, monkeypatch):
     for expected in (
         "no record for 600 s, where one comes every 0 s", "25 steps without a checkpoint",
         "rank 3 is slow: 0.9 s a step", "waits for data 40% of the time",
-        "the loss is nan", "unhealthy", "1 ranks have left",
+        "the loss is nan", "unhealthy", "at a hang or a failure: 1 in",
     ):  # fmt: skip
         assert expected in told
     assert "the slowest is 3 with 0.9 s" in status_text([run])

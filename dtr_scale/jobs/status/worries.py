@@ -78,4 +78,4 @@ def history(run_dir: Path, record: Record) -> Iterable[str]:
     # Each rank has its file ready from the start.
     stacks = open_folder(run_dir / "stacks")
     if filled := sum(size > 0 for size in stacks.sizes().values()):
-        yield f"{filled} ranks have left their stacks in {stacks.url}"
+        yield f"stacks that ranks left at a hang or a failure: {filled} in {stacks.url}"
