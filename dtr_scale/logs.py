@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -108,6 +110,12 @@ class ProgressBar:
             left = (now - self._start) * (self._total - self._done) / max(1, self._done)
             log.info("%s: %d of %d, eta %s", self._what, self._done, self._total, duration(left))
 
+    @contextmanager
+    def cleared(self) -> Iterator[None]:
+        """Take the bar away while something is printed."""
+        with self._bar.external_write_mode() if self._bar else nullcontext():
+            yield
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -127,6 +135,18 @@ def watched(
         for item in items:
             yield item
             bar.advance()
+
+
+@contextmanager
+def telling(what: str, seconds: float = 5.0) -> Iterator[None]:
+    """Say once what is being done, if it takes longer: most of the time it does not."""
+    timer = threading.Timer(seconds, log.info, ("%s ...", what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def columns() -> int:

@@ -4,13 +4,14 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
 from tqdm import tqdm
 
 from dtr_scale import logs
-from dtr_scale.logs import ProgressBar, setup_logging, watched, without_password
+from dtr_scale.logs import ProgressBar, setup_logging, telling, watched, without_password
 from tests.support.terminal import shown_by, terminal
 
 log = logging.getLogger("dtr_scale.tests")
@@ -120,3 +121,14 @@ def test_long_work_fills_a_bar_on_a_terminal(columns):
         lines = shown_by(screen)
     assert max(map(len, lines)) <= 79
     assert [line for line in lines if re.match(r"letters  70%\|█+.* +\| 7/10 eta \d\d:\d\d$", line)]
+
+
+def test_what_takes_long_is_told_and_what_does_not_is_not(capsys):
+    setup_logging(0)
+    with telling("waiting", seconds=0.05):
+        time.sleep(0.3)
+    with telling("never", seconds=60):
+        pass
+    assert [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "waiting ..."
+    ]

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.errors import ConfigError, DtrScaleError
 from dtr_scale.jobs.contact_sheet import contact_sheet, write_contact_sheets
 from dtr_scale.launchers import launched_rank, launched_world_size, local_world_size
+from dtr_scale.logs import ProgressBar, telling
 from dtr_scale.prepare import digits, idx, listing
 from dtr_scale.prepare.encode import (
     PictureEncoder,
@@ -116,8 +116,10 @@ def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> 
     folder = open_folder(writing.out)
     request = LeaveRequest()
     with _writing_errors(writing.out), request.listening():
-        pictures = list_pictures()
-        encoder, text_encoder = _encoders(writing, pictures)
+        with telling("looking for pictures"):
+            pictures = list_pictures()
+        with telling("loading what encodes pictures"):
+            encoder, text_encoder = _encoders(writing, pictures)
         outcome = Preparation(
             pictures,
             folder,
@@ -188,13 +190,15 @@ def verify_data(url: str, tell: Callable[[str], None]) -> Verified:
     manifest = read_manifest(folder, split=None)
     size = sum(shard.bytes for shard in manifest.shards)
     files = damaged = 0
-    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+    done = 0
+    with ProgressBar("MB", -(-size // 10**6)) as bar:
         for name, num_bytes, problem in verify(folder, manifest):
-            bar.update(num_bytes)
+            bar.advance((done + num_bytes) // 10**6 - done // 10**6)
+            done += num_bytes
             files += 1
             if problem is not None:
                 damaged += 1
-                with bar.external_write_mode():
+                with bar.cleared():
                     tell(f"{name}: {problem}")
     return Verified(folder.url, files, damaged, size)
 

@@ -167,12 +167,13 @@ class _MainRecords(_Records):
                 # What this job goes on from is what counts of the one before.
                 measure=partial(goodput_of, run_dir.path, trainer.step),
             )
+        # Before a bar is drawn, beside which lines come one by one.
+        tell_start(experiment, place_of(trainer, hosts), cost)
         self._begin(launched)
         # A journal never ends before its checkpoint, and status.json knows of every checkpoint: a
         # start that misses it is refused.
         trainer.checkpoints.before_commit = lambda: self._journal.sync()
         trainer.checkpoints.on_saved = self._note_saved
-        tell_start(experiment, place_of(trainer, hosts), cost)
         self._health = _health(experiment, world, cost)
         self._slow_rank = SlowRank(hosts)
 

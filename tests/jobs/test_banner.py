@@ -11,6 +11,7 @@ from dtr_scale.evaluation.flops import LayerCost
 from dtr_scale.jobs.banner import Place, banner
 from dtr_scale.logs import setup_logging
 from tests.support.runs import ROOT, tiny
+from tests.support.terminal import terminal
 
 COST = LayerCost(macs=80_730_000_000, num_parameters=458_100_000)
 
@@ -71,3 +72,12 @@ def test_a_log_holds_nothing_but_lines_of_ours(digits, tmp_path, capfd, monkeypa
         "network", "device", "engine", "data", "batch", "run", "stop", "step", "step", "finished",
     ]  # fmt: skip
     assert lines[3].endswith("; 3 workers on 1 cores") == (workers == 3)
+
+
+def test_on_a_terminal_the_banner_is_whole_before_a_bar_is_drawn(digits, tmp_path):
+    with terminal(80) as screen:
+        setup_logging(0)
+        assert tiny(digits, tmp_path, "--train.max_steps=2") == 0
+        shown = os.read(screen, 100_000).decode()
+        os.close(screen)
+    assert 0 < shown.index("stop     Ctrl-C saves") < shown.index("0.0%|")
