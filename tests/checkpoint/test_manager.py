@@ -258,7 +258,7 @@ def test_damaged_ones_do_not_count_among_the_last(folder):
     assert loaded(manager, state_of(0.0)) == {"step": 30}
 
 
-@pytest.mark.parametrize("most_bytes", [100, 500])  # of a file: no part, or a part but no index
+@pytest.mark.parametrize("most_bytes", [100, 400])  # of a file: no part, or a part but no index
 def test_a_failed_save_leaves_nothing_under_the_final_name(tmp_path, most_bytes, warnings_of):
     """The system takes no more bytes: one clear error, the old checkpoint stays and counts."""
     folder = open_folder(tmp_path)

@@ -172,7 +172,9 @@ def test_a_worker_reports_bad_data_in_one_line(tmp_path):
             _steps(loader, 70)
         workers = multiprocessing.active_children()
     assert "\n" not in str(caught.value)
-    assert not any(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.join(30)  # told to end, it may not have been heard yet
+        assert not worker.is_alive()
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(reader):

@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = [(name, part, row) for name, table in TABLES.items() for part in table.parts
         for row in part.rows]  # fmt: skip
 NO_ROW = {
-    "demo_digits", "micro_fashion", "experiment.schema", "dit_xl_dtr_antuw",
+    "demo_digits", "micro_fashion", "experiment.schema", "dit_xl_dtr_antuw", "dit_b_dtr_late",
     "dit_l_dtr_antuw_fsdp2", "dit_l_dtr_antuw_batch1024",
 }  # fmt: skip
 # What the paper plots without printing it.

@@ -55,7 +55,7 @@ def test_any_figures_and_any_name_of_a_run_come_back(figures, name):
         family, _, number = key.rpartition("_") if "cluster" in key else (key, "", "")
         labels = {("run", name), *([("cluster", number)] if number else [])}
         found = values[f"dtr_scale_{family}", frozenset(labels)]
-        assert found == value or (math.isnan(found) and math.isnan(value))
+        assert found == float(value) or (math.isnan(found) and math.isnan(value))
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_latents_are_sampled_into_an_npz_by_any_sampler(digits, tmp_path):
     drawn = []
     for sampler in ("ddpm", "ddim", "dpm_solver"):
         overrides = [f"--evaluation.sampler={sampler}", "--evaluation.num_sampling_steps=ddim5"]
-        path = sample_run(tmp_path, num_samples=3, overrides=overrides)
+        path = sample_run(tmp_path, num_samples=3, overrides=overrides, force=True)
         drawn.append(np.load(path)["latents"])
         assert drawn[-1].shape == (3, 4, 8, 8)
     assert not np.array_equal(drawn[0], drawn[1])
