@@ -6,11 +6,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import World, join_world
+from dtr_scale.jobs import train as job
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.journal import Record
 from dtr_scale.train import guard
+from dtr_scale.train.trainer import Trainer
 from tests.support.engine_jobs import (
     HALF_WAY,
     LONE,
@@ -22,7 +25,7 @@ from tests.support.engine_jobs import (
 )
 from tests.support.poison import poison
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import TIMINGS, demo_experiment
+from tests.support.runs import TIMINGS, demo_experiment, journal, status
 
 pytestmark = pytest.mark.slow
 
@@ -151,3 +154,24 @@ def test_an_update_is_skipped_by_all_ranks_alike(digits, tmp_path, world_size, m
             assert_same(through.records, expected.records, precision)
             assert back.unchanged == [5, 6], name
             assert_same(back.records, went_back.records, precision)
+
+
+def job_that_goes_back(digits: Path, place: Path) -> int:
+    """Runs on each rank: a whole job whose gradients break until it has gone back."""
+
+    def build(experiment: Experiment, world: World) -> Trainer:
+        trainer = build_trainer(experiment, world)
+        poison(trainer, lambda step, salt: salt == 0 and step >= 5)
+        return trainer
+
+    job.build_trainer = build
+    overrides = (*setting("zero1_bf16"), *SKIPPING, *GOING_BACK, "--data.num_workers=1")
+    return job.train_experiment(demo_experiment(digits, place, *overrides))
+
+
+def test_the_ranks_of_a_job_go_back_together(digits, tmp_path):
+    assert run_on_ranks(2, job_that_goes_back, digits, tmp_path) == [0, 0]
+    assert [record["step"] for record in journal(tmp_path)] == list(range(1, 9))
+    assert [record["rollbacks"] for record in journal(tmp_path)] == [0] * 4 + [1] * 4
+    assert status(tmp_path)["outcome"] == "finished"
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2  # rank 0 tells them
