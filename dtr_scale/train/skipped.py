@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from dtr_scale.storage.folder import open_folder
+from dtr_scale.tracking.attempts import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +50,10 @@ class SkipLog:
     def __init__(self, path: Path, *, step: int, salt: int) -> None:
         self._path = path
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n") and _stays(json.loads(line), step, salt)
-            ]
-            open_folder(path.parent).write_bytes(path.name, "".join(kept).encode())
+            # Without a line that a kill has cut off.
+            kept = [entry for entry in read_lines(path) if _stays(entry, step, salt)]
+            lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+            open_folder(path.parent).write_bytes(path.name, lines.encode())
 
     def write(self, step: SkippedStep) -> None:
         log.warning("%s", step)
@@ -65,5 +65,5 @@ class SkipLog:
             log.warning("%s cannot be written: %s", self._path, error.strerror)
 
 
-def _stays(entry: dict[str, int], step: int, salt: int) -> bool:
+def _stays(entry: dict[str, Any], step: int, salt: int) -> bool:
     return entry["step"] <= step or entry["salt"] < salt

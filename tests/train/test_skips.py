@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dtr_scale.jobs.build import build_trainer
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.attempts import read_attempts
 from dtr_scale.train import guard
+from dtr_scale.train.skipped import SkipLog, SkippedStep
 from tests.support.engine_jobs import LONE
 from tests.support.poison import poison
 from tests.support.runs import (
@@ -241,3 +243,18 @@ def test_every_rank_reads_other_draws_after_a_rollback(digits, tmp_path):
     assert torch.equal(first.cluster, again.cluster)
     assert not torch.equal(first.noise, again.noise)
     assert not torch.equal(first.t, again.t)
+
+
+def test_what_a_kill_has_cut_off_is_made_again(tmp_path):
+    step = SkippedStep(3, 0, 1.0, 0.5, math.nan, (math.inf, math.inf), 1, [("a.tar", 7)])
+    log = SkipLog(tmp_path / "skipped.jsonl", step=0, salt=0)
+    log.write(step)
+    log.write(replace(step, step=5))
+    log.write(replace(step, step=8))
+    with (tmp_path / "skipped.jsonl").open("a") as file:
+        file.write('{"step": 9, "sa')
+    SkipLog(tmp_path / "skipped.jsonl", step=5, salt=0).write(replace(step, step=6, salt=1))
+    assert skipped(tmp_path) == [(3, 0), (5, 0), (6, 1)]
+    # A way that was given up stays; what the run makes again goes.
+    SkipLog(tmp_path / "skipped.jsonl", step=4, salt=1)
+    assert skipped(tmp_path) == [(3, 0), (5, 0)]
