@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dtr_scale"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # They travel with an export and run without this package.
-PIPELINE = ("pipeline", "scheduler", "transformer")
+PIPELINE = ("pipeline", "scheduler", "transformer", "unet")
 OWNERS = {
     "deepspeed": {"engines/zero.py"},
     "mlflow": {"tracking/mlflow.py"},

@@ -1,4 +1,4 @@
-"""Write a DiT as a folder that diffusers loads as a pipeline, with the code that it needs."""
+"""Write a network as a folder that diffusers loads as a pipeline, with the code that it needs."""
 
 import json
 import shutil
@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dtr_scale.checkpoint import pipeline
+from dtr_scale.checkpoint.pipeline_network import PipelineNetwork, pipeline_network
 from dtr_scale.checkpoint.weights import write_safetensors
-from dtr_scale.errors import CheckpointError, ConfigError
+from dtr_scale.errors import CheckpointError
 from dtr_scale.models.denoiser import Denoiser
-from dtr_scale.models.dit import DiT
 
 _CODE = Path(pipeline.__file__).parent
 _VERSION = "0.42.0"
@@ -42,6 +41,7 @@ class PipelineSettings:
 
 def write_pipeline(
     network: Denoiser,
+    section: Mapping[str, Any],
     folder: Path,
     settings: PipelineSettings,
     *,
@@ -53,25 +53,28 @@ def write_pipeline(
 ) -> None:
     """Write a network as a pipeline folder, whole or not at all.
 
-    `card` is its README.md, `header` the weights' metadata, `mask_step` the training step whose
-    masks are taken where they roam. `save_vae` writes the autoencoder into a folder.
-    `null_context` [L, D] is the text that stands for none, of a network of texts. Raises
-    ConfigError for a network that the pipeline's code does not compute, CheckpointError if the
-    folder cannot be written.
+    `section` is the network's `model` section with all defaults, `card` the folder's README.md,
+    `header` the weights' metadata. `mask_step` is the training step whose masks are taken where
+    they roam. `save_vae` writes the autoencoder into a folder. `null_context` [L, D] is the text
+    that stands for none, of a network of texts. Raises ConfigError for a network that no code of a
+    pipeline computes, CheckpointError if the folder cannot be written.
     """
-    check_pipeline(network)
-    assert isinstance(network, DiT)
+    described = pipeline_network(
+        network,
+        section,
+        num_timesteps=len(settings.betas),
+        mask_step=mask_step,
+        null_context=null_context,
+    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as directory:
             made = Path(directory) / folder.name
-            _write_transformer(
-                network, made / "transformer", len(settings.betas), mask_step, header, null_context
-            )
+            _write_network(described, made / "transformer", header)
             _write_scheduler(network, made / "scheduler", settings)
             if save_vae:
                 save_vae(made / "vae")
-            _write_index(made, settings, has_vae=save_vae is not None)
+            _write_index(made, described, settings, has_vae=save_vae is not None)
             readme = made / "README.md"
             readme.write_text(card, encoding="utf-8")
             for path in made.rglob("*.*"):
@@ -83,70 +86,16 @@ def write_pipeline(
         ) from None
 
 
-def check_pipeline(network: Denoiser) -> None:
-    """Raise ConfigError for a network that the pipeline's code does not compute."""
-    if not isinstance(network, DiT):
-        raise ConfigError(
-            f"a network of {type(network).__name__} has no pipeline; accepted: a DiT; others leave "
-            "as safetensors"
-        )
-
-
-def _write_transformer(
-    network: DiT,
-    folder: Path,
-    num_timesteps: int,
-    mask_step: int,
-    header: Mapping[str, str] | None,
-    null_context: Tensor | None,
+def _write_network(
+    network: PipelineNetwork, folder: Path, header: Mapping[str, str] | None
 ) -> None:
-    weights = {n: v for n, v in network.state_dict().items() if not n.startswith("routing.")}
-    masks = _masks(network, num_timesteps, mask_step)
-    if masks is not None:
-        weights["masks"] = masks
-    weights["pos_embed"] = network.pos_embed
-    context: tuple[int, ...] | tuple[None, None] = (None, None)
-    if network.conditioning == "text":
-        assert null_context is not None
-        weights["null_context"] = null_context.float()
-        context = tuple(null_context.shape)
-    ((num_heads, _),) = network.attention_shapes()
-    config = {
-        "hidden_size": network.hidden_size,
-        "depth": len(network.blocks),
-        "num_heads": num_heads,
-        "patch_size": network.patch_size,
-        "sample_size": network.input_size,
-        "in_channels": network.in_channels,
-        "out_channels": network.out_channels,
-        "num_classes": network.num_classes,
-        "has_null_label": network.class_dropout_prob > 0,
-        "num_timesteps": num_timesteps,
-        "num_masks": 0 if masks is None else len(masks),
-        "context_length": context[0],
-        "context_dim": context[1],
-    }
     folder.mkdir(parents=True)
-    layout = {"layout": "dtr_transformer.py, for diffusers", **(header or {})}
-    write_safetensors(weights, folder / "diffusion_pytorch_model.safetensors", layout)
-    _write_component(folder, "dtr_transformer", "DTRTransformer2DModel", "config.json", config)
+    layout = {"layout": f"{network.module}.py, for diffusers", **(header or {})}
+    write_safetensors(network.weights, folder / "diffusion_pytorch_model.safetensors", layout)
+    _write_component(folder, network.module, network.class_name, "config.json", network.config)
 
 
-def _masks(network: DiT, num_timesteps: int, step: int) -> Tensor | None:
-    """Return the masks of all timesteps, bool [depth, T, D], or [1, T, D] where blocks share them.
-
-    None without routing.
-    """
-    found = network.routing(torch.arange(num_timesteps), step)
-    masks = [mask for mask in found if mask is not None]
-    if not masks:
-        return None
-    if all(torch.equal(mask, masks[0]) for mask in masks):
-        masks = masks[:1]
-    return torch.stack(masks)
-
-
-def _write_scheduler(network: DiT, folder: Path, settings: PipelineSettings) -> None:
+def _write_scheduler(network: Denoiser, folder: Path, settings: PipelineSettings) -> None:
     config = {
         "num_train_timesteps": len(settings.betas),
         "trained_betas": list(settings.betas),
@@ -160,9 +109,11 @@ def _write_scheduler(network: DiT, folder: Path, settings: PipelineSettings) -> 
     _write_component(folder, "dtr_scheduler", "DTRScheduler", "scheduler_config.json", config)
 
 
-def _write_index(folder: Path, settings: PipelineSettings, *, has_vae: bool) -> None:
+def _write_index(
+    folder: Path, network: PipelineNetwork, settings: PipelineSettings, *, has_vae: bool
+) -> None:
     index = {
-        "transformer": ["dtr_transformer", "DTRTransformer2DModel"],
+        "transformer": [network.module, network.class_name],
         "scheduler": ["dtr_scheduler", "DTRScheduler"],
         "vae": ["diffusers", "AutoencoderKL"] if has_vae else [None, None],
         "vae_name": None if has_vae else settings.vae_name,

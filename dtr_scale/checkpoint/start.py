@@ -146,6 +146,14 @@ def _read_export(path: Path) -> Start:
         weights |= {f"routing.mask_{block}": mask for block, mask in enumerate(masks)}
     if path.is_dir():
         config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        # A U-Net's, whose blocks differ in width; those that blocks share are windows.
+        mask_of = config.get("mask_of", [])
+        shared = {f"masks_{number}" for number in mask_of if mask_of.count(number) > 1}
+        weights = {
+            name.replace("masks_", "routing.mask_"): value
+            for name, value in weights.items()
+            if not (shared and name.startswith("masks_"))
+        }
         return Start(weights, weights, has_null_label=config["has_null_label"])
     return Start(weights, weights, has_null_label=_has_null_label(config))
 

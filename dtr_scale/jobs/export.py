@@ -12,7 +12,8 @@ from torch import Tensor
 from dtr_scale.checkpoint.convert import Kind, from_official, official_config, unwrapped
 from dtr_scale.checkpoint.export import export_dit
 from dtr_scale.checkpoint.hub import check_hub_name, push_folder
-from dtr_scale.checkpoint.pipeline_folder import PipelineSettings, check_pipeline, write_pipeline
+from dtr_scale.checkpoint.pipeline_folder import PipelineSettings, write_pipeline
+from dtr_scale.checkpoint.pipeline_network import check_pipeline
 from dtr_scale.checkpoint.weights import read_weights, write_safetensors
 from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
@@ -109,7 +110,8 @@ def convert_file(
     weights = from_official(official, kind)
     if kind == "adm":
         raise ConfigError("model.type: 'adm' has no pipeline; convert it to safetensors")
-    network = build_model(official_config(official, kind, num_heads))
+    section = official_config(official, kind, num_heads)
+    network = build_model(section)
     network.load_state_dict(weights)
     # The schedule and guided channels of their code; both guide by 1.5 in 250 steps for FID.
     schedule, guided = ("linear", 3) if kind == "dit" else ("cosine", None)
@@ -128,7 +130,7 @@ def convert_file(
         source.stem, summary, told, data="As published.", figures="As published.",
         call="class_labels=[0, 1]" if network.conditioning == "class" else "num_images=2",
     )  # fmt: skip
-    write_pipeline(network, out, settings, card=text, header=header)
+    write_pipeline(network, section, out, settings, card=text, header=header)
     return _loading(out)
 
 
@@ -168,6 +170,7 @@ def _export_pipeline(found: Averaged, place: Path, out: Path, vae: str | None) -
     autoencoder = _autoencoder(experiment, manifest, vae)
     write_pipeline(
         network,
+        experiment.model.model_dump(),
         out,
         _settings(experiment, manifest, autoencoder),
         card=run_card(

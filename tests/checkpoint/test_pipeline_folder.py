@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dtr_scale.checkpoint.pipeline_folder import PipelineSettings, write_pipeline
+from dtr_scale.config.load import validate_model
 from dtr_scale.diffusion.schedule import beta_schedule
 from dtr_scale.errors import CheckpointError, ConfigError
 from dtr_scale.evaluation.sampling import KeyedNoise, Sampler, SamplingSettings
@@ -42,8 +43,9 @@ def written(folder, config=CONFIG, schedule="linear", *, null_context=None, **se
     given = {"sampler": "ddim", "num_sampling_steps": 7} | settings
     betas = beta_schedule(schedule, 1000).tolist()
     pipeline = PipelineSettings(betas=betas, **given)
+    section = validate_model(config, "the test").model_dump()
     write_pipeline(
-        network, folder, pipeline, card="# Card", mask_step=STEP, null_context=null_context
+        network, section, folder, pipeline, card="# Card", mask_step=STEP, null_context=null_context
     )
     return network
 
@@ -110,6 +112,32 @@ def test_a_pipeline_draws_our_samples(tmp_path, config, schedule, sampling):
     drawn = pipe(**labels, latents=start, step_noise=noise, output_type="latent", **other).images
     changed = {"num_sampling_steps": 3, "cfg_scale": 1.0, "cfg_interval": None}
     near(drawn, ours(network, schedule, range(4), **sampling | changed)[0])
+
+
+UNETS = [
+    ADM | {"routing": {"type": "dtr"}},
+    ADM | {"class_dropout_prob": 0.1, "resblock_updown": True, "use_scale_shift_norm": True,
+           "num_head_channels": 16, "routing": {"type": "random"}},
+    ADM | {"conditioning": "none", "use_new_attention_order": True, "num_heads": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", UNETS)
+def test_a_u_net_is_drawn_too(tmp_path, config):
+    guided = {"cfg_scale": 2.0} if config.get("class_dropout_prob") else {}
+    sampling = {"sampler": "ddim", "num_sampling_steps": 7, **guided}
+    network = written(tmp_path / "p", config, **sampling)
+    samples, start, _ = ours(network, "linear", range(4), **sampling)
+    pipe = load(tmp_path / "p")
+    assert type(pipe.transformer).__name__ == "DTRUNet2DModel"
+    labels = {"class_labels": list(range(4))}
+    given = {"num_images": 4} if network.conditioning == "none" else labels
+    near(pipe(**given, latents=start, output_type="latent").images, samples)
+    widths = {block.channels for block in network.routed_blocks()}
+    masks = [name for name in pipe.transformer.state_dict() if name.startswith("masks")]
+    assert len(masks) == {"dtr": len(widths), "random": len(network.routed_blocks())}.get(
+        config.get("routing", {}).get("type"), 0
+    )
 
 
 @pytest.mark.parametrize("is_learned", [True, False])
@@ -213,9 +241,8 @@ def test_nothing_loads_in_part(tmp_path):
 
 def test_what_has_no_pipeline_is_refused_and_nothing_is_left(tmp_path):
     experts = CONFIG | {"num_experts": 2}
-    for config, reason in (ADM, "a network of ADM"), (experts, "a network of MultiExperts"):
-        with pytest.raises(ConfigError, match=reason):
-            written(tmp_path / "p", config)
+    with pytest.raises(ConfigError, match="a network of MultiExperts has no pipeline"):
+        written(tmp_path / "p", experts)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written: Directory not empty"):

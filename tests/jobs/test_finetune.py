@@ -17,7 +17,7 @@ from dtr_scale.jobs.start import open_start
 from dtr_scale.jobs.trained import load_run
 from tests.support.pictures import class_folders, small_autoencoder
 from tests.support.runs import SINGLE, demo_experiment, journal, train
-from tests.support.weights import released
+from tests.support.weights import ADM, released
 
 TABLE = "y_embedder.embedding_table.weight"
 OF_RELEASED = {
@@ -113,6 +113,20 @@ def test_a_pipeline_of_texts_is_a_start(digits, tmp_path):
     assert "pipe(prompt_embeds=TOKENS)" in (pipeline / "README.md").read_text()
     start = f"--checkpoint.start_from={pipeline}"
     assert train(digits, tmp_path / "other", *few, *texts, start) == 0
+
+
+def test_a_pipeline_of_a_u_net_is_a_start(digits, tmp_path, capsys):
+    section = json.dumps(ADM | {"in_channels": 1, "routing": {"type": "random"}})
+    few = (*BATCH, *BARELY, "--data.type=synthetic", "--evaluation.cfg_scale=1")
+    plain = (*few, f"--model={section}")
+    assert train(digits, tmp_path / "run", *plain, "--train.seed=5") == 0
+    pipeline = tmp_path / "pipeline"
+    assert main(["export", str(tmp_path / "run"), "--to", "diffusers", "--out", str(pipeline)]) == 0
+    start = f"--checkpoint.start_from={pipeline}"
+    assert train(digits, tmp_path / "other", *plain, start) == 0
+    begun, found = (load_run(tmp_path / name).network.state_dict() for name in ("run", "other"))
+    for name, value in found.items():
+        torch.testing.assert_close(value, begun[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_another_size_routing_and_no_condition(digits, digits_run, tmp_path, capsys):
