@@ -130,6 +130,9 @@ def test_any_number_of_ranks_draws_the_same_bytes_also_after_a_kill(run_dir, who
     two, cut = tmp_path / "two.npz", tmp_path / "cut.npz"
     run_on_ranks(2, sample_on_rank, run_dir, two, None)
     assert two.read_bytes() == whole.read_bytes()
+    finished = two.stat().st_mtime_ns
+    run_on_ranks(2, sample_on_rank, run_dir, two, None)
+    assert two.stat().st_mtime_ns == finished, "all ranks know that nothing is to be drawn"
     parts = StoredBatches(tmp_path / "cut.npz.parts", 500, 32)
     # One alone, three, then two: each goes on with what the ones before have stored.
     for world_size, at_least in ((1, 3), (3, 6)):
