@@ -7,7 +7,7 @@ import pytest
 from dtr_scale.jobs.train import train_experiment
 from tests.support.processes import wait_for
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import DEMO, SMALL, demo_experiment, journal, status, steps_in
+from tests.support.runs import DEMO, ROOT, SMALL, demo_experiment, journal, status, steps_in
 
 FP32 = (*SMALL, "--engine.precision=fp32", "--checkpoint.every_steps=10")
 A_RANK = "dtr_scale train"
@@ -45,11 +45,29 @@ def test_a_run_outlives_a_rank_and_a_host(hosts, supervise, digits, tmp_path):
     assert "rank 1 on node2 is gone: it was killed, or its node is lost" in output
     assert "(restart 2 of 3)" in output
     assert "the connection to node2 is lost; it is tried again" in output
-    for rank in (0, 1):
-        assert f" rank {rank}, pid " in (run_dir / f"stacks/rank_{rank:05d}.txt").read_text()
+    stacks = (run_dir / "stacks/rank_00000.txt").read_text()
+    assert stacks.count(" rank 0, pid ") == 2, "each time that it had to end"
     peace = demo_experiment(digits, tmp_path / "peace", *FP32, steps)
     run_on_ranks(2, train_experiment, peace)
     assert journal(run_dir) == journal(tmp_path / "peace")
+
+
+def test_the_commands_of_the_readme_lose_a_rank_and_recover(hosts, tmp_path):
+    """As they stand there, in a folder with the repository's configs and a hostfile."""
+    text = (ROOT / "launch/README.md").read_text(encoding="utf-8").partition("To see it at work")[2]
+    commands = text.partition("```bash\n")[2].partition("```")[0]
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "hostfile").write_text((ROOT / "launch/hostfile.example").read_text())
+    # A file, since what `pkill -f` looks for would stand in the shell's own command line.
+    (tmp_path / "commands.sh").write_text(commands)
+    output = hosts[0].run(
+        "bash", "commands.sh", cwd=tmp_path, timeout_seconds=240,
+        environment={"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert "exit code 0" in output
+    assert "rank 0 was killed by SIGKILL, " in output or "rank 0 was killed by SIGKILL; " in output
+    assert "resumed " in output and "rank 1, pid " in output
+    assert status(tmp_path / "runs/broken")["outcome"] == "finished"
 
 
 def test_a_request_to_leave_reaches_all_hosts(hosts, supervise, tmp_path):

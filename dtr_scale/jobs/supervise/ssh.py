@@ -30,6 +30,7 @@ _OPTIONS = (
 )
 _LOST = 255  # ssh's own exit code, by which no command ends
 _AGAIN_SECONDS, _END_SECONDS = 3.0, 30.0
+_STOOD_SECONDS = 30.0  # longer than a host that is away keeps ssh waiting
 _EXPORTED = re.compile(
     r"(AWS|DTR_SCALE|GLOO|HF|MLFLOW|NCCL|OMP|PYTHON|TORCH|UCX)_?\w*|(HTTPS?|NO)_PROXY", re.I
 )
@@ -106,12 +107,17 @@ class RemoteSupervisors:
         command = [*map(shlex.quote, [sys.executable, "-m", "dtr_scale", "supervise", *arguments])]
         remote = f"cd {shlex.quote(str(Path.cwd()))} && exec {' '.join(command)}"
         options = [word for option in _OPTIONS for word in ("-o", option)]
+        told = False
         while not self._closing.is_set():
+            began = time.monotonic()
             # A host that has gone with its ranks is reached again once it has booted.
             code = self._run(["ssh", *options, host, remote])
             if code != _LOST:
                 break
-            log.warning("the connection to %s is lost; it is tried again", host)
+            told = told and time.monotonic() - began < _STOOD_SECONDS
+            if not told:
+                log.warning("the connection to %s is lost; it is tried again", host)
+                told = True
             self._closing.wait(_AGAIN_SECONDS)
         else:
             return
