@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -109,8 +110,9 @@ def joined_ranks(leave: LeaveRequest | None = None) -> Iterator[Ranks]:
 def _peer_error(failure: Failure) -> PeerError:
     told = PeerError(f"another rank failed: {failure.reason}")
     told.exit_code = failure.exit_code
-    # The rank that failed tells it; but who was killed tells nothing.
-    told.reported = failure.reason.startswith("rank ") and "no sign of life" not in failure.reason
+    # The rank that failed tells it; but who was killed, or hangs, tells nothing.
+    own = re.match(r"rank \d+: ", failure.reason)
+    told.reported = bool(own) and "no sign of life" not in failure.reason
     return told
 
 
