@@ -72,7 +72,7 @@ def params(
         for key, value in flat.items()
         if value not in (None, "", {}, [])
         and not f"{key}".startswith(_NOT_PARAMS)
-        and _has_meaning(key, flat)
+        and has_meaning(key, flat)
     }
     train = experiment.train
     seen = train.max_steps * train.global_batch_size
@@ -175,7 +175,8 @@ def commit() -> str | None:
     return told.stdout.strip() or None
 
 
-def _has_meaning(key: str, flat: Mapping[str, Any]) -> bool:
+def has_meaning(key: str, flat: Mapping[str, Any]) -> bool:
+    """Tell whether a key has an effect in an experiment of dotted keys."""
     for start, (other, values) in _MEANT_FOR.items():
         if f"{key}.".startswith(f"{start}."):
             return flat.get(other) in values

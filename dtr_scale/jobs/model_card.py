@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
+from dtr_scale.config.changes import flatten
+from dtr_scale.config.load import resolved
 from dtr_scale.config.schema import Experiment
 from dtr_scale.data.manifest import Manifest
 from dtr_scale.evaluation.comparison.record import Evaluation
+from dtr_scale.jobs.description import has_meaning
 
 _HEAD = """\
 ---
@@ -71,7 +75,7 @@ def run_card(
     model, train, objective = experiment.model, experiment.train, experiment.objective
     settings = {
         "network": model.title,
-        "routing": _routing(model.routing.model_dump()),
+        "routing": _routing(experiment),
         "noise schedule": f"{experiment.diffusion.noise_schedule}, "
         f"{experiment.diffusion.num_timesteps} timesteps",
         "loss weights": objective.type,
@@ -108,10 +112,12 @@ def card(
     return _HEAD.format(title=title, summary=summary, call=call) + body + _TAIL
 
 
-def _routing(section: Mapping[str, Any]) -> str:
-    if section["type"] == "none":
-        return "none"
-    return ", ".join(f"{key} {value}" for key, value in section.items() if value is not None)
+def _routing(experiment: Experiment) -> str:
+    flat = flatten(resolved(experiment))
+    prefix = "model.routing."
+    told = {key: flat[key] for key in flat if key.startswith(prefix) and has_meaning(key, flat)}
+    kind = told.pop(f"{prefix}type")
+    return ", ".join([kind, *(f"{key.removeprefix(prefix)} {told[key]}" for key in told)])
 
 
 def _data(experiment: Experiment, manifest: Manifest | None) -> str:
@@ -145,7 +151,10 @@ def _figures(evaluations: list[Evaluation], step: int) -> str:
     parts = []
     for each in found:
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in each.metrics.items())
-        manifest = json.dumps(each.manifest, indent=1)
+        told = dict(each.manifest)
+        if "checkpoints" in told:  # not where they lie: a card is for others
+            told["checkpoints"] = [PurePath(place).name for place in told["checkpoints"]]
+        manifest = json.dumps(told, indent=1)
         parts.append(
             f"| {each.time} | |\n|---|---|\n{rows}\n\n"
             f"<details><summary>what they depend on</summary>\n\n```json\n{manifest}\n```\n\n"

@@ -98,11 +98,12 @@ def test_the_card_tells_what_the_network_is(run_dir, tmp_path, capsys):
     export(capsys, run_dir, tmp_path / "pipeline")
     text = (tmp_path / "pipeline" / "README.md").read_text()
     for part in (
-        "library_name: diffusers", "| routing | type dtr, alpha 4.0, beta 0.8", "12 of 12",
+        "library_name: diffusers", "| routing | dtr, alpha 4.0, beta 0.8 |", "12 of 12",
         "decay 0.5", "training samples [1, 8, 8]", "| pixel_frechet_distance |", '"cfg_scale"',
         "park2024dtr",
     ):  # fmt: skip
         assert part in text, part
+    assert '"step_00000012"' in text and str(run_dir) not in text  # a card is for others
     index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
     assert (index["guidance_scale"], index["num_inference_steps"]) == (3.0, 6)
 
