@@ -169,10 +169,9 @@ class _Progress:
         self._shows = world.is_main and num_batches > 0
         self._bar: tqdm | None = None
         if self._shows and sys.stderr.isatty():
-            layout = "{l_bar}{bar}| {postfix}"
+            layout = "sampling {percentage:3.0f}%|{bar}| {desc}"
             self._bar = tqdm(
                 total=self._total,
-                desc="sampling",
                 bar_format=layout,
                 leave=False,
                 ncols=columns(),
@@ -186,7 +185,7 @@ class _Progress:
             return
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix_str(self._told(now), refresh=False)
+            self._bar.set_description_str(self._told(now), refresh=False)
             self._bar.update()
         elif now - self._logged > _LOG_SECONDS:
             self._logged = now
