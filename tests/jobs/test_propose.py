@@ -1,15 +1,17 @@
 """`dtr-scale config init`: an experiment that fits the data and the machine."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dtr_scale.cli.main import main
 from dtr_scale.config.load import load_experiment
-from dtr_scale.data.manifest import Manifest, Shard, write_manifest
+from dtr_scale.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from dtr_scale.jobs.build import build_network
 from dtr_scale.jobs.propose import Machine, propose, write_proposal
+from dtr_scale.jobs.sampling import captions_told, reference_split
 from dtr_scale.storage.folder import open_folder
 
 CPU = Machine(cores=2, memory=8 * 10**9)
@@ -90,6 +92,21 @@ def test_the_manifest_says_what_steers_samples(tmp_path, told, conditioning, cfg
     if conditioning == "text":
         assert experiment.model.type == "dit"
         assert (experiment.model.context_length, experiment.model.context_dim) == (16, 32)
+
+
+def test_texts_without_a_held_out_split_are_drawn_by_the_training_captions(tmp_path):
+    """As the proposal's evaluations in training do: they were refused."""
+    prepared(tmp_path, 100, num_classes=1, context_shape=(16, 32))
+    experiment = proposed(tmp_path, CPU)
+    assert experiment.evaluation.every_steps
+    assert (reference_split(experiment), captions_told(experiment)) == (
+        "train", "training captions",
+    )  # fmt: skip
+    manifest = read_manifest(open_folder(tmp_path))
+    held_out = replace(manifest.shards[0], split="val", name="val-000000.tar")
+    shards = (*manifest.shards, held_out)
+    write_manifest(open_folder(tmp_path), manifest.model_copy(update={"shards": shards}))
+    assert (reference_split(experiment), captions_told(experiment)) == ("val", "held-out captions")
 
 
 def test_pixels_are_clipped_and_latents_are_not(tmp_path):
