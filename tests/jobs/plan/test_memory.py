@@ -100,9 +100,9 @@ def _on_ranks(place: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_every_engine(tmp_path):
-    """Of 72 to 487 MB, most of which is DeepSpeed's buckets of 50 million elements."""
-    (found,) = run_on_ranks(1, _on_ranks, tmp_path)
-    for name, peak in found.items():
-        _, memory = planned(experiment_of(tmp_path, *ENGINES[name]), 1)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_engine(tmp_path, ranks):
+    """Of 42 to 477 MB, most of which is DeepSpeed's buckets of 50 million elements."""
+    for name, peak in run_on_ranks(ranks, _on_ranks, tmp_path)[0].items():
+        _, memory = planned(experiment_of(tmp_path, *ENGINES[name]), ranks)
         assert peak <= memory.total <= 1.1 * peak, name
