@@ -54,4 +54,4 @@ def test_a_forward_begins_before_all_weights_are_there(step):
 
 def test_nothing_in_the_engine_waits_and_the_update_takes_few_launches(step):
     assert not [entry for entry in step if entry.is_wait and entry.part.startswith("engine.")]
-    assert launches(step, "engine.step") <= 15  # norm, AdamW, a cast per block
+    assert launches(step, "engine.step") <= 20  # norm, verdict, AdamW, a cast per block
