@@ -88,3 +88,8 @@ class TrackingError(DtrScaleError):
     """MLflow does not answer a command that is there for it alone."""
 
     exit_code = 1
+
+
+def failure_reason(error: BaseException) -> str:
+    """Return an error in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__

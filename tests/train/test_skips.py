@@ -16,6 +16,7 @@ from dtr_scale.signals import LeaveRequest
 from dtr_scale.tracking.attempts import read_attempts
 from dtr_scale.train import guard
 from dtr_scale.train.skipped import SkipLog, SkippedStep
+from dtr_scale.train.trainer import Trainer
 from tests.support.engine_jobs import LONE
 from tests.support.poison import poison
 from tests.support.runs import (
@@ -183,7 +184,7 @@ def test_a_run_that_was_stopped_on_its_way_back_takes_the_same_way(digits, tmp_p
     through, stopped = tmp_path / "through", tmp_path / "stopped"
     train(digits, through, *STEPS, *BACK, "--checkpoint.every_steps=4")
     leaving = LeaveRequest()
-    before = job.Trainer._train_step
+    before = Trainer._train_step
 
     def train_step(self, batches):
         if self.step + 1 == cut and (cut < 7 or self.guard.rollbacks):
@@ -194,7 +195,7 @@ def test_a_run_that_was_stopped_on_its_way_back_takes_the_same_way(digits, tmp_p
         digits, stopped, *SINGLE, *STEPS, *BACK, "--checkpoint.every_steps=4"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job.Trainer, "_train_step", train_step)
+        patch.setattr(Trainer, "_train_step", train_step)
         assert job.train_experiment(experiment, leave=leaving) == 75
     assert job.train_experiment(experiment) == 0
     assert journal(stopped) == journal(through)

@@ -20,8 +20,6 @@ from dtr_scale.jobs.drawing import device_name
 from dtr_scale.jobs.trained import write_whole
 
 _NOT_COMPARED = ("$schema", "name", "description", "expected", "run_dir")
-# Dense, of 16-bit products with fp32 sums, from NVIDIA's data sheets of the SXM modules.
-_NOMINAL_FLOPS = {"A100-SXM": 312e12, "H100 80GB HBM3": 989e12, "H200": 989e12}
 
 
 def machine(world: World) -> dict[str, Any]:
@@ -41,14 +39,6 @@ def config(experiment: Experiment) -> dict[str, Any]:
     """Return the settings that were measured, flat; not the names, which change nothing."""
     flat = flatten(resolved(experiment))
     return {key: value for key, value in flat.items() if key.split(".")[0] not in _NOT_COMPARED}
-
-
-def nominal_flops(device: torch.device, precision: str) -> float | None:
-    """Return what the data sheet of a GPU promises for bf16; None where it is not known here."""
-    if device.type == "cuda" and precision == "bf16":
-        name = torch.cuda.get_device_name(device)
-        return next((flops for part, flops in _NOMINAL_FLOPS.items() if part in name), None)
-    return None
 
 
 def memory_peak_bytes(world: World) -> int:

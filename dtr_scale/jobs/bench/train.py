@@ -16,10 +16,11 @@ from dtr_scale.engines.world import World
 from dtr_scale.jobs.attention import settle_attention
 from dtr_scale.jobs.bench.peer import Peer, build_peer
 from dtr_scale.jobs.bench.place import temporary_folder
-from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes, nominal_flops
+from dtr_scale.jobs.bench.report import config, machine, memory_peak_bytes
 from dtr_scale.jobs.bench.timing import Alternating, LoopClock, matmul_seconds, spread
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.plan.compute import plan_compute
+from dtr_scale.jobs.plan.gpus import nominal_flops
 from dtr_scale.jobs.train import join
 from dtr_scale.logs import ProgressBar
 from dtr_scale.signals import LeaveRequest

@@ -4,6 +4,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
+import torch
+
 from dtr_scale.errors import ConfigError
 
 GB, TERA = 1e9, 1e12
@@ -89,3 +91,11 @@ def find_gpu(name: str) -> Gpu:
 def named(gpu: Gpu, device: str) -> bool:
     """Tell whether a driver's name of a device, such as "NVIDIA H200", is this kind's."""
     return bool(re.search(rf"\b{re.escape(gpu.title)}\b", device))
+
+
+def nominal_flops(device: torch.device, precision: str) -> float | None:
+    """Return what the data sheet of a GPU promises for bf16; None where it is not known here."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    driver = torch.cuda.get_device_name(device)
+    return next((gpu.bf16_tflops * TERA for gpu in _KNOWN if named(gpu, driver)), None)
