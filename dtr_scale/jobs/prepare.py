@@ -148,7 +148,10 @@ def _encoders(
         text_encoder = TextEncoder(writing.text_encoder, writing.text_pretrained, _device())
     if writing.pixels:
         return PixelEncoder(writing.size or 64), text_encoder
-    return PosteriorEncoder(writing.vae, writing.size or 256, _device()), text_encoder
+    try:
+        return PosteriorEncoder(writing.vae, writing.size or 256, _device()), text_encoder
+    except ConfigError as error:
+        raise ConfigError(f"{error}; or give --pixels, which needs no autoencoder") from None
 
 
 def _device() -> torch.device:
