@@ -26,6 +26,11 @@ LARGE_GB = 26
 SLOW_SECONDS, LARGE_SECONDS = 900, 3600  # others have the time limit of pyproject.toml
 LEFT_OUT = pytest.StashKey[list[str]]()
 
+# What launchers set, less what is set here. DeepSpeed sets it, too, in a process that trains.
+LAUNCHED = {
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+} - set(os.environ)  # fmt: skip
+
 KEY, SECRET, BUCKET = "testkey", "testsecret", "bucket"
 
 
@@ -83,6 +88,13 @@ def cache_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_rank():
+    """Let no test, and no process that it starts, take itself for a rank of an earlier one's."""
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture

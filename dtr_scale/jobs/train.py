@@ -157,11 +157,11 @@ def _failures_told(fail: Callable[[str], bool], peers: PeerWatch) -> Iterator[No
             end_at_exit(ended.exit_code)
             raise ended from None
         reason = failure_reason(error)
+        exit_code = getattr(error, "exit_code", EXIT_FAILED)
         # What `agree` has raised on every rank is told by rank 0 alone.
         if launched_rank() == 0 or not getattr(error, "on_every_rank", False):
             fail(reason)  # before the peers know, who would tell it otherwise
-        exit_code = getattr(error, "exit_code", EXIT_FAILED)
-        peers.post(reason, exit_code)
+            peers.post(reason, exit_code)
         # Threads of the watch may be in C++ while Python shuts down, which aborts with -6.
         if launched_world_size() > 1:
             end_at_exit(exit_code)

@@ -13,6 +13,7 @@ from dtr_scale.tracking.journal import Record
 log = logging.getLogger(__name__)
 
 _SLOW = 1.5  # times the median
+_LEAST_SECONDS = 0.02  # more than it: nobody waits for the jitter of a few milliseconds
 _RECORDS = 2  # in a row: one may be of a step that compiled
 
 
@@ -78,7 +79,8 @@ class SlowRank:
         slowest, median = record.get("slowest_rank_seconds"), record.get("median_rank_seconds")
         if slowest is None or median is None:
             return
-        rank = int(record["slowest_rank"]) if slowest > _SLOW * median else -1
+        is_slow = slowest > max(_SLOW * median, median + _LEAST_SECONDS)
+        rank = int(record["slowest_rank"]) if is_slow else -1
         self._num_records = self._num_records + 1 if rank == self._suspect else 1
         self._suspect = rank
         if rank >= 0 and self._num_records == _RECORDS:

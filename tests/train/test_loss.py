@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("learn_sigma", [True, False])
 @pytest.mark.parametrize("kind", OBJECTIVE_TYPES)
 def test_compiled_it_is_one_graph_and_the_same_loss(kind, learn_sigma):
+    torch.compiler.reset()  # it counts what other tests have compiled of the same code
     torch.manual_seed(0)
     diffusion = GaussianDiffusion("cosine", 1000, learn_sigma=learn_sigma)
     objective = build_objective(kind, num_clusters=3, global_batch_size=4, device=CPU)

@@ -20,6 +20,7 @@ SIZES = (
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_a_compiled_block_keeps_what_products_and_norms_touch():
+    torch.compiler.reset()  # it keeps what other tests have compiled of the same code
     one, two = (
         trace_step(load_experiment(CONFIG, [*SIZES, f"--model.depth={n}"]), 4, precision="fp32")
         for n in (1, 2)
