@@ -1,1 +1,1 @@
-"""What wraps the network to train it: one process, FSDP2, DeepSpeed ZeRO, flat buffers."""
+"""Engines that train the network: one process, FSDP2, DeepSpeed ZeRO, flat buffers."""

@@ -1,1 +1,1 @@
-"""What each command starts, built of all the rooms; `api` is what Python programs call."""
+"""A job for each command, built of all the rooms; Python programs call `api`."""

@@ -1,1 +1,1 @@
-"""What a step minimises: weights of the loss, ANT-UW, and the affinity of timesteps."""
+"""Objectives of training: weights of the loss, ANT-UW, and the affinity of timesteps."""

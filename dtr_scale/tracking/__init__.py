@@ -1,1 +1,1 @@
-"""What is recorded of a run: the journal, attempts, and their mirror in MLflow."""
+"""Records of a run: the journal, attempts, and their mirror in MLflow."""

@@ -1,4 +1,4 @@
-"""What GPUs can do: their makers' data sheets, and what kernels reach of it."""
+"""List known GPUs: memory and speed by their data sheets, and the share that kernels reach."""
 
 import difflib
 import re
