@@ -109,6 +109,11 @@ def _add_sample(commands: Commands) -> None:
     )
     parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
     add_weights(parser)
+    _add_texts(parser)
+    runs(parser, _sample, overrides=True, on_ranks=True)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models of text")
     text = group.add_mutually_exclusive_group()
     text.add_argument(
@@ -127,7 +132,6 @@ def _add_sample(commands: Commands) -> None:
         "--text-encoder", metavar="NAME", help="open_clip's or a folder (default: the data's)"
     )
     group.add_argument("--text-pretrained", metavar="WEIGHTS", default="openai", help="its weights")
-    runs(parser, _sample, overrides=True, on_ranks=True)
 
 
 def _add_compare(commands: Commands) -> None:
