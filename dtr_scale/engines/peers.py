@@ -192,7 +192,13 @@ class PeerWatch:
         return f"rank {rank} on {host}" if host else f"rank {rank}"
 
     def _patience(self, position: Position) -> float:
-        in_steps = position.section in LOOP and self._place.limit_seconds is not None
+        if self._place.limit_seconds is None:
+            return self._silence
+        own = self._place.position
+        # What a rank has told may be of its start, seconds and many short steps ago: it has gone
+        # through these with this rank since.
+        went_on = own.section in LOOP and own.step > position.step
+        in_steps = position.section in LOOP or went_on
         return min(self._silence, _STEP_SILENCE_SECONDS) if in_steps else self._silence
 
     def _forgive(self, now: float) -> None:

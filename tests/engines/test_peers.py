@@ -17,7 +17,7 @@ from dtr_scale.cli.main import main
 from dtr_scale.engines import peers
 from dtr_scale.engines import place as place_module
 from dtr_scale.engines.peers import Failure, PeerWatch, end_at_exit
-from dtr_scale.engines.place import Place
+from dtr_scale.engines.place import Place, Position
 from dtr_scale.engines.stacks import Stacks
 from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs import train as run_module
@@ -235,3 +235,19 @@ def test_one_process_has_no_peers():
     watch.post("anything")
     assert watch.failure() is None
     watch.close()
+
+
+def test_a_silent_rank_that_told_of_its_start_alone_is_judged_as_in_steps():
+    """Many short steps fit between two signs of life."""
+    watch = PeerWatch(World(0, 0, 1, torch.device("cpu")), end=lambda failure: None)
+    place = watch._place
+    start = Position(1, "start", 0, 0.0)
+    assert watch._patience(start) == 120
+    for step in range(1, 11):
+        place.enter("forward")
+        place.end_step(step)
+    place.enter("evaluation")
+    assert watch._patience(start) == 120
+    place.enter("forward")
+    assert watch._patience(start) == 20
+    assert watch._patience(Position(40, "evaluation", 10, 0.0)) == 120
