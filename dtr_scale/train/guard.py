@@ -24,9 +24,10 @@ class UpdateGuard:
     """Counts skipped updates, and tells how large the next step's loss and gradient may be.
 
     Without a `spike_factor` they need only be finite. With it, neither mse nor the norm may exceed
-    that many times its median over the last steps that were updates: mse, since one sample at t = 0
-    can make vb twenty times as large. Skipped updates in a row, `rollback_after` of
-    them, take the run back to a checkpoint; `max_rollbacks` to the same one, and it ends.
+    that many times its median over the last steps that were updates: mse, since one sample of the
+    cosine schedule's last timestep can make vb twenty times as large. Skipped updates in a row,
+    `rollback_after` of them, take the run back to a checkpoint; `max_rollbacks` to the same one,
+    and it ends.
     """
 
     def __init__(

@@ -10,8 +10,9 @@ from dtr_scale.tracking.journal import Record
 class LossMeans:
     """Means of mse, of vb and of their sum, over the steps since the last one that was logged.
 
-    One sample at t = 0 can make a loss of 0.3 one of 19.6, so single steps tell little. The sums
-    are part of a checkpoint: the journal of a resumed run is the same to the last bit.
+    One sample of the cosine schedule's last timestep, whose beta is cut off, or of t = 0 can make a
+    loss of 0.3 one of 19.6, so single steps tell little. The sums are part of a checkpoint: the
+    journal of a resumed run is the same to the last bit.
     """
 
     def __init__(self) -> None:

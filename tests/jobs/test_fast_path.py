@@ -17,7 +17,7 @@ STEPS = ("--train.max_steps=50", "--evaluation.every_steps=0")
     ("precision", "figures", "most"),
     [
         ("fp32", ("loss", "objective"), 1e-5),
-        # Not vb, of which one sample at t = 0 makes most, and bf16 keeps two digits of it.
+        # Not vb, of which one sample of the last timestep makes most, and bf16 keeps two digits.
         ("bf16", ("mse", "objective"), 1e-2),
     ],
 )

@@ -13,7 +13,7 @@ from tests.support.terminal import shown_by, terminal
 
 log = logging.getLogger("dtr_scale.tests")
 RECORD = {
-    "loss": 19.6,  # one sample at t = 0
+    "loss": 19.6,  # one sample of the last timestep
     "loss_mean": 0.12347,
     "mse_mean": 0.1201,
     "vb_mean": 0.00337,
