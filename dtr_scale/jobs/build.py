@@ -292,12 +292,9 @@ def _build_engine(
     }
     step: Any = {"grad_clip": train.grad_clip, "precision": config.precision}
     match config.type:
-        case "single":
-            casts_weights = casts_weights_once(experiment, world.device)
-            return SingleEngine(
-                network, device=world.device, casts_weights=casts_weights, **optimizer, **step
-            )
-        case "flat":
+        case "single" if not casts_weights_once(experiment, world.device):
+            return SingleEngine(network, device=world.device, **optimizer, **step)
+        case "single" | "flat":
             return FlatEngine(
                 network, blocks=network.routed_blocks(), world=world, **optimizer, **step
             )
@@ -340,9 +337,10 @@ def compiles_blocks(experiment: Experiment, world: World) -> bool:
 
 
 def casts_weights_once(experiment: Experiment, device: torch.device) -> bool:
-    """Tell whether the engine "single" computes with bf16 weights, not by autocast: on a GPU.
+    """Tell whether "single" is the flat engine with one rank: in bf16 on a GPU.
 
-    On a CPU autocast keeps the networks' own fp32 parts in fp32 and costs little.
+    Its bf16 weights are cast once a step. Autocast casts them in every forward, a kernel apiece; on
+    a CPU that costs little, and keeps the networks' own fp32 parts in fp32.
     """
     return experiment.engine.precision == "bf16" and device.type == "cuda"
 

@@ -29,6 +29,11 @@ class Layout:
         return "autocast" if self.precision == "bf16" and by_autocast else self.precision
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the flat engine trains: for "single", too, in bf16 on a GPU."""
+        return self.name == "flat" or (self.name == "single" and self.computes_in == "bf16")
+
+    @property
     def compiles(self) -> bool:
         """Whether blocks can be compiled: under ZeRO-3 they would fall into pieces."""
         return self.name != "zero-3"

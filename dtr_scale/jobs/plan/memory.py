@@ -62,22 +62,14 @@ def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
     held = whole if layout.name in ("single", "ddp", "zero-0") else part
     masters = item * held
     buffers = 0.0
-    match layout.name:
+    match "flat" if layout.is_flat else layout.name:
         case "ddp":
             # Its buckets hold the gradients once more.
             weights, gradients, masters = item * whole, item * 2 * whole, 0.0
         case "single" | "zero-0":
             # By autocast and in fp32 the masters are the weights; autocast keeps a bf16 copy of
             # each weight until the backward.
-            weights = float(low * whole)
-            gradients = item * whole
-            if layout.computes_in != "bf16":
-                masters = 0.0
-            elif not accumulates:
-                # bf16 gradients are there until fp32 ones are made of them.
-                buffers = low * sizes.largest_block
-            else:
-                buffers = low * whole
+            weights, gradients, masters = item * whole, item * whole, 0.0
             if layout.computes_in == "autocast":
                 buffers = 2 * whole
         case "zero-1":

@@ -16,7 +16,8 @@ from dtr_scale.engines.world import World, join_world
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.plan.cluster import Cluster
 from dtr_scale.jobs.plan.gpus import find_gpu
-from dtr_scale.jobs.plan.memory import Memory, checkpoint_bytes
+from dtr_scale.jobs.plan.layout import Layout
+from dtr_scale.jobs.plan.memory import Memory, Sizes, checkpoint_bytes, rank_memory
 from dtr_scale.jobs.plan.planner import Planner
 from tests.support.ranks import run_on_ranks
 
@@ -90,6 +91,16 @@ def test_one_process(tmp_path, extra):
     assert state == checkpoint_bytes(planner.sizes)
     # Above it: all gradients count, though the last come when most activations are gone.
     assert peak <= memory.total <= 1.1 * peak
+
+
+def test_in_bf16_on_a_gpu_one_process_has_the_flat_engine():
+    sizes = Sizes(1000, 100, 200, averages=1)
+
+    def planned_memory(name: str, **where: bool) -> Memory:
+        return rank_memory(Layout(name, 1, 1, "bf16", **where), sizes, 0.0)
+
+    assert planned_memory("single") == planned_memory("flat")
+    assert planned_memory("single", on_gpu=False) == planned_memory("zero-0")
 
 
 def _on_ranks(place: Path) -> dict[str, int]:
