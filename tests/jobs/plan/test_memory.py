@@ -96,11 +96,11 @@ def test_one_process(tmp_path, extra):
 def test_in_bf16_on_a_gpu_one_process_has_the_flat_engine():
     sizes = Sizes(1000, 100, 200, averages=1)
 
-    def planned_memory(name: str, **where: bool) -> Memory:
-        return rank_memory(Layout(name, 1, 1, "bf16", **where), sizes, 0.0)
+    def planned_memory(name: str, *, on_gpu: bool) -> Memory:
+        return rank_memory(Layout(name, 1, 1, "bf16", on_gpu), sizes, 0.0)
 
-    assert planned_memory("single") == planned_memory("flat")
-    assert planned_memory("single", on_gpu=False) == planned_memory("zero-0")
+    assert planned_memory("single", on_gpu=True) == planned_memory("flat", on_gpu=True)
+    assert planned_memory("single", on_gpu=False) == planned_memory("zero-0", on_gpu=False)
 
 
 def _on_ranks(place: Path) -> dict[str, int]:
