@@ -18,6 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 
+from dtr_scale.engines.bias_gradients import SUM_BY_SAMPLE
 from dtr_scale.errors import EngineError
 
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
@@ -52,7 +53,7 @@ def compile_blocks(blocks: Sequence[nn.Module], *, dynamic: bool | None = None) 
     dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(blocks))
     for block in blocks:
         # In place: torch.compile(block) would put `_orig_mod` into every parameter's name.
-        block.compile(dynamic=dynamic)
+        block.compile(dynamic=dynamic, options={"post_grad_custom_pre_pass": SUM_BY_SAMPLE})
         wrap_call(block, _compiled)
 
 
