@@ -6,6 +6,7 @@ paper (appendix C, figure 8).
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dtr_scale.models.attention import AttentionModule
@@ -80,12 +81,23 @@ class Mlp(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-        self.act = nn.GELU(approximate="tanh")
+        self.fc1 = _GELULinear(hidden_size, 4 * hidden_size)
         self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1(x))
+
+
+class _GELULinear(nn.Linear):
+    """A linear layer with its GELU by tanh, which on a GPU is part of the matrix product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        # A backward needs what enters the GELU, and cuBLASLt's epilogue drops that.
+        if not input.is_cuda or torch.is_grad_enabled():
+            return nn.functional.gelu(super().forward(input), approximate="tanh")
+        rows, weight = input.flatten(0, -2), self.weight.t()
+        out = torch.ops.aten._addmm_activation(self.bias, rows, weight, use_gelu=True)
+        return out.view(*input.shape[:-1], -1)
 
 
 class DiTBlock(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dtr_scale.engines.wrap import checkpoint_activations
+from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks
 from dtr_scale.jobs.attention import CANDIDATES
 from dtr_scale.models.attention import resolve_backend
 from dtr_scale.models.attention_timing import AttentionShape, time_attention
@@ -31,7 +31,7 @@ def network():
 
 
 def forward_backward(model, device):
-    """Return the output and the gradients of input and weights, fp32 on the CPU."""
+    """Return both outputs, and the gradients of input and weights, fp32 on the CPU."""
     torch.manual_seed(1)
     x = torch.randn(4, 4, 16, 16).to(device).requires_grad_()
     t = torch.tensor([0, 400, 900, 999]).to(device)
@@ -39,7 +39,9 @@ def forward_backward(model, device):
     out = model(x, t, y)
     out.float().square().mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    tensors = {"out": out, "x": x.grad, **gradients}
+    with torch.no_grad():
+        drawn = model(x, t, y)
+    tensors = {"out": out, "drawn": drawn, "x": x.grad, **gradients}
     return {name: value.detach().float().cpu() for name, value in tensors.items()}
 
 
@@ -54,8 +56,7 @@ def test_bf16_agrees_with_fp32(backend, compiled, expected):
     model = network().cuda().bfloat16()
     model.use_attention(resolve_backend(backend, torch.device("cuda")))
     if compiled:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model.routed_blocks())
     actual = forward_backward(model, "cuda")
     for name, value in expected.items():
         # Of the whole tensor: single gradients that cancel have no digits left in bf16.

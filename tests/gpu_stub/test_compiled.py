@@ -9,7 +9,10 @@ from tests.support.engine_jobs import ENGINES
 
 pytestmark = pytest.mark.slow
 
-FORWARD_KERNELS, BACKWARD_KERNELS, GIGABYTES = 5, 14, 0.94
+KERNELS = {"forward": 5, "backward": 14, "sampling": 4}
+GIGABYTES, SAMPLING_GIGABYTES = 0.94, 0.18
+GELU = "36"
+"""Of a matrix product that adds a bias and applies GELU: cuBLASLt's CUBLASLT_EPILOGUE_GELU_BIAS."""
 
 
 @pytest.mark.parametrize(("attention", "gpu"), [("sdpa", H100), ("xformers", A100)])
@@ -17,19 +20,27 @@ def test_a_block_is_one_graph_of_few_kernels(attention, gpu, machine, tell):
     log = machine.folder / f"block_{attention}.log"
     figures = machine.call("compile_block", log, attention, gpu)
     entries = read_log(log)
-    forward, backward = (
-        sum(entry.kind == "TRITON" and entry.part == part for entry in entries) / 2
-        for part in ("forward", "backward")
-    )
-    gigabytes = sum(figures["gigabytes"])
+    kernels = {part: count(entries, part, "TRITON") for part in KERNELS}
+    *trained, sampled = figures["gigabytes"]
     tell(
-        f"a compiled block, {attention}: {forward:g} kernels of its own forward and {backward:g} "
-        f"backward move {gigabytes:.3f} GB"
+        f"a compiled block, {attention}: {kernels['forward']:g} kernels of its own forward and "
+        f"{kernels['backward']:g} backward move {sum(trained):.3f} GB; without gradients "
+        f"{kernels['sampling']:g} move {sampled:.3f} GB"
     )
-    assert (figures["graphs"], figures["breaks"]) == (1, 0)
-    assert 0 < forward <= FORWARD_KERNELS
-    assert 0 < backward <= BACKWARD_KERNELS
-    assert 0 < gigabytes <= GIGABYTES
+    # One to train, one without gradients.
+    assert (figures["graphs"], figures["breaks"]) == (2, 0)
+    for part, budget in KERNELS.items():
+        assert 0 < kernels[part] <= budget
+    assert 0 < sum(trained) <= GIGABYTES
+    assert 0 < sampled <= SAMPLING_GIGABYTES
+    # GELU is part of its product where no gradient needs what enters it.
+    assert [count(entries, part, "GEMM", GELU) for part in KERNELS] == [0, 0, 1]
+
+
+def count(entries, part, kind, *last):
+    """Return how many entries of a part and a kind, with these last words, a block has."""
+    found = [entry for entry in entries if (entry.kind, entry.part) == (kind, part)]
+    return sum(not last or entry.words[-1:] == last for entry in found) / 2
 
 
 def test_the_second_start_compiles_nothing(machine, tell):
