@@ -280,7 +280,8 @@ def _tell(arguments: argparse.Namespace, prepared: "Prepared") -> int:
 def _tell_manifest(out: str, manifest: "Manifest") -> None:
     for split in dict.fromkeys(shard.split for shard in manifest.shards):
         shards, samples = manifest.split(split), manifest.num_samples(split)
-        print(f"{split}: {samples} samples in {len(shards)} shards")
+        many = "s" if len(shards) > 1 else ""
+        print(f"{split}: {samples:,} samples in {len(shards):,} shard{many}")
     if manifest.unreadable:
         print(f"unreadable: {len(manifest.unreadable)} pictures, listed in the manifest")
     print(f"manifest: {out.rstrip('/')}/manifest.json")

@@ -290,8 +290,8 @@ def test_config_schema_is_a_json_schema(capsys):
 def test_prepare_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
     assert main(["prepare", "digits", "--out", f"{tmp_path}/"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "train: 1500 samples in 3 shards",
-        "val: 297 samples in 1 shards",
+        "train: 1,500 samples in 3 shards",
+        "val: 297 samples in 1 shard",
         f"manifest: {tmp_path}/manifest.json",
     ]
     assert read_manifest(open_folder(tmp_path)).num_samples("train") == 1500
