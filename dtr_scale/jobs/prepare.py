@@ -118,7 +118,8 @@ def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> 
     with _writing_errors(writing.out), request.listening():
         with telling("looking for pictures"):
             pictures = list_pictures()
-        encoder, text_encoder = _encoders(writing, pictures)
+        with telling("loading what encodes pictures"):
+            encoder, text_encoder = _encoders(writing, pictures)
         outcome = Preparation(
             pictures,
             folder,

@@ -1,6 +1,9 @@
 """A rank takes a GPU of its own, or its share of the cores; never the CPU by mistake."""
 
+import ctypes
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -117,3 +120,25 @@ def test_ranks_that_share_a_gpu_are_all_told(gpus, shared):
     for rank in ranks:
         rank.join()
     assert told == dict.fromkeys(range(len(gpus)), shared and f"ranks {shared}")
+
+
+_FAULTS = """
+import resource, torch
+from dtr_scale.engines.device import choose_device
+choose_device("cpu", 0)
+def faults():
+    torch.ones(12_000_000)  # 48 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+# The first ones come to lie one behind the other: glibc 2.36 sets the ends of seven blocks aside.
+counts = [faults() for _ in range(16)]
+print(counts[-1] - counts[-4])
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.parametrize(("environment", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_memory_is_kept_for_the_next_step_unless_the_user_has_settings(environment, kept):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    command = [sys.executable, "-c", _FAULTS]
+    told = subprocess.run(command, env=plain | environment, capture_output=True, check=True)
+    assert (int(told.stdout) < 1000) == kept

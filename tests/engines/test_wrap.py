@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._functorch import config as functorch
 from torch._inductor import config as inductor
+from torch._inductor.utils import run_and_get_code
 
 from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks, is_compiled
 from dtr_scale.errors import EngineError
@@ -100,6 +102,28 @@ def test_a_machine_without_a_compiler_is_told_what_to_install():
         pytest.raises(EngineError, match=r"engine\.compile = true: .*C\+\+ compiler.*python3-dev"),
     ):
         trained(model)
+
+
+class Gelu(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_gelu_is_as_exact_by_one_exponential():
+    plain, compiled = Gelu(), Gelu()
+    compile_blocks([compiled])
+    x = torch.linspace(-40, 40, 4001).requires_grad_()
+
+    def trained(gelu: torch.nn.Module) -> list[torch.Tensor]:
+        out = gelu(x)
+        return [out, *torch.autograd.grad(out.sum(), x)]
+
+    with inductor.patch({"fx_graph_cache": False}), functorch.patch(enable_autograd_cache=False):
+        actual, code = run_and_get_code(trained, compiled)
+    torch.testing.assert_close(actual, trained(plain))
+    assert ".exp()" in "".join(code)
+    assert ".tanh()" not in "".join(code)
 
 
 def test_auto_compiles_on_a_gpu_where_there_is_a_compiler(monkeypatch):
