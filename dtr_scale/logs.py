@@ -140,13 +140,20 @@ def watched(
 @contextmanager
 def telling(what: str, seconds: float = 5.0) -> Iterator[None]:
     """Say once what is being done, if it takes longer: most of the time it does not."""
-    timer = threading.Timer(seconds, log.info, ("%s ...", what))
+    timer = threading.Timer(seconds, _say, (f"{what} ...",))
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+
+
+def _say(message: str) -> None:
+    # Not `log.info`: whoever loads a network silences all logging meanwhile, to spare the user what
+    # libraries tell of it.
+    if log.getEffectiveLevel() <= logging.INFO:
+        log.handle(log.makeRecord(log.name, logging.INFO, __file__, 0, message, (), None))
 
 
 def columns() -> int:

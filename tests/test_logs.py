@@ -126,9 +126,15 @@ def test_long_work_fills_a_bar_on_a_terminal(columns):
 def test_what_takes_long_is_told_and_what_does_not_is_not(capsys):
     setup_logging(0)
     with telling("waiting", seconds=0.05):
+        # As while a network is loaded.
+        logging.disable()
         time.sleep(0.3)
+        logging.disable(logging.NOTSET)
     with telling("never", seconds=60):
         pass
+    setup_logging(1)
+    with telling("rank 0's to say", seconds=0.05):
+        time.sleep(0.3)
     assert [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()] == [
         "waiting ..."
     ]

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from dtr_scale.errors import ConfigError
+from dtr_scale.models.attention import HeadNorm
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.models.dit import DiT
+from dtr_scale.models.experts import MultiExperts
 from dtr_scale.models.unet import ADM
 
 _OF_UNETS = (
@@ -30,11 +32,12 @@ class PipelineNetwork(NamedTuple):
 
 def check_pipeline(network: Denoiser) -> None:
     """Raise ConfigError for a network that no code of a pipeline computes."""
-    if not isinstance(network, DiT | ADM):
-        raise ConfigError(
-            f"a network of {type(network).__name__} has no pipeline; accepted: a DiT or an ADM; "
-            "others leave as safetensors"
-        )
+    if isinstance(network, DiT | ADM) or _experts_of(network):
+        return
+    raise ConfigError(
+        f"a network of {type(network).__name__} has no pipeline; accepted: a DiT, experts that are "
+        "DiTs, or an ADM; others leave as safetensors"
+    )
 
 
 def pipeline_network(
@@ -50,6 +53,19 @@ def pipeline_network(
     `section` is its `model` section with all defaults. ConfigError as of `check_pipeline`.
     """
     check_pipeline(network)
+    if experts := _experts_of(network):
+        return _together(
+            [
+                pipeline_network(
+                    expert,
+                    section,
+                    num_timesteps=num_timesteps,
+                    mask_step=mask_step,
+                    null_context=null_context,
+                )
+                for expert in experts
+            ]
+        )
     routing: Any = network.routing
     # [T, C] of each block, where it has one.
     found = [m for m in routing(torch.arange(num_timesteps), mask_step) if m is not None]
@@ -68,6 +84,26 @@ def pipeline_network(
     return _transformer(network, weights, config, found, null_context)
 
 
+def _experts_of(network: Denoiser) -> list[DiT]:
+    """Return the experts of a network; [] where it has none, or others than DiTs."""
+    experts = list(network.experts) if isinstance(network, MultiExperts) else []
+    found = [expert for expert in experts if isinstance(expert, DiT)]
+    return found if len(found) == len(experts) else []
+
+
+def _together(experts: list[PipelineNetwork]) -> PipelineNetwork:
+    """Return experts as one network. They share the null text, which it holds itself besides."""
+    first = experts[0]
+    weights = {
+        f"experts.{number}.{name}": tensor
+        for number, expert in enumerate(experts)
+        for name, tensor in expert.weights.items()
+    }
+    if "null_context" in first.weights:
+        weights["null_context"] = first.weights["null_context"].clone()
+    return first._replace(weights=weights, config=first.config | {"num_experts": len(experts)})
+
+
 def _transformer(
     network: DiT,
     weights: dict[str, Tensor],
@@ -83,9 +119,10 @@ def _transformer(
     context: tuple[int, ...] | tuple[None, None] = (None, None)
     if network.conditioning == "text":
         assert null_context is not None
-        weights["null_context"] = null_context.float()
+        weights["null_context"] = null_context.float().clone()  # experts have one each
         context = tuple(null_context.shape)
     ((num_heads, _),) = network.attention_shapes()
+    block: Any = network.blocks[0]
     config |= {
         "hidden_size": network.hidden_size,
         "depth": len(network.blocks),
@@ -94,6 +131,8 @@ def _transformer(
         "num_masks": len(masks),
         "context_length": context[0],
         "context_dim": context[1],
+        "qk_norm": isinstance(block.attn.q_norm, HeadNorm),
+        "num_experts": 1,
     }
     return PipelineNetwork("dtr_transformer", "DTRTransformer2DModel", weights, config)
 

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +19,18 @@ Run = Callable[..., int]
 """Called with the parsed arguments, and with the overrides if the command takes them."""
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples, and tells every default."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Wraps what a command does, keeps the lines of examples, and tells every default."""
 
-    # A private method of argparse, the one that its own formatter of defaults overrides.
+    # Two private methods of argparse, which its own formatters override.
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        # Examples and lists are indented, and are as they should be.
+        lines = (
+            line if line.startswith(" ") else textwrap.fill(line, width, break_on_hyphens=False)
+            for line in text.splitlines()
+        )
+        return textwrap.indent("\n".join(lines), indent)
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action.default, bool):  # the option says what it switches on
             return action.help
@@ -81,8 +91,9 @@ class Commands:
 
     def add(self, name: str, group: str, summary: str, example: str) -> Parser:
         """Return the parser of a new command; `summary` opens its help, `example` closes it."""
-        short = summary.partition(";")[0]
-        self._groups[group].append(f"  {name:<11} {short}")
+        short = re.split("[;:]", summary)[0]
+        told = textwrap.fill(f"  {name:<11} {short}", 79, subsequent_indent=14 * " ")
+        self._groups[group].append(told)
         return self._parsers.add_parser(name, description=summary, epilog=f"example:\n  {example}")
 
     def listing(self) -> str:

@@ -38,7 +38,7 @@ def _add_checkpoint(commands: Commands) -> None:
     runs(verify, _verify)
     diff = parts.add_parser("diff", help="what differs between two")
     diff.add_argument("a", metavar="A", help="a checkpoint, or a run: its newest")
-    diff.add_argument("b", metavar="B")
+    diff.add_argument("b", metavar="B", help="another")
     runs(diff, _diff)
 
 

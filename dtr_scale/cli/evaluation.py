@@ -30,7 +30,7 @@ def add_evaluate(commands: Commands) -> None:
     )
     parser.usage = (
         "dtr-scale evaluate RUN_DIR [--reference FILE.npz] [options]\n"
-        "       dtr-scale evaluate --samples FILE.npz|FOLDER --reference FILE.npz [options]\n"
+        "       dtr-scale evaluate --samples FILE.npz|DIR --reference FILE.npz [options]\n"
         "       dtr-scale evaluate reference FOLDER|URL --out FILE.npz [options]"
     )
     parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
@@ -63,13 +63,13 @@ def add_evaluate(commands: Commands) -> None:
         help="samples of a run (default: its evaluation.num_samples)",
     )
     of_run.add_argument(
-        "--samples", metavar="FILE.npz|FOLDER", help="pictures to measure; or prepared data"
+        "--samples", metavar="FILE.npz|DIR", help="pictures to measure; or prepared data"
     )
     of_run.add_argument(
         "--reference",
         type=Path,
         metavar="FILE.npz",
-        help="ADM's or one's own (default for a run: its evaluation.reference, else its held-out "
+        help="ADM's or one's own (default: of a run its evaluation.reference, else its held-out "
         "split)",
     )
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What every rank raises is told once, by rank 0; another rank's own error by itself.
         if not error.reported and (rank == 0 or not error.on_every_rank):
             for line in str(error).splitlines():  # several where a file has several mistakes
-                print(f"error: {line}", file=sys.stderr, flush=True)
+                print(f"{_mark()} {line}", file=sys.stderr, flush=True)
         return error.exit_code
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         # Python flushes stdout at its exit, and would raise the same error again.
@@ -51,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+
+
+def _mark() -> str:
+    """Return what an error begins with; red on a terminal, where a launcher writes around it."""
+    in_colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    return "\033[1;31merror:\033[0m" if in_colour and os.environ.get("TERM") != "dumb" else "error:"
 
 
 def _parser() -> Parser:

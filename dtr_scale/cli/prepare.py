@@ -80,7 +80,9 @@ def _add_image_folder(sources: _Sources) -> None:
         "ILSVRC2012_img_train.tar --out data/imagenet256\n"
         "  dtr-scale prepare imagefolder /data/imagenet/val --split val --out data/imagenet256",
     )
-    parser.add_argument("path", type=Path, metavar="SRC")
+    parser.add_argument(
+        "path", type=Path, metavar="SRC", help="the folder that holds the class folders, or a tar"
+    )
     _add_writing(
         parser, "default: train, or what SRC's folders say; a further split joins its manifest"
     )
@@ -94,8 +96,9 @@ def _add_coco(sources: _Sources) -> None:
         "COCO's pictures with their first five captions, or without from a JSON of instances",
         "--images /data/coco/train2017 --annotations captions_train2017.json --out data/coco256",
     )
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--annotations", type=Path, required=True, metavar="JSON")
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="where the pictures are")
+    add("--annotations", type=Path, required=True, metavar="JSON", help="captions or instances")
     _add_writing(parser)
     _add_text_encoder(parser, "ViT-L-14")
     parser.set_defaults(run=_coco)
@@ -104,7 +107,7 @@ def _add_coco(sources: _Sources) -> None:
 def _add_ffhq(sources: _Sources) -> None:
     summary = "FFHQ, or any tree of pictures of one class"
     parser = _source(sources, "ffhq", summary, "/data/ffhq/images1024x1024 --out data/ffhq256")
-    parser.add_argument("path", type=Path, metavar="SRC")
+    parser.add_argument("path", type=Path, metavar="SRC", help="the folder, at any depth")
     _add_writing(parser)
     parser.set_defaults(run=_ffhq)
 
@@ -176,17 +179,19 @@ def _add_writing(parser: argparse.ArgumentParser, split: str = "default: train")
         help="of the square pictures (default: 256, with --pixels 64)",
     )
     stored = parser.add_mutually_exclusive_group()
-    stored.add_argument("--vae", default=_VAE, help="name or folder for diffusers")
-    stored.add_argument("--pixels", action="store_true", help="store uint8 pictures, as ADM wants")
-    add("--batch-size", type=positive_integer, default=32, help="pictures")
+    stored.add_argument("--vae", default=_VAE, help="autoencoder: a hub's name, or a folder")
+    stored.add_argument(
+        "--pixels", action="store_true", help="no autoencoder: store uint8 pictures"
+    )
+    add("--batch-size", type=positive_integer, default=32, help="pictures encoded at once")
     add("--workers", type=positive_integer, help="threads that decode (default: this rank's cores)")
-    add("--shard-mb", type=positive_number, default=256.0, help="about, per shard")
+    add("--shard-mb", type=positive_number, default=256.0, help="size of a shard, about")
     add(
         "--max-unreadable",
         type=fraction,
         default=0.01,
         metavar="FRACTION",
-        help="of the pictures; the manifest lists them, more are an error",
+        help="of the pictures that may be broken; the manifest lists them, more are an error",
     )
     parser.description = f"{parser.description} {_RESUME}"
 
@@ -275,7 +280,8 @@ def _tell(arguments: argparse.Namespace, prepared: "Prepared") -> int:
 def _tell_manifest(out: str, manifest: "Manifest") -> None:
     for split in dict.fromkeys(shard.split for shard in manifest.shards):
         shards, samples = manifest.split(split), manifest.num_samples(split)
-        print(f"{split}: {samples} samples in {len(shards)} shards")
+        many = "s" if len(shards) > 1 else ""
+        print(f"{split}: {samples:,} samples in {len(shards):,} shard{many}")
     if manifest.unreadable:
         print(f"unreadable: {len(manifest.unreadable)} pictures, listed in the manifest")
     print(f"manifest: {out.rstrip('/')}/manifest.json")

@@ -36,7 +36,7 @@ def _add_tracking(commands: Commands) -> None:
     parser = commands.add(
         "tracking",
         "look at a run",
-        "send MLflow what it has missed of a run, which one that goes on does by itself; or tell "
+        "send MLflow what it has missed of a run; one that goes on does so by itself; or tell "
         "the link of its charts",
         "dtr-scale tracking sync runs/demo_digits --uri http://mlflow:5000\n"
         "  dtr-scale tracking link runs/demo_digits",

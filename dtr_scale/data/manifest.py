@@ -179,7 +179,7 @@ def data_errors(folder: Folder, name: str) -> Iterator[None]:
     except OSError as error:
         reason = one_line(error)
         if isinstance(error, FileNotFoundError):
-            fix = "fix: check the folder (data.shards), or prepare the data (dtr-scale prepare)"
+            fix = "fix: check the folder, or prepare the data (dtr-scale prepare)"
             # On disk the reason is the same again: no such file.
             why = "" if folder.is_local else f" ({reason})"
             message = f"{name} is missing in {folder.url}{why}; {fix}"

@@ -106,12 +106,16 @@ def _data(experiment: Experiment, place: Place) -> str:
     epochs = max(0, steps) * train.global_batch_size / max(1, place.num_samples)
     told = (
         f"{data.shards or data.type}: {place.num_samples:,} samples"
-        f"{given.get(model.conditioning, '')}; {epochs:.3g} epochs to come"
+        f"{given.get(model.conditioning, '')}; {_epochs(epochs)} epochs to come"
     )
     cores = len(os.sched_getaffinity(0))
     workers = data.num_workers * local_world_size()
     # Instead of torch's warning of the same, which comes twice and from each rank.
     return told + (f"; {workers} workers on {cores} cores" if workers > cores else "")
+
+
+def _epochs(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _batch(experiment: Experiment, place: Place) -> str:

@@ -35,7 +35,7 @@ from dtr_scale.engines.fsdp2 import Fsdp2Engine
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks, is_compiled
-from dtr_scale.errors import ConfigError
+from dtr_scale.errors import ConfigError, DataError
 from dtr_scale.jobs.alike import refuse_other_data
 from dtr_scale.models import build as networks
 from dtr_scale.models.denoiser import Denoiser
@@ -176,7 +176,10 @@ def open_samples(experiment: Experiment, split: str = "train") -> Samples:
         )
     assert data.shards is not None
     folder = open_folder(data.shards, data.storage_options)
-    manifest = read_manifest(folder, split)
+    try:
+        manifest = read_manifest(folder, split)
+    except DataError as error:
+        raise DataError(f"data.shards: {error}") from error
     if manifest.shape != shape:
         raise ConfigError(
             f"model.in_channels and model.input_size make samples {list(shape)}, the manifest in "

@@ -41,6 +41,16 @@ class Drawing(NamedTuple):
     guidance: tuple[float, ...] = ()
     """Scales of a sheet: each stored batch is the same samples, drawn with the next of them."""
 
+    @property
+    def told(self) -> str:
+        """In words, with what is turned most often."""
+        evaluation = self.run.experiment.evaluation
+        scales = " and ".join(f"{scale:g}" for scale in self.guidance or [evaluation.cfg_scale])
+        return (
+            f"{self.num_samples:,} samples of step {self.run.step:,}: {evaluation.sampler}, "
+            f"{evaluation.num_sampling_steps} steps, guidance {scales}"
+        )
+
     def manifest(self, device: torch.device) -> dict[str, Any]:
         """Return all that the samples depend on."""
         run, evaluation = self.run, self.run.experiment.evaluation
@@ -85,6 +95,8 @@ def draw_stored(drawing: Drawing, stored: StoredBatches, ranks: Ranks) -> None:
     if world.is_main and len(missing) < stored.num_batches:
         have = stored.num_batches - len(missing)
         log.info("going on: %d of %d batches are stored", have, stored.num_batches)
+    if world.is_main and missing:
+        log.info("drawing %s", drawing.told)
     reason = _draw(drawing, stored, missing[world.rank :: world.world_size], ranks)
     if reason := ranks.part(reason):
         if world.is_main:

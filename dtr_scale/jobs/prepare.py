@@ -118,8 +118,7 @@ def _prepare(list_pictures: Callable[[], listing.Listing], writing: Writing) -> 
     with _writing_errors(writing.out), request.listening():
         with telling("looking for pictures"):
             pictures = list_pictures()
-        with telling("loading what encodes pictures"):
-            encoder, text_encoder = _encoders(writing, pictures)
+        encoder, text_encoder = _encoders(writing, pictures)
         outcome = Preparation(
             pictures,
             folder,

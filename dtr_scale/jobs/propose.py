@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,12 @@ import torch
 
 from dtr_scale.checkpoint.snapshot import available_memory
 from dtr_scale.config.load import validate
+from dtr_scale.config.schema import Experiment
 from dtr_scale.data.manifest import Manifest, read_manifest
 from dtr_scale.errors import ConfigError
+from dtr_scale.jobs.plan.cluster import Cluster
+from dtr_scale.jobs.plan.gpus import GB, find_gpu
+from dtr_scale.jobs.plan.planner import Planner
 from dtr_scale.models.dit import VARIANTS, DiTSize
 from dtr_scale.storage.folder import open_folder
 
@@ -37,9 +42,8 @@ _FLOPS_PER_CORE, _FLOPS_PER_FP32_CORE = 60e9, 20e9
 _SIDE_TOKENS = 16  # per side of a sample, as DiT-*/2 has of a 256x256 picture's latents
 _CPU_SIDE_TOKENS = 8
 _STATE_BYTES = 24  # per parameter: fp32 weights, gradients, Adam's moments, average; bf16 weights
-_ACTIVATION_BYTES = 40  # per token, channel and block, in bf16
 _LINE = 96  # characters of the file's lines
-_ROOM = 0.7  # of the memory; the rest is for workspaces and what the snapshot of a save takes
+_ROOM = 0.8  # of the memory; the rest is for samples, their measures and what else runs here
 
 
 class Machine(NamedTuple):
@@ -67,9 +71,7 @@ class Proposal(NamedTuple):
     @property
     def text(self) -> str:
         """The experiment's file: a line for each section, or two."""
-        sections = (
-            f"  {json.dumps(key)}: {_lines(value)}" for key, value in self.experiment.items()
-        )
+        sections = (_lines(key, value) for key, value in self.experiment.items())
         return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
@@ -91,34 +93,33 @@ def propose(data: str, out: Path, machine: Machine | None = None) -> Proposal:
     size, batch, max_steps = _scale(manifest, machine)
     num_samples, (channels, side, _) = manifest.num_samples("train"), manifest.shape
     shape = f"{side}x{side}x{channels}"
-    experiment: dict[str, Any] = {
+    raw: dict[str, Any] = {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", out.stem).strip("-._") or "mine",
         "description": f"{num_samples:,} samples of {shape}, for {machine.told}; by config init",
         "model": _model(manifest, size),
-        "objective": {"type": "ant_uw", "num_clusters": 8},
-        "data": {"type": "shards", "shards": data, "horizontal_flip": True}
-        | ({} if machine.gpu else {"num_workers": 1}),
+        "objective": {"type": "ant_uw"},
+        "data": {"shards": data} | ({} if machine.gpu else {"num_workers": 1}),
         "train": {
             "max_steps": max_steps,
             "global_batch_size": batch,
-            "micro_batch_size": _micro_batch(size, manifest, batch, machine),
+            "micro_batch_size": batch,
             "lr": 1e-4 if machine.gpu else 5e-4,
             # An average over the last tenth of the steps, at most the paper's.
             "ema_decay": min(0.9999, round(1 - 10 / max_steps, 6)),
             "log_every": 100 if machine.gpu else 20,
         },
-        "engine": {"type": "deepspeed", "precision": "bf16" if machine.bf16 else "fp32"},
-        "checkpoint": {"every_steps": min(5_000, max_steps // 20), "keep_every": 0},
+        "engine": {"precision": "bf16" if machine.bf16 else "fp32"},
+        "checkpoint": {"every_steps": min(5_000, max_steps // 20)},
         "evaluation": _evaluation(manifest, machine, max_steps),
     }
-    validate(experiment, source=str(out))
+    raw["train"]["micro_batch_size"] = _micro_batch(validate(raw, str(out)), machine)
     times = max_steps * batch / num_samples
     told = (
-        f"{max_steps:,} steps of {batch} samples ({times:,.0f} times all of them) with DTR and "
-        f"ANT-UW, {size.depth} blocks of width {size.hidden_size}, patches of {size.patch_size}x"
-        f"{size.patch_size}; for {machine.told}"
+        f"{max_steps:,} steps of {batch} samples ({times:,.{0 if times >= 1 else 2}f} times all of "
+        f"them) with DTR and ANT-UW, {size.depth} blocks of width {size.hidden_size}, patches of "
+        f"{size.patch_size}x{size.patch_size}; {_time_told(size, manifest, max_steps, machine)}"
     )
-    return Proposal(experiment, told)
+    return Proposal(_without_defaults(raw, validate(raw, str(out))), told)
 
 
 def write_proposal(proposal: Proposal, out: Path, *, force: bool) -> None:
@@ -137,36 +138,60 @@ def write_proposal(proposal: Proposal, out: Path, *, force: bool) -> None:
         ) from None
 
 
-def _lines(value: Any) -> str:  # noqa: ANN401
+def _without_defaults(raw: dict[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """Return what an experiment's file has to say, and all of `train`: what one turns first."""
+    needed = experiment.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    needed["train"] = raw["train"]
+    return _among(raw, needed)
+
+
+def _among(raw: dict[str, Any], needed: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _among(value, needed[key]) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key in needed
+    }
+
+
+def _lines(key: str, value: Any) -> str:  # noqa: ANN401
     """Return a section as JSON, over several lines where one would be too long."""
-    if not isinstance(value, dict) or len(json.dumps(value)) <= _LINE - 16:
-        return json.dumps(value)
-    lines = [""]
-    for key, setting in value.items():
-        item = f"{json.dumps(key)}: {json.dumps(setting)}, "
+    begin = f"  {json.dumps(key)}: "
+    if not isinstance(value, dict):
+        return begin + json.dumps(value)
+    lines = [f"{begin}{{"]
+    for name, setting in value.items():
+        item = f"{json.dumps(name)}: {json.dumps(setting)}, "
         if len(lines[-1]) + len(item) > _LINE:
-            lines.append("")
+            lines.append(" " * (len(begin) + 1))
         lines[-1] += item
-    body = "\n    ".join(line.rstrip() for line in lines).rstrip(",")
-    return f"{{\n    {body}\n  }}"
+    return "\n".join(line.rstrip() for line in lines).removesuffix(",") + "}"
 
 
 def _scale(manifest: Manifest, machine: Machine) -> tuple[DiTSize, int, int]:
     """Return the network, the batch and the number of steps."""
     if machine.gpu:
         return _scale_for_gpu(manifest, machine)
-    side = manifest.shape[1]
-    patch = _patch_size(side, _CPU_SIDE_TOKENS)
+    patch = _patch_size(manifest.shape[1], _CPU_SIDE_TOKENS)
+    sizes = [size._replace(patch_size=patch) for size in _FOR_CPUS]
+    steps = {size: int(_CPU_SECONDS / _cpu_seconds(size, manifest, machine)) for size in sizes}
+    size = next((size for size in sizes if steps[size] >= _CPU_ENOUGH), sizes[-1])
+    max_steps = min(_CPU_MOST, max(_CPU_LEAST, steps[size] // 1000 * 1000))
+    return size, _CPU_BATCH, max_steps
 
-    def steps_of(size: DiTSize) -> int:
-        # Each weight's product is two operations, in the forward and twice in the backward.
-        flops = 6 * _products(size) * (side // patch) ** 2 * _CPU_BATCH
-        of_core = _FLOPS_PER_CORE if machine.bf16 else _FLOPS_PER_FP32_CORE
-        return int(_CPU_SECONDS * machine.cores * of_core / flops)
 
-    size = next((size for size in _FOR_CPUS if steps_of(size) >= _CPU_ENOUGH), _FOR_CPUS[-1])
-    max_steps = min(_CPU_MOST, max(_CPU_LEAST, steps_of(size) // 1000 * 1000))
-    return size._replace(patch_size=patch), _CPU_BATCH, max_steps
+def _cpu_seconds(size: DiTSize, manifest: Manifest, machine: Machine) -> float:
+    """Return the most that a step takes on these cores."""
+    # Each weight's product is two operations, in the forward and twice in the backward.
+    flops = 6 * _products(size) * (manifest.shape[1] // size.patch_size) ** 2 * _CPU_BATCH
+    of_core = _FLOPS_PER_CORE if machine.bf16 else _FLOPS_PER_FP32_CORE
+    return flops / of_core / machine.cores
+
+
+def _time_told(size: DiTSize, manifest: Manifest, max_steps: int, machine: Machine) -> str:
+    if machine.gpu:
+        return f"for {machine.told}"
+    minutes = max_steps * _cpu_seconds(size, manifest, machine) / 60
+    return f"at most about {minutes:.0f} minutes on {machine.told}"
 
 
 def _scale_for_gpu(manifest: Manifest, machine: Machine) -> tuple[DiTSize, int, int]:
@@ -183,15 +208,18 @@ def _scale_for_gpu(manifest: Manifest, machine: Machine) -> tuple[DiTSize, int, 
     return size._replace(patch_size=patch), batch, steps
 
 
-def _micro_batch(size: DiTSize, manifest: Manifest, batch: int, machine: Machine) -> int:
+def _micro_batch(experiment: Experiment, machine: Machine) -> int:
     """Return the most samples of one forward: the batch, or its half, fourth, ... that fits."""
-    tokens = (manifest.shape[1] // size.patch_size) ** 2
-    of_sample = _ACTIVATION_BYTES * tokens * size.hidden_size * size.depth
-    if not machine.bf16:
-        of_sample *= 2
-    left = _ROOM * machine.memory - _STATE_BYTES * _weights(size)
-    micro = batch
-    while micro > 1 and micro * of_sample > left:
+    micro = experiment.train.global_batch_size
+    if machine.gpu is None:
+        return micro  # the networks for CPUs take a gigabyte at the most
+    # Of the GPU that is planned for, its memory alone counts. Not compiled, as where the node
+    # lacks a compiler: that takes more memory.
+    engine = experiment.engine.model_copy(update={"compile": False})
+    gpu = replace(find_gpu("a100-40gb"), memory_gb=_ROOM * machine.memory / GB)
+    planner = Planner(experiment.model_copy(update={"engine": engine}), Cluster(gpu, gpus=1))
+    most = max(1, planner.largest_micro_batch())
+    while micro > most:
         micro //= 2
     return micro
 

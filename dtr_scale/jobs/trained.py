@@ -14,9 +14,12 @@ from dtr_scale.engines.world import World
 from dtr_scale.errors import ConfigError
 from dtr_scale.jobs.averages import Choice, expert_dirs, find_average
 from dtr_scale.jobs.build import build_network
+from dtr_scale.logs import telling
 from dtr_scale.models.denoiser import Denoiser
 from dtr_scale.storage.folder import open_folder
 from dtr_scale.train.run_dir import CONFIG
+
+_QUIET_SECONDS = 2.0
 
 
 class TrainedRun(NamedTuple):
@@ -57,8 +60,9 @@ def load_run(
     run: TrainedRun | None = None
     with world.agree():
         if world.is_main:
-            run = _read_run(run_dir, overrides, choice or Choice())
-            run.network.to(world.device).eval()
+            with telling(f"loading the network of {run_dir}", _QUIET_SECONDS):
+                run = _read_run(run_dir, overrides, choice or Choice())
+                run.network.to(world.device).eval()
     if world.world_size == 1:
         assert run
         return run

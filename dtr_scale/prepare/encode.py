@@ -18,6 +18,9 @@ from torch import Tensor
 
 from dtr_scale.data.manifest import Encoder, Manifest, one_line
 from dtr_scale.errors import ConfigError
+from dtr_scale.logs import telling
+
+_QUIET_SECONDS = 2.0  # a hub out of reach is asked for half a minute
 
 
 class PictureEncoder(Protocol):
@@ -268,7 +271,7 @@ def _loading(what: str, name: str, accepted: str) -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), telling(f"loading {what} {name!r}", _QUIET_SECONDS):
             warnings.simplefilter("ignore")
             yield
     except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ from tests.support.weights import ADM, CONFIG, batch, random_network
 
 STEP = 1200
 PLAIN = CONFIG | {"class_dropout_prob": 0.0, "learn_sigma": False, "routing": {"type": "ercddt"}}
+EXPERTS = CONFIG | {"num_experts": 3, "qk_norm": True, "routing": {"type": "dtr"}}
 NONE = CONFIG | {"conditioning": "none", "in_channels": 3, "routing": {"type": "cdtr"}}
 
 
@@ -80,9 +81,24 @@ def test_the_network_computes_what_ours_does(tmp_path, routing):
         torch.testing.assert_close(model(x, t, y).sample, network(x, t, y, STEP), rtol=0, atol=0)
 
 
+def test_experts_and_norms_of_queries_are_computed_too(tmp_path):
+    """Each sample by the expert of its timestep."""
+    network = written(tmp_path / "p", EXPERTS)
+    x, _, y = batch()
+    t = torch.tensor([999, 0, 333, 332, 500, 666, 667, 40])[: len(x)]
+    model = load(tmp_path / "p").transformer
+    assert len(model.experts) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, t, y).sample, network(x, t, y, STEP), rtol=0, atol=1e-6)
+        one = t[:1]
+        expected = network(x, one.expand(len(x)), y, STEP)
+        torch.testing.assert_close(model(x, one, y).sample, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("config", "schedule", "sampling"),
     [
+        (EXPERTS, "cosine", {"sampler": "ddim", "num_sampling_steps": 9, "cfg_scale": 1.5}),
         (CONFIG, "cosine", {"sampler": "ddim", "num_sampling_steps": 10}),
         (CONFIG | {"routing": {"type": "dtr"}}, "cosine", {
             "sampler": "ddim", "num_sampling_steps": "ddim25", "cfg_scale": 2.0, "cfg_channels": 3,
@@ -144,7 +160,7 @@ def test_a_u_net_is_drawn_too(tmp_path, config):
 def test_texts_are_drawn_by_their_tokens(tmp_path, is_learned):
     """The text that stands for none: zeros, for which the network has learned one, or tokens."""
     config = CONFIG | {"conditioning": "text", "context_length": 5, "context_dim": 8}
-    config |= {"routing": {"type": "dtr"}}
+    config |= {"routing": {"type": "dtr"}, "num_experts": 2 if is_learned else 1}
     generator = torch.Generator().manual_seed(2)
     tokens, empty = torch.randn(3, 5, 8, generator=generator), torch.zeros(5, 8)
     if not is_learned:
@@ -240,8 +256,10 @@ def test_nothing_loads_in_part(tmp_path):
 
 
 def test_what_has_no_pipeline_is_refused_and_nothing_is_left(tmp_path):
-    experts = CONFIG | {"num_experts": 2}
-    with pytest.raises(ConfigError, match="a network of MultiExperts has no pipeline"):
+    experts = ADM | {"num_experts": 2}
+    with pytest.raises(
+        ConfigError, match=r"a network of MultiExperts has no pipeline; .* a DiT, ex"
+    ):
         written(tmp_path / "p", experts)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

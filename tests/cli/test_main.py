@@ -14,6 +14,7 @@ from dtr_scale.cli.arguments import positive_integer
 from dtr_scale.cli.main import _parser, main
 from dtr_scale.data.manifest import read_manifest
 from dtr_scale.storage.folder import open_folder
+from tests.support.terminal import shown_by, terminal
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo_digits.json")
@@ -148,6 +149,8 @@ def test_every_help_tells_what_it_does_an_example_and_every_default(parser):
     assert parser.description and f"{parser.prog} " in told.partition("example: ")[2] + " "
     assert "None" not in told and "False" not in told
     assert told.startswith(f"usage: {parser.prog}")
+    assert all(action.help for action in parser._actions)
+    assert max(map(len, parser.format_help().partition("example:")[0].splitlines())) <= 80
     values = [a for a in parser._actions if a.option_strings and a.nargs != 0]
     shown = [a for a in values if a.help != SUPPRESS and not a.required]
     assert told.count("default: ") >= len(shown)
@@ -177,6 +180,18 @@ def test_an_unknown_argument_is_refused_in_one_line(arguments, capsys):
     line = refused(capsys, *arguments)
     assert line.startswith("error: unknown argument ")
     assert f"see dtr-scale {arguments[0]}" in line and line.endswith(" -h")
+
+
+def test_an_error_is_red_on_a_terminal_alone(monkeypatch, capsys):
+    """The launcher of DeepSpeed writes a dozen lines of its own around it."""
+    monkeypatch.setenv("TERM", "xterm")
+    for no_colour, begin in (("", "\033[1;31merror:\033[0m cannot"), ("1", "error: cannot")):
+        monkeypatch.setenv("NO_COLOR", no_colour)
+        with terminal(80) as screen:
+            assert main(["config", "show", "nowhere.json"]) == 2
+        assert shown_by(screen)[0].startswith(begin)
+    assert main(["config", "show", "nowhere.json"]) == 2
+    assert capsys.readouterr().err.startswith("error: cannot")
 
 
 def test_each_mistake_of_a_file_is_an_error_of_its_own(capsys):
@@ -275,8 +290,8 @@ def test_config_schema_is_a_json_schema(capsys):
 def test_prepare_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
     assert main(["prepare", "digits", "--out", f"{tmp_path}/"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "train: 1500 samples in 3 shards",
-        "val: 297 samples in 1 shards",
+        "train: 1,500 samples in 3 shards",
+        "val: 297 samples in 1 shard",
         f"manifest: {tmp_path}/manifest.json",
     ]
     assert read_manifest(open_folder(tmp_path)).num_samples("train") == 1500

@@ -121,7 +121,7 @@ def test_tars_of_webdataset_with_classes(source, tmp_path, capsys):
     (tmp_path / "x.tar").write_bytes(tar_of(members))
     out = ("--out", tmp_path / "out", "--pixels", "--size", 16)
     assert prepare("webdataset", tmp_path / "x.tar", *out, "--split", "val") == 0
-    assert capsys.readouterr().out.startswith("val: 64 samples in 1 shards\n")
+    assert capsys.readouterr().out.startswith("val: 64 samples in 1 shard\n")
     assert read_manifest(open_folder(tmp_path / "out"), "val").num_classes == 3
 
 

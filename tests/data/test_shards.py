@@ -131,7 +131,7 @@ GOOD = {
         (
             None,
             "train",
-            r"manifest.json is missing in [^ ]+; fix: check the folder .*dtr-scale prepare",
+            r"manifest.json is missing in [^ ]+; fix: check the folder, .*dtr-scale prepare",
         ),
         (b"", "train", "manifest.json is empty.*fix: prepare the data again"),
         (b"not json", "train", "manifest.json: the file: Invalid JSON.*fix"),

@@ -78,11 +78,11 @@ def test_own_pictures_by_the_four_commands_of_the_readme(tmp_path, typed):
     shapes(tmp_path / "PICTURES", 30)
     in_the_cache(tmp_path / "hub", "stabilityai/sd-vae-ft-ema")
 
-    assert "train: 90 samples in 1 shards" in typed(f"{prepare} --size 64")
+    assert "train: 90 samples in 1 shard" in typed(f"{prepare} --size 64")
 
     told = typed(init)
     assert "with DTR and ANT-UW" in told and f"next: {train}" in told
-    assert len((tmp_path / "mine.json").read_text().splitlines()) < 26
+    assert len((tmp_path / "mine.json").read_text().splitlines()) <= 15
 
     port = f"deepspeed --master_port {free_port()} "
     log = typed(f"{train.replace('deepspeed ', port, 1)} {SHORT}")
@@ -93,6 +93,7 @@ def test_own_pictures_by_the_four_commands_of_the_readme(tmp_path, typed):
     assert [record["step"] for record in journal(tmp_path / "runs" / "mine")] == [20, 40]
 
     told = typed(f"{sample} --evaluation.num_sampling_steps=4")
+    assert "drawing 64 samples of step 40: ddim, 4 steps, guidance 1.5" in told
     sheet = tmp_path / told.splitlines()[-1]
     assert sheet.parent == tmp_path / "runs" / "mine" / "samples"
     drawn(sheet)
@@ -109,7 +110,7 @@ def test_own_webdataset_tars(tmp_path, typed):
         tar.write_bytes(tar_of(dict(sorted(members.items()))))
 
     told = typed("dtr-scale prepare webdataset tars --pixels --size 32 --out data/tars")
-    assert "train: 60 samples in 1 shards" in told
+    assert "train: 60 samples in 1 shard" in told
     typed("dtr-scale config init --data data/tars --out tars.json")
     train = f"dtr-scale train --config tars.json --engine.type=single {SHORT}"
     assert "step 20/20" in typed(f"{train} --train.max_steps=20 --evaluation.every_steps=0")
@@ -134,7 +135,7 @@ def test_captions_as_coco_has_them_and_pictures_for_a_prompt(tmp_path, typed):
 
     told = typed("dtr-scale prepare coco --images coco/images --annotations coco/captions.json "
                  "--size 64 --text-encoder clip --out data/coco")  # fmt: skip
-    assert "train: 36 samples in 1 shards" in told
+    assert "train: 36 samples in 1 shard" in told
     typed("dtr-scale config init --data data/coco --out coco.json")
     experiment = load_experiment(tmp_path / "coco.json")
     assert experiment.model.conditioning == "text"

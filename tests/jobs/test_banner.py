@@ -56,6 +56,8 @@ def test_more_workers_than_cores_are_told(monkeypatch):
     assert "classes" not in found["data"] and "parameters" not in found["network"]
     fewer = told("demo_digits", place, "--data.num_workers=1")["data"]
     assert fewer.endswith("10 classes; 85.3 epochs to come")
+    small = Place(["here"], "cpu", 32, 90, 0, is_compiled=False)
+    assert told("demo_digits", small)["data"].endswith("10 classes; 1,422 epochs to come")
 
 
 @pytest.mark.parametrize("workers", [0, 3])

@@ -105,6 +105,10 @@ def test_experts_are_exported_as_one_network(digits, tmp_path, export):
     network = dtr_scale.build_model(section)
     network.load_state_dict(load_file(out), strict=True)
     assert_same(network.state_dict(), load_run(tmp_path).network.state_dict())
+    command = ["export", str(tmp_path), "--to", "diffusers", "--out", str(tmp_path / "pipeline")]
+    assert main(command) == 0
+    described = json.loads((tmp_path / "pipeline" / "transformer" / "config.json").read_text())
+    assert described["num_experts"] == 2
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from dtr_scale.cli.main import main
 from dtr_scale.config.load import load_experiment
 from dtr_scale.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from dtr_scale.jobs.build import build_network
+from dtr_scale.jobs.plan.cluster import Cluster
+from dtr_scale.jobs.plan.gpus import find_gpu
+from dtr_scale.jobs.plan.planner import Planner
 from dtr_scale.jobs.propose import Machine, propose, write_proposal
 from dtr_scale.jobs.sampling import captions_told, reference_split
 from dtr_scale.storage.folder import open_folder
@@ -18,6 +22,7 @@ CPU = Machine(cores=2, memory=8 * 10**9)
 BIG_CPU = Machine(cores=64, memory=200 * 10**9)
 T4 = Machine(4, 15 * 10**9, "Tesla T4", bf16=False)
 H100 = Machine(16, 80 * 10**9, "NVIDIA H100")
+SHAPES = [(3, 64, 64), (4, 32, 32), (1, 28, 28), (4, 50, 50), (3, 7, 7)]
 
 
 def prepared(place, num_samples, shape=(4, 32, 32), **told):
@@ -37,9 +42,15 @@ def proposed(place, machine, name="mine.json"):
     return load_experiment(out)
 
 
-@pytest.mark.parametrize("machine", [CPU, BIG_CPU, T4, H100], ids=["2", "64", "t4", "h100"])
-@pytest.mark.parametrize("num_samples", [90, 20_000, 1_281_167])
-@pytest.mark.parametrize("shape", [(3, 64, 64), (4, 32, 32), (1, 28, 28), (4, 50, 50), (3, 7, 7)])
+# Of a GPU each is planned, which takes a second.
+ALL = [
+    *product((CPU, BIG_CPU), (90, 20_000, 1_281_167), SHAPES),
+    *product((T4,), (1_281_167,), SHAPES),
+    *product((H100,), (90, 20_000), [(4, 32, 32)]),
+]
+
+
+@pytest.mark.parametrize(("machine", "num_samples", "shape"), ALL)
 def test_every_proposal_trains_with_routing_and_fits(tmp_path, machine, num_samples, shape):
     prepared(tmp_path, num_samples, shape)
     experiment = proposed(tmp_path, machine)
@@ -52,6 +63,8 @@ def test_every_proposal_trains_with_routing_and_fits(tmp_path, machine, num_samp
     assert (network.in_channels, network.input_size) == shape[:2]
     assert 2 <= experiment.train.max_steps / experiment.evaluation.every_steps <= 10
     assert experiment.engine.precision == ("bf16" if machine.bf16 else "fp32")
+    lines = (tmp_path / "mine.json").read_text().splitlines()
+    assert len(lines) <= 15 and max(map(len, lines)) <= 96
 
 
 def test_more_data_and_more_memory_get_larger_networks(tmp_path):
@@ -74,6 +87,19 @@ def test_the_micro_batch_shrinks_to_the_memory(tmp_path):
     small = H100._replace(memory=40 * 10**9)
     micro = [proposed(tmp_path, machine).train.micro_batch_size for machine in (H100, small)]
     assert micro[0] > micro[1] >= 4
+
+
+def test_the_plan_agrees_that_it_fits(tmp_path):
+    """A fifth of the memory is left, and twice the micro-batch would take from it."""
+    prepared(tmp_path, 1_281_167)
+    experiment = proposed(tmp_path, T4)
+    experiment = experiment.model_copy(
+        update={"engine": experiment.engine.model_copy(update={"compile": False})}
+    )
+    gpu = replace(find_gpu("a100-40gb"), memory_gb=0.8 * T4.memory / 1e9)
+    planner = Planner(experiment, Cluster(gpu, gpus=1))
+    assert planner.fits(planner.memory(planner.layout()))
+    assert planner.largest_micro_batch() < 2 * experiment.train.micro_batch_size
 
 
 @pytest.mark.parametrize(
@@ -122,9 +148,32 @@ def test_the_file_is_short_and_the_command_asks_nothing(tmp_path, capsys, monkey
     out, err = capsys.readouterr()
     assert "with DTR and ANT-UW" in out and "launch/train.py --config 'my run.json'" in out
     assert err == ""
-    lines = (tmp_path / "my run.json").read_text().splitlines()
-    assert len(lines) < 26 and max(map(len, lines)) <= 100
-    assert json.loads("".join(lines))["name"] == "my-run"
+    experiment = json.loads((tmp_path / "my run.json").read_text())
+    assert experiment["name"] == "my-run"
+
+
+def test_the_file_says_what_the_defaults_do_not_and_what_one_turns_first(tmp_path):
+    prepared(tmp_path, 1_281_167)
+    out = tmp_path / "mine.json"
+    write_proposal(propose(str(tmp_path), out, H100), out, force=True)
+    raw = json.loads(out.read_text())
+    assert raw["model"]["routing"] == {"type": "dtr"} and raw["data"] == {"shards": str(tmp_path)}
+    assert "engine" not in raw and "checkpoint" not in raw
+    assert list(raw["train"]) == [
+        "max_steps", "global_batch_size", "micro_batch_size", "lr", "ema_decay", "log_every",
+    ]  # fmt: skip
+    experiment = load_experiment(out)
+    assert (experiment.model.routing.alpha, experiment.model.routing.beta) == (4, 0.8)
+    assert experiment.objective.num_clusters == 8 and experiment.data.horizontal_flip
+
+
+def test_the_time_on_a_cpu_is_told(tmp_path):
+    """So long as the cores make half of the least that was measured."""
+    place = prepared(tmp_path, 90, (3, 64, 64))
+    told = propose(place, tmp_path / "mine.json", CPU).told
+    minutes = int(told.partition("at most about ")[2].partition(" minutes")[0])
+    assert 40 < minutes <= 60 and told.endswith("on 2 CPU cores")
+    assert propose(place, tmp_path / "mine.json", H100).told.endswith("for NVIDIA H100")
 
 
 def test_what_stands_in_the_way_is_told(tmp_path, capsys):

@@ -15,6 +15,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from dtr_scale.errors import ConfigError
+from dtr_scale.logs import setup_logging
+from dtr_scale.prepare import encode
 from dtr_scale.prepare.encode import PixelEncoder, PosteriorEncoder, TextEncoder, weights_sha256
 from tests.support.pictures import small_autoencoder, small_clip
 
@@ -151,7 +153,16 @@ def test_what_cannot_be_loaded_is_one_line(vae_path, make, message, capfd):
     with pytest.raises(ConfigError, match=message) as caught:
         make(vae_path)
     assert "\n" not in str(caught.value)
-    assert capfd.readouterr() == ("", "")
+    out, err = capfd.readouterr()
+    # On a busy machine it may have taken long enough to be told.
+    assert out == "" and all("loading the" in line for line in err.splitlines())
+
+
+def test_what_takes_long_to_load_is_told(vae_path, capsys, monkeypatch):
+    monkeypatch.setattr(encode, "_QUIET_SECONDS", 0.001)
+    setup_logging(0)
+    PosteriorEncoder(str(vae_path), 32, CPU)
+    assert f"loading the autoencoder '{vae_path}' ..." in capsys.readouterr().err
 
 
 def test_a_clip_without_weights_is_refused(clip_path, tmp_path):

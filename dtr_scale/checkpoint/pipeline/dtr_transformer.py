@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 
 _FREQUENCIES = 256
 
@@ -79,27 +79,49 @@ class TextEmbedder(nn.Module):
         return torch.where(y.any(dim=(1, 2), keepdim=True), y, self.null_tokens)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens [N, L, D]."""
+class HeadNorm(nn.RMSNorm):
+    """Divide each query or key [..., D / heads] by its root mean square, in its own dtype."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class HeadNorms(nn.Module):
+    """A base of attention, with norms of queries and keys where there are any."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.q_norm, self.k_norm = (
+            HeadNorm(hidden_size // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+            for _ in range(2)
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return [N, L, D] of three of [N, heads, L or M, D / heads]."""
+        x = scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return x.transpose(1, 2).flatten(2)
+
+
+class Attention(HeadNorms):
+    """Multi-head self-attention over tokens [N, L, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__(hidden_size, num_heads, qk_norm)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         # [N, L, 3, heads, D / heads] to three of [N, heads, L, D / heads].
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(HeadNorms):
     """Multi-head attention from tokens [N, L, D] to text tokens [N, M, context_dim]."""
 
-    def __init__(self, hidden_size: int, num_heads: int, context_dim: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
+    def __init__(self, hidden_size: int, num_heads: int, context_dim: int, qk_norm: bool) -> None:
+        super().__init__(hidden_size, num_heads, qk_norm)
         self.q = nn.Linear(hidden_size, hidden_size)
         self.kv = nn.Linear(context_dim, 2 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
@@ -107,7 +129,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(context).unflatten(2, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        return self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v))
 
 
 class Mlp(nn.Module):
@@ -127,14 +149,16 @@ class Block(nn.Module):
     With a `context_dim` it attends to text tokens between self-attention and MLP.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, context_dim: int | None) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, context_dim: int | None, qk_norm: bool
+    ) -> None:
         super().__init__()
         self.norm1 = _layer_norm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.cross_attn = None
         if context_dim is not None:
             self.norm_cross = _layer_norm(hidden_size)
-            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim)
+            self.cross_attn = CrossAttention(hidden_size, num_heads, context_dim, qk_norm)
         self.norm2 = _layer_norm(hidden_size)
         self.mlp = Mlp(hidden_size)
         # Shift, scale and gate of each layer.
@@ -179,7 +203,8 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
     `num_masks` is 0 without routing, 1 where all blocks share the masks, else `depth`. The first
     `in_channels` of `out_channels` are the noise; twice as many mean a learned variance. With
     `has_null_label` the label `num_classes` stands for no class, for guidance. With a `context_dim`
-    conditions are texts, and `null_context` is the one that stands for none.
+    conditions are texts, and `null_context` is the one that stands for none. Of `num_experts` each
+    is a network of its own, for an equal part of the timesteps, the first for the lowest.
     """
 
     _no_split_modules = ["Block"]  # noqa: RUF012  diffusers' own form
@@ -200,21 +225,32 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
         num_masks: int,
         context_length: int | None = None,
         context_dim: int | None = None,
+        qk_norm: bool = False,
+        num_experts: int = 1,
     ) -> None:
         super().__init__()
+        text = None
+        if context_length is not None and context_dim is not None:
+            text = context_length, context_dim
+        self.null_context: Tensor | None
+        self.register_buffer("null_context", torch.zeros(text) if text else None)
+        self.experts = nn.ModuleList()
+        if num_experts > 1:
+            own = {k: v for k, v in self.config.items() if not k.startswith("_")}
+            for _ in range(num_experts):
+                self.experts.append(type(self)(**{**own, "num_experts": 1}))
+            return
         self.patch_size, self.grid_size = patch_size, sample_size // patch_size
         self.out_channels = out_channels
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.null_context: Tensor | None
-        if context_length is None or context_dim is None:
-            self.y_embedder = LabelEmbedder(num_classes + has_null_label, hidden_size)
-            self.register_buffer("null_context", None)
-        else:
-            self.y_embedder = TextEmbedder(context_length, context_dim, has_null_label)
-            self.register_buffer("null_context", torch.zeros(context_length, context_dim))
+        self.y_embedder = (
+            TextEmbedder(*text, has_null_label)
+            if text
+            else LabelEmbedder(num_classes + has_null_label, hidden_size)
+        )
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, context_dim) for _ in range(depth)
+            Block(hidden_size, num_heads, context_dim, qk_norm) for _ in range(depth)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
         # Both in the file, so that nothing depends on how a library rebuilds them.
@@ -250,9 +286,29 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
 
         `condition` are labels [N], or text tokens [N, context_length, context_dim].
         """
-        dtype = self.final_layer.linear.weight.dtype
         t = timestep.long()
-        z = self.x_embedder(hidden_states.to(dtype)) + self.pos_embed.to(dtype)
+        if len(self.experts):
+            sample = self._by_experts(hidden_states, t, condition)
+        else:
+            sample = self._by_itself(hidden_states, t, condition)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _by_experts(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Return each sample's output of the expert of its timestep."""
+        t, num_timesteps = t.expand(len(x)), self.config["num_timesteps"]
+        samples: list[Tensor] = []
+        places: list[Tensor] = []
+        for number, expert in enumerate(self.experts):
+            start, stop = (k * num_timesteps // len(self.experts) for k in (number, number + 1))
+            mine = ((t >= start) & (t < stop)).nonzero().flatten()
+            if len(mine):
+                samples.append(expert(x[mine], t[mine], condition[mine]).sample)
+                places.append(mine)
+        return torch.cat(samples)[torch.cat(places).argsort()]
+
+    def _by_itself(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        dtype = self.final_layer.linear.weight.dtype
+        z = self.x_embedder(x.to(dtype)) + self.pos_embed.to(dtype)
         c, context = self.t_embedder(t.expand(len(z)), dtype), None
         if self.null_context is None:
             c = c + self.y_embedder(condition.long())
@@ -260,8 +316,7 @@ class DTRTransformer2DModel(ModelMixin, ConfigMixin):
             context = self.y_embedder(condition.to(dtype))
         for number, block in enumerate(self.blocks):
             z = block(z, c, context, self._mask(number, t))
-        sample = self._unpatchified(self.final_layer(z, c))
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return self._unpatchified(self.final_layer(z, c))
 
     def _mask(self, block: int, t: Tensor) -> Tensor | None:
         """Return the channels that a block sees at timesteps [N], bool [N, D]; None for all."""

@@ -55,7 +55,9 @@ class Exchange:
     """The part of the step that it runs beside: forward, backward, or None: it is waited for."""
 
 
-def exchanges(layout: Layout, num_parameters: int, cluster: Cluster) -> list[Exchange]:
+def exchanges(
+    layout: Layout, num_parameters: int, num_trained: int, cluster: Cluster
+) -> list[Exchange]:
     """Return the collectives of a step, as each engine makes them.
 
     A ring's all-gather or reduce-scatter of S bytes moves (W - 1) / W x S through every rank, an
@@ -65,7 +67,7 @@ def exchanges(layout: Layout, num_parameters: int, cluster: Cluster) -> list[Exc
     if ranks == 1:
         return []
     ring = (ranks - 1) / ranks
-    gradient, weight = ITEM_BYTES * num_parameters, layout.weight_bytes * num_parameters
+    gradient, weight = ITEM_BYTES * num_trained, layout.weight_bytes * num_parameters
 
     def over_all(name: str, num_bytes: float, beside: str | None) -> Exchange:
         return Exchange(name, num_bytes, num_bytes / cluster.bus_bandwidth, beside)

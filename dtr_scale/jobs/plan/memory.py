@@ -22,6 +22,8 @@ class Sizes:
     """Elements of a network and how many averages are kept of it."""
 
     parameters: int
+    trained: int
+    """All but what is frozen, which has an average and moments, but no gradient."""
     largest_block: int
     outside_blocks: int
     averages: int
@@ -57,6 +59,7 @@ class Memory:
 def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
     """Return the memory of a rank that takes `activations` bytes for a micro-batch."""
     whole, part = sizes.parameters, sizes.parameters / layout.shard
+    trained, trained_part = sizes.trained, sizes.trained / layout.shard
     low, item = layout.weight_bytes, ITEM_BYTES
     has_one_rank, accumulates = layout.world_size == 1, layout.grad_accum_steps > 1
     held = whole if layout.name in ("single", "ddp", "zero-0") else part
@@ -65,35 +68,35 @@ def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
     match "flat" if layout.is_flat else layout.name:
         case "ddp":
             # Its buckets hold the gradients once more.
-            weights, gradients, masters = item * whole, item * 2 * whole, 0.0
+            weights, gradients, masters = item * whole, item * 2 * trained, 0.0
         case "single" | "zero-0":
             # By autocast and in fp32 the masters are the weights; autocast keeps a bf16 copy of
             # each weight until the backward.
-            weights, gradients, masters = item * whole, item * whole, 0.0
+            weights, gradients, masters = item * whole, item * trained, 0.0
             if layout.computes_in == "autocast":
                 buffers = 2 * whole
         case "zero-1":
             # All bf16 gradients until they are exchanged; an fp32 part of them for the update.
-            weights, gradients = float(low * whole), low * whole + item * part
+            weights, gradients = float(low * whole), low * trained + item * trained_part
             buffers = _buckets(layout, sizes)
         case "zero-2":
-            weights, gradients = float(low * whole), item * part + low * sizes.largest_block
+            weights, gradients = float(low * whole), item * trained_part + low * sizes.largest_block
             buffers = _buckets(layout, sizes)
         case "zero-3":
             weights = low * (part + min(whole, _LIVE_PARAMETERS))
-            gradients = item * part + low * sizes.largest_block
+            gradients = item * trained_part + low * sizes.largest_block
             buffers = _buckets(layout, sizes)
         case "fsdp2":
             # The shards of fp32 weights are the masters. A block is gathered while another is in
             # use; the parts outside of blocks stay gathered.
             gathered = sizes.outside_blocks + 2 * sizes.largest_block
             weights = low * (gathered if layout.gathers_twice else whole)
-            gradients = item * (part + (whole if accumulates else 0))
+            gradients = item * (trained_part + (trained if accumulates else 0))
             # What a block's reduction reads, and the bf16 gradients that it is made of.
             buffers = (item + low) * sizes.largest_block
         case "flat":
             weights = float(low * whole)
-            gradients = item * (whole + (0 if has_one_rank else part))
+            gradients = item * (trained + (0 if has_one_rank else trained_part))
             buffers = low * max(sizes.largest_block, sizes.outside_blocks)
         case name:
             raise AssertionError(name)
@@ -115,7 +118,7 @@ def _buckets(layout: Layout, sizes: Sizes) -> float:
     """
     if layout.name == "zero-3":
         return REDUCE_BUCKET_SIZE * layout.weight_bytes
-    cast = ITEM_BYTES * min(REDUCE_BUCKET_SIZE, sizes.parameters)
+    cast = ITEM_BYTES * min(REDUCE_BUCKET_SIZE, sizes.trained)
     return 2 * REDUCE_BUCKET_SIZE * layout.weight_bytes + (cast if layout.weight_bytes == 2 else 0)
 
 

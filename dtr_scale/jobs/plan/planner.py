@@ -61,6 +61,7 @@ class Planner:
         train, trace = self.experiment.train, self._trace("bf16", False, self.micro_batch_size)
         return Sizes(
             parameters=trace.num_parameters,
+            trained=trace.num_trained,
             largest_block=max(trace.block_parameters, default=trace.num_parameters),
             outside_blocks=trace.num_parameters - sum(trace.block_parameters),
             averages=1 + len(train.ema_decays) + len(train.ema_sigma_rel),

@@ -51,7 +51,7 @@ def step_time(
 ) -> StepTime:
     """Return the time of a step; what is computed takes `factor` times what the roofline says."""
     forward, backward = (factor * part.total * layout.grad_accum_steps for part in micro_step)
-    found = exchanges(layout, sizes.parameters, cluster)
+    found = exchanges(layout, sizes.parameters, sizes.trained, cluster)
     return StepTime(
         forward=forward,
         backward=backward,
@@ -80,10 +80,10 @@ def _exposed(
 
 def _update(layout: Layout, sizes: Sizes, cluster: Cluster) -> float:
     whole = layout.name in ("single", "ddp", "zero-0")
-    elements = sizes.parameters / (1 if whole else layout.shard)
-    moved = elements * (_ADAM_BYTES + sizes.averages * _EMA_BYTES)
+    share = 1 if whole else layout.shard
+    moved = (sizes.trained * _ADAM_BYTES + sizes.parameters * sizes.averages * _EMA_BYTES) / share
     if layout.computes_in == "bf16":
-        moved += elements * _CAST_BYTES
+        moved += sizes.parameters * _CAST_BYTES / share
     if layout.name in ("zero-1", "zero-2"):
-        moved += sizes.parameters * _DEEPSPEED_COPIES
+        moved += sizes.trained * _DEEPSPEED_COPIES
     return moved / cluster.gpu.bandwidth

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.freeze import frozen_names
 from dtr_scale.engines.wrap import checkpoint_activations
 from dtr_scale.jobs.plan.compute import meta_network
 
@@ -57,6 +58,8 @@ class Trace:
 
     micro_batch_size: int
     num_parameters: int
+    num_trained: int
+    """All but those of `train.freeze`."""
     block_parameters: list[int]
     forward: list[Operation] = field(default_factory=list)
     backward: list[Operation] = field(default_factory=list)
@@ -93,12 +96,15 @@ def trace_step(
     with torch.device("meta"):
         network, x, t, y = meta_network(experiment)
         x, t, y = (torch.empty(micro_batch_size, *o.shape[1:], dtype=o.dtype) for o in (x, t, y))
+    for name in frozen_names(network, experiment.train.freeze):
+        network.get_parameter(name).requires_grad_(False)
     blocks = network.routed_blocks()
     if precision == "bf16":
         network.to(torch.bfloat16)
     if checkpointing:
         checkpoint_activations(blocks)
-    trace = Trace(micro_batch_size, _count(network), [_count(block) for block in blocks])
+    counts = _count(network), _count(network, trained=True), [_count(block) for block in blocks]
+    trace = Trace(micro_batch_size, *counts)
     recorder = _Recorder(network, trace)
     with recorder.recording(autocasts=precision == "autocast", fused_attention=fused_attention):
         loss = network(x, t, y, 0).float().sum()
@@ -124,7 +130,7 @@ class _Recorder(TorchDispatchMode):
         # What is there before the step is no activation.
         self._state = {self._storage(t) for t in (*self._parameters, *network.buffers())}
         self._live = 0
-        for parameter in self._parameters:
+        for parameter in filter(lambda p: p.requires_grad, self._parameters):
             parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
 
     @contextmanager
@@ -219,8 +225,8 @@ class _OnGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: nn.Module, *, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def _is_view(func: Any) -> bool:

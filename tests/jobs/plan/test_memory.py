@@ -80,7 +80,15 @@ def planned(experiment: Experiment, ranks: int) -> tuple[Planner, Memory]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.profiler")
-@pytest.mark.parametrize("extra", [(), ("--engine.activation_checkpointing=true",)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("--engine.activation_checkpointing=true",),
+        # A sixth of the network is trained: no gradients of the rest, nor what they are made of.
+        ("--train.freeze=*embedder*,blocks.0.*,blocks.1.*,blocks.2.*,blocks.3.attn.*",),
+    ],
+)
 def test_one_process(tmp_path, extra):
     experiment = experiment_of(tmp_path, "--engine.type=single", *extra)
     resting, peak = measured(experiment, LONE)
@@ -94,7 +102,7 @@ def test_one_process(tmp_path, extra):
 
 
 def test_in_bf16_on_a_gpu_one_process_has_the_flat_engine():
-    sizes = Sizes(1000, 100, 200, averages=1)
+    sizes = Sizes(1000, 1000, 100, 200, averages=1)
 
     def planned_memory(name: str, *, on_gpu: bool) -> Memory:
         return rank_memory(Layout(name, 1, 1, "bf16", on_gpu), sizes, 0.0)

@@ -39,7 +39,9 @@ def test_speed_and_memory_of_fast_dit():
         experiment, 128, precision="autocast", checkpointing=True, fused_attention=False
     )
     layout = Layout("zero-0", 1, 1, "bf16")
-    sizes = Sizes(trace.num_parameters, max(trace.block_parameters), 0, averages=1)
+    sizes = Sizes(
+        trace.num_parameters, trace.num_trained, max(trace.block_parameters), 0, averages=1
+    )
     parts = forward_and_backward(trace, A100, precision="bf16", compiled=False)
     step = step_time(layout, sizes, Cluster(A100, 1), parts)
     assert 1 / step.total == pytest.approx(0.84, rel=0.05)

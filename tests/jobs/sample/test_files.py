@@ -17,6 +17,7 @@ from dtr_scale.errors import UnfinishedError
 from dtr_scale.evaluation.pictures import NpzPictures, to_uint8
 from dtr_scale.evaluation.sampling import Sampler, draw_samples
 from dtr_scale.evaluation.stored import StoredBatches
+from dtr_scale.jobs import trained
 from dtr_scale.jobs.averages import Choice
 from dtr_scale.jobs.sample import sample_run
 from dtr_scale.jobs.sampling import sampling_settings
@@ -63,6 +64,15 @@ def test_the_manifest_tells_what_the_samples_depend_on(run_dir, whole):
     assert {key: manifest[key] for key in told} == told
     assert manifest["ema"] == [[{"from_step": 0, "decay": 0.995}]]
     assert len(manifest["weights_sha256"]) == 64
+
+
+def test_what_is_loaded_slowly_and_what_is_drawn_is_told(run_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trained, "_QUIET_SECONDS", 0.001)
+    out = tmp_path / "sheet.png"
+    assert main(["sample", str(run_dir), "--guidance", "1,4", "--out", str(out), *FAST]) == 0
+    told = capsys.readouterr().err
+    assert f"loading the network of {run_dir} ..." in told
+    assert "drawing 10 samples of step 4: ddpm, 4 steps, guidance 1 and 4" in told
 
 
 def test_a_sample_depends_on_its_index_alone(run_dir, whole, tmp_path):
