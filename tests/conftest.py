@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(config, items):
     memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     if memory_gb < LARGE_GB:
         reasons["large"] = f"{LARGE_GB} GB of memory are needed, {memory_gb:.0f} GB are here"
+    if not re.search(r"\bexhaustive\b", config.option.markexpr):
+        reasons["exhaustive"] = "they take hours; -m exhaustive runs them"
     config.stash[LEFT_OUT] = []
     for marker, reason in reasons.items():
         left_out = [item for item in items if reason and item.get_closest_marker(marker)]

@@ -10,6 +10,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 FOLDERS, LARGE = "tests/storage/test_folder.py", "tests/engines/test_large.py"
+CASES = "tests/gpu_stub/test_cases.py"
 
 
 def collected(*options):
@@ -42,3 +43,10 @@ def test_leaving_out_does_not_replace_the_users_selection():
 
 def test_large_tests_are_slow(services):
     assert services and not any(name.startswith("test_dit_xl") for name in services)
+
+
+def test_what_takes_hours_runs_only_by_name():
+    names, last = collected(CASES)
+    assert last.startswith("left out ") and last.endswith("-m exhaustive runs them")
+    exhaustive, _ = collected(CASES, "-m", "exhaustive")
+    assert names and exhaustive and not names & exhaustive
