@@ -64,6 +64,7 @@ class BestTag:
             # The earliest of equals.
             ordered = sorted(values, key=lambda step: (values[step], step))
             metric = self._metric
+        # Without the lock: it asks storage, and the training loop may be waiting to rank.
         step = next(filter(is_there, ordered), None)
         return None if step is None else Best(step, metric, values[step])
 

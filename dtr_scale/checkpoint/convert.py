@@ -83,6 +83,7 @@ def official_config(
     hidden_size, in_channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     out_channels = len(weights["final_layer.linear.weight"]) // patch_size**2
     num_rows = len(weights["y_embedder.embedding_table.weight"])
+    # The last row is the null label. Alone it is that of a network that was trained without labels.
     conditions = {"num_classes": num_rows - 1} if num_rows > 1 else {"conditioning": "none"}
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     return {

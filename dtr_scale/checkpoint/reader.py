@@ -138,6 +138,7 @@ class CheckpointReader:
             for done in [pool.submit(read, place) for place in sorted(blocks)]:
                 done.result()
         finally:
+            # After damage nothing more is read: the next checkpoint is tried instead.
             pool.shutdown(cancel_futures=True)
 
     def _shape(self, key: str) -> tuple[int, ...] | None:

@@ -70,6 +70,7 @@ class ShardDataset(Dataset[Item]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
         """Return several samples by one reading, as a DataLoader asks for its batches."""
+        # A range takes indices below 0, and raises the IndexError by which a plain `for` ends.
         every = range(len(self))
         return self.read(self.locate(np.array([every[index] for index in indices], np.int64)))
 
@@ -199,6 +200,7 @@ class ShardStream(IterableDataset[Item]):
 
 
 def _close(pid: int, reader: SampleReader) -> None:
+    # A forked worker inherits the finalizer with the parent's reader, whose threads it lacks.
     if os.getpid() == pid:
         reader.close()
 

@@ -37,6 +37,7 @@ class Seal:
     def set(self, file: FileIO) -> None:
         """Note that a file is verified."""
         self._note.seek(0)
+        # In this order: a kill in between leaves an empty note, which fits no file.
         self._note.truncate()
         self._note.write(_state(file))
 

@@ -15,6 +15,7 @@ from dtr_scale.errors import EngineError
 
 _CONNECT_SECONDS = 30.0
 _SEND_SECONDS = 5.0
+# The port is open to strangers, too, and one of them may send without end.
 _CHUNK, _MAX_LINE = 65536, 65536
 
 
@@ -31,6 +32,7 @@ class Link:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        # For `send`: a process that is stopped reads nothing, and must not hold up other ranks.
         connection.settimeout(_SEND_SECONDS)
         keep_alive(connection)
         self._received = b""
@@ -77,6 +79,7 @@ class Links:
         """Let other ranks connect, and return where."""
         self._listener = listen(0, backlog)
         self._selector.register(self._listener, selectors.EVENT_READ)
+        # Whoever reaches the port could end the run with a line.
         self._token = secrets.token_hex(16)
         return Address(host, self._listener.getsockname()[1], self._token)
 
@@ -98,6 +101,7 @@ class Links:
 
     def send(self, line: dict[str, Any]) -> None:
         """Send a line to every rank that this one is connected to; from any thread."""
+        # The watch and the main thread both send: two lines at once would be cut into each other.
         content = json.dumps(line).encode() + b"\n"
         with self._lock:
             for link in self._links.values():

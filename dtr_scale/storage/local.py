@@ -167,6 +167,7 @@ def _create_in_place(path: Path, data: bytes) -> bool:
     return True
 
 
+# By a new descriptor: what is synced is the file, whoever wrote to it. A folder has no other way.
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

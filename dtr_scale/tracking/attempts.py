@@ -179,6 +179,7 @@ def _append(run_dir: Path, entry: dict[str, Any]) -> None:
             # A kill may have cut the line before.
             separator = b"" if file.read(1) in (b"", b"\n") else b"\n"
             file.write(separator + json.dumps(entry).encode() + b"\n")
+            # An end that a power cut takes would be told as a kill.
             os.fsync(file.fileno())
     except OSError as error:  # it is told of the run, and not worth it
         log.warning("%s cannot be written: %s", run_dir / ATTEMPTS, error.strerror)

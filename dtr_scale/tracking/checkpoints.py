@@ -32,6 +32,7 @@ class CheckpointModels:
 
         One that was evaluated before its checkpoint was removed stays, with a tag that says so.
         """
+        # Called once a minute and after every save: mostly there is nothing to ask the server.
         if kept == self._kept:
             return
         found = self._server.models(self._experiment_id, self._run_id)

@@ -151,6 +151,7 @@ def _value(text: str) -> Any:  # noqa: ANN401
     if text in _LITERALS:
         return _LITERALS[text]
     try:
+        # Python's text of lists of numbers and strings is JSON but for the quotes.
         return json.loads(text.replace("'", '"'))
     except ValueError:
         return text

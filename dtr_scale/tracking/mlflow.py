@@ -51,6 +51,7 @@ _METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # MLflow's own limits
 _PARAM_CHARACTERS, _TAG_CHARACTERS, _DIGEST_CHARACTERS = 6000, 8000, 36
 _EXPERIMENT_CHARACTERS = 500
 _PROXIED = "mlflow-artifacts:"
+# How `log_image` names its files, which no interface tells: key, step, time, a random part.
 _IMAGE = re.compile(r"(.+)\+step\+(\d+)\+timestamp\+(\d+)\+[^+]+\.png")
 
 # MLflow tells of every table it makes and of every retry, whatever MLFLOW_LOGGING_LEVEL says.
@@ -233,6 +234,7 @@ class Server:
 
     def log_image(self, run_id: str, path: Path, key: str, step: int, time_ms: int) -> None:
         """Send a picture into the chart `key`, which has a slider over steps."""
+        # Left to itself, Pillow would start Ghostscript on PostScript of that name.
         with Image.open(path, formats=["PNG"]) as image:
             self._client.log_image(run_id, image, key=key, step=step, timestamp=time_ms)
 
@@ -240,6 +242,7 @@ class Server:
         """Return (key, step, time in ms) of every picture that a run has."""
         names = (posixpath.basename(f.path) for f in self._client.list_artifacts(run_id, "images"))
         found = filter(None, map(_IMAGE.fullmatch, names))
+        # `log_image` writes a "/" of the key as "~".
         return {(m[1].replace("~", "/"), int(m[2]), int(m[3])) for m in found}
 
     def image_files(self, run_id: str, key: str) -> dict[int, str]:

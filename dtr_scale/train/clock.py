@@ -144,6 +144,7 @@ class RankTimes:
         return {
             "slowest_rank": slowest,
             "slowest_rank_seconds": means[slowest],
+            # Of two ranks the faster one's: their mean would rise with the slow one and hide it.
             "median_rank_seconds": median_low(means),
         }
 

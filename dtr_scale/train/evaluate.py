@@ -103,6 +103,7 @@ class PeriodicEvaluation:
 
     def check(self) -> None:
         """Raise now, on the way to the first step, what is wrong with the settings."""
+        # Of no samples: sampler and guidance are built, which is where bad settings are found.
         self._draw_batch(range(0), 1)
 
     def __call__(self, step: int) -> str | None:
@@ -138,6 +139,7 @@ class PeriodicEvaluation:
         if not given_up:
             return outcome.cut_off
         if kept:
+            # Last of all: a kill before it leaves the batches to the next start.
             kept.remove()
             log.warning("step %d: no time for its evaluation, which is given up", step)
         return None
@@ -195,6 +197,8 @@ class PeriodicEvaluation:
                 indices = range(start, min(start + self._batch_size, self._num_samples))
                 if counts:
                     arrays = self._measure.reduce(x_start[: len(indices)], indices)
+            # Unequal in the last round, of fewer batches than ranks, and on all ranks but 0, where
+            # nothing is gathered.
             for number, found in zip(missing[i:], self._rounds.gathered(arrays), strict=False):
                 kept.add(number, found)
 

@@ -82,6 +82,7 @@ class HeldOutLoss:
                 number = min(first + world.rank, num_batches - 1)
                 found += rounds.gathered(self._losses(network, number, rounds, step))
         finally:
+            # Until the next evaluation, hours away: shards that stay open keep memory and disk.
             self._assembler.samples.close()
         if not found:
             return {}

@@ -57,6 +57,7 @@ class RunDirectory:
     def __init__(self, path: Path, lost: Callable[[str], None] = log.error) -> None:
         self.path = path
         self._lost = lost
+        # From the deepest up, as they can be removed again if the start is refused.
         self._made = [p for p in (path, *path.parents) if not p.exists()]
         self._is_new = not (path / STATUS).exists()
         self._has_begun = False
@@ -126,6 +127,7 @@ class RunDirectory:
     def close(self, *, refused: bool = False) -> None:
         """Let go of what is held; a start that was `refused` leaves nothing that was not there."""
         forget = refused and not self._has_begun
+        # The run directory's last: whoever waits for that one then finds the checkpoints free, too.
         for lease in reversed(self._leases):
             lease.release(forget=forget)
         if forget and self._is_new:

@@ -20,6 +20,7 @@ from dtr_scale.train.ema import Ema
 from dtr_scale.train.guard import UpdateGuard
 from dtr_scale.train.means import LossMeans
 
+# Few: every save waits for their forward. They need not be many to tell other weights apart.
 NUM_PROBED = 4
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Relative; another engine or world size adds in another order."""

@@ -78,6 +78,7 @@ class Trainer:
         self._watch = Stopwatch()
         self._own_work = OwnWork(world.device)
         self._rank_times = RankTimes()
+        # What `resume` was given: a rollback takes no other checkpoints than a start would.
         self._accept: Callable[[CheckpointReader], LoadPlan] = LoadPlan
         self._save_is_owed = False
         self.place = Place()
