@@ -88,8 +88,8 @@ class LocalFolder(Folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         # A link and not a rename, which would replace the file of whoever was first.
         whole = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{_PART}")
-        whole.write_bytes(data)
         try:
+            whole.write_bytes(data)
             os.link(whole, path)  # appears whole, or there was one already
         except FileExistsError:
             return False
@@ -98,7 +98,7 @@ class LocalFolder(Folder):
                 raise
             return _create_in_place(path, data)
         finally:
-            whole.unlink()
+            whole.unlink(missing_ok=True)
         return True
 
     def remove(self, name: str) -> None:

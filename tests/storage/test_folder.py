@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import resource
 import threading
 import time
 import traceback
@@ -89,6 +90,17 @@ def test_of_two_who_create_a_file_one_does(folder, monkeypatch, code):
     assert folder.create("deep/a", b"second") is False
     assert folder.read_bytes("deep/a") == b"first"
     assert folder.child("deep").names() == ["a"]
+
+
+def test_a_file_that_does_not_fit_is_not_created(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4, limit[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            open_folder(tmp_path).create("a", b"too long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_crosses_processes(folder):
