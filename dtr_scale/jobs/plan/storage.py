@@ -88,7 +88,7 @@ def _sample_bytes(experiment: Experiment, manifest: Manifest | None) -> int:
 def _manifest(experiment: Experiment) -> Manifest | None:
     """Return the manifest of prepared data that is on this machine; a plan asks no bucket."""
     shards = experiment.data.shards
-    if experiment.data.type != "latents" or not shards or "://" in shards:
+    if experiment.data.type != "shards" or not shards or "://" in shards:
         return None
     if not Path(shards).is_dir():
         return None
