@@ -1,4 +1,4 @@
-"""Train with PyTorch's FSDP2: fp32 shards of parameters, gathered for a block at a time.
+"""Train with PyTorch's FSDP2: fp32 shards of parameters, gathered for some blocks at a time.
 
 The rows of a parameter are dealt out as `torch.chunk` cuts them, so a rank may hold fewer rows
 than another, or none. With `replicate` above 1 (HSDP) that many groups of `shard` ranks hold the
@@ -7,6 +7,7 @@ same shards: neighbours in rank order, which launchers put on one node, exchange
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Unpack
 
 import torch
@@ -27,6 +28,10 @@ from dtr_scale.engines.base import (
     undecayed,
 )
 from dtr_scale.engines.world import World
+
+GROUP_SIZE = 4
+"""Blocks whose weights are gathered and whose gradients are reduced as one, where weights stay
+gathered: each exchange takes the host about a millisecond, as long as a GPU takes for a block."""
 
 
 class Fsdp2Engine(Engine):
@@ -49,15 +54,16 @@ class Fsdp2Engine(Engine):
         mesh = init_device_mesh(
             world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes)
         )
+        self._reshards = reshard_after_forward
         self._num_shards, self._shard = shard, mesh.get_local_rank("shard")
         policy = MixedPrecisionPolicy()
         if precision == "bf16":
             # bf16 for the gathered weights; fp32 for the sum over ranks, as under every engine.
             policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-        # One after the other, so that no more than a block of the whole is ever on the device.
-        for block in blocks:
+        # One after the other, so that no more than a group of the whole is ever on the device.
+        for group in group_blocks(network, blocks, 1 if reshard_after_forward else GROUP_SIZE):
             fully_shard(
-                block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+                group, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
             )
         # The last layers are the first that a backward needs again.
         self._root = fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -81,6 +87,8 @@ class Fsdp2Engine(Engine):
     def micro_step(self, *, last: bool) -> Iterator[None]:
         # Until the last one, each rank adds up whole gradients in fp32: memory against traffic.
         self._root.set_requires_gradient_sync(last)
+        # What stays gathered does so until the weights change, after the last.
+        self._root.set_reshard_after_backward(last or self._reshards)
         yield
 
     def backward(self, loss: Tensor) -> None:
@@ -121,6 +129,20 @@ class Fsdp2Engine(Engine):
             moments = [_local(state[moment]) for moment in ADAM_MOMENTS]
             pieces |= pieces_of(name, parameter.shape, offset, master, moments)
         return pieces
+
+
+def group_blocks(
+    network: nn.Module, blocks: Sequence[nn.Module], size: int
+) -> Iterator[list[nn.Module]]:
+    """Yield `blocks` in groups of up to `size`: of neighbours in one list, as a DiT's are.
+
+    FSDP2 wants all blocks of a group called in a forward, or none. An expert is called as a whole,
+    so no group has blocks of two.
+    """
+    owners = {module: name.rpartition(".")[0] for name, module in network.named_modules()}
+    for _, neighbours in groupby(blocks, key=owners.__getitem__):
+        found = list(neighbours)
+        yield from (found[start : start + size] for start in range(0, len(found), size))
 
 
 def _local(tensor: Tensor) -> Tensor:

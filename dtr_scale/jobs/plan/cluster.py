@@ -108,7 +108,8 @@ def _fsdp2(layout: Layout, gradient: float, weight: float, cluster: Cluster) -> 
     bandwidth = cluster.bus_bandwidth
     if shards <= cluster.gpus:
         bandwidth = cluster.gpu.link_gb * GB
-    times = layout.grad_accum_steps
+    # What stays gathered does so over all micro-steps.
+    times = layout.grad_accum_steps if layout.gathers_twice else 1
     found = [
         ("reduce-scatter gradients", ring * gradient, bandwidth, "backward"),
         ("all-gather weights", times * ring * weight, bandwidth, "forward"),

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dtr_scale.config.schema import Experiment
+from dtr_scale.engines.fsdp2 import GROUP_SIZE
 from dtr_scale.jobs.build import RESHARDED_PARAMETERS
 
 ENGINES = ("single", "zero-0", "zero-1", "zero-2", "zero-3", "fsdp2", "flat")
@@ -32,6 +33,11 @@ class Layout:
     def is_flat(self) -> bool:
         """Whether the flat engine trains: for "single", too, in bf16 on a GPU."""
         return self.name == "flat" or (self.name == "single" and self.computes_in == "bf16")
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks whose gradients are exchanged as one."""
+        return GROUP_SIZE if self.name == "fsdp2" and not self.gathers_twice else 1
 
     @property
     def compiles(self) -> bool:

@@ -92,8 +92,10 @@ def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
             gathered = sizes.outside_blocks + 2 * sizes.largest_block
             weights = low * (gathered if layout.gathers_twice else whole)
             gradients = item * (trained_part + (trained if accumulates else 0))
-            # What a block's reduction reads, and the bf16 gradients that it is made of.
-            buffers = (item + low) * sizes.largest_block
+            # What a reduction reads, and a block's bf16 gradients; those of the other blocks of its
+            # group are there when their activations are not.
+            reduced = min(layout.blocks_at_once * sizes.largest_block, whole)
+            buffers = item * reduced + low * sizes.largest_block
         case "flat":
             weights = float(low * whole)
             gradients = item * (trained + (0 if has_one_rank else trained_part))

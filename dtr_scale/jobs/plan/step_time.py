@@ -70,7 +70,7 @@ def _exposed(
     if layout.name in ("zero-1", "flat", "fsdp2", "ddp"):
         window["backward"] = backward / layout.grad_accum_steps
     # The first part of a forward and the last of a backward have nothing beside them.
-    alone = sizes.largest_block / sizes.parameters
+    alone = min(1.0, layout.blocks_at_once * sizes.largest_block / sizes.parameters)
     exposed = 0.0
     for beside in window:
         seconds = sum(each.seconds for each in found if each.beside == beside)
