@@ -158,6 +158,7 @@ def _among(place: Path, config: str, overrides: list[str], gpu: int, world_size:
 def _pretend() -> None:
     pretend.pretend_numbers()
     pretend.pretend_answers()
+    pretend.pretend_parts()
     pretend.pretend_zero3()
 
 

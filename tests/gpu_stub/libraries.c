@@ -178,10 +178,13 @@ ncclResult_t ncclCommInitRankScalable(ncclComm_t *comm, int size, int rank, int 
                                       ncclUniqueId *ids, ncclConfig_t *config) {
     return joined(comm, size, rank);
 }
-/* A part of the ranks: its size is not told, and a whole group of the same ranks is split most. */
+/* A part of the ranks: NCCL counts those of one color. Here Python tells, which has made the parts;
+ * else it is all of them. */
+static int part_size;
+void stub_part_size(int size) { part_size = size; }
 ncclResult_t ncclCommSplit(ncclComm_t from, int color, int key, ncclComm_t *comm,
                            ncclConfig_t *config) {
-    return joined(comm, from->size, from->rank);
+    return joined(comm, part_size ? part_size : from->size, key);
 }
 ncclResult_t ncclCommAbort(ncclComm_t comm) { return ncclSuccess; }
 ncclResult_t ncclCommDestroy(ncclComm_t comm) { return ncclSuccess; }

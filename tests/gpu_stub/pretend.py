@@ -3,6 +3,7 @@
 Each is replaced by name here, and told in the README.
 """
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, ProcessGroup
+from torch.distributed import device_mesh
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers its backend)
 
 from dtr_scale.engines import world as worlds
@@ -33,6 +35,21 @@ def pretend_answers() -> None:
     replaced.all_gather_object = lambda world, value: [value] * world.world_size
     replaced.gather_to_main = lambda world, value: [value] * world.world_size
     replaced.broadcast_object = lambda world, value: value
+
+
+def pretend_parts() -> None:
+    """Tell the stub's NCCL, which sees one rank, how many each part of them has (HSDP)."""
+    replaced: Any = device_mesh
+    stub, split_group = ctypes.CDLL(None), replaced.split_group
+
+    def split(*args: Any, split_ranks: list[list[int]], **kwargs: Any) -> Any:
+        stub.stub_part_size(len(split_ranks[0]))
+        try:
+            return split_group(*args, split_ranks=split_ranks, **kwargs)
+        finally:
+            stub.stub_part_size(0)
+
+    replaced.split_group = split
 
 
 def pretend_zero3() -> None:
