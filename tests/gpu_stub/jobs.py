@@ -1,6 +1,7 @@
 """Functions that run on the stub, in a process of their own; arguments and results are JSON."""
 
 import ctypes
+import gc
 import re
 import traceback
 import warnings
@@ -60,6 +61,32 @@ def record_step(
         "waits": [f"{w.filename}:{w.lineno}" for w in waits if _WAIT in str(w.message)],
         **_compilations(),
     }
+
+
+def measure_memory(place: str, cases: list[list[str]], gpu: int, world: int) -> list[list[int]]:
+    """Return the bytes that PyTorch has handed out and has reserved at most in a case's third step.
+
+    A case is overrides of an experiment.
+    """
+    _pretend()
+    return [_peaks(Path(place) / str(n), case, gpu, world) for n, case in enumerate(cases)]
+
+
+def _peaks(place: Path, overrides: list[str], gpu: int, world_size: int) -> list[int]:
+    with pretend.pretend_world(gpu, world_size):
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(gpu)
+        world = join_world(needs_process_group=True)
+        trainer = build_trainer(_experiment(place, overrides, 3), world)
+        batches = iter(trainer.loader)
+        for _ in range(3):
+            torch.cuda.reset_peak_memory_stats(gpu)
+            trainer._train_step(batches)
+        trainer.loader.close()
+        trainer.checkpoints.close()
+    peaks = torch.cuda.max_memory_allocated(gpu), torch.cuda.max_memory_reserved(gpu)
+    return [peak - before for peak in peaks]
 
 
 def compile_block(log: str, attention: str, gpu: int) -> dict[str, Any]:

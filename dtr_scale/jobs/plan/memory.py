@@ -43,6 +43,8 @@ class Memory:
     """What exchanges pass through."""
     activations: float
     context: float
+    late: float = 0.0
+    """Of the gradients, those that are not there yet when activations take most."""
 
     @property
     def state(self) -> float:
@@ -51,13 +53,21 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return (self.state + self.activations) * (FRAGMENTATION if self.context else 1) + (
-            self.context
-        )
+        return self.allocated * (FRAGMENTATION if self.context else 1) + self.context
+
+    @property
+    def allocated(self) -> float:
+        """What PyTorch hands out at the fullest moment, as `max_memory_allocated` tells."""
+        return self.state + self.activations - self.late
 
 
-def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
-    """Return the memory of a rank that takes `activations` bytes for a micro-batch."""
+def rank_memory(
+    layout: Layout, sizes: Sizes, activations: float, trace: Trace | None = None
+) -> Memory:
+    """Return the memory of a rank that takes `activations` bytes for a micro-batch.
+
+    `trace` tells how they go while gradients come; without it both are counted whole.
+    """
     whole, part = sizes.parameters, sizes.parameters / layout.shard
     trained, trained_part = sizes.trained, sizes.trained / layout.shard
     low, item = layout.weight_bytes, ITEM_BYTES
@@ -67,8 +77,10 @@ def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
     buffers = 0.0
     match "flat" if layout.is_flat else layout.name:
         case "ddp":
-            # Its buckets hold the gradients once more.
-            weights, gradients, masters = item * whole, item * 2 * trained, 0.0
+            # Its buckets hold the gradients once more. AdamW that is not fused takes as much again
+            # in pieces of which PyTorch's allocator makes no room for activations.
+            weights, gradients, masters = item * whole, item * trained, 0.0
+            buffers = item * 2 * trained
         case "single" | "zero-0":
             # By autocast and in fp32 the masters are the weights; autocast keeps a bf16 copy of
             # each weight until the backward.
@@ -110,7 +122,18 @@ def rank_memory(layout: Layout, sizes: Sizes, activations: float) -> Memory:
         buffers=buffers,
         activations=activations,
         context=CONTEXT_BYTES if layout.on_gpu else 0.0,
+        late=0.0 if trace is None or accumulates else _late(layout, trace, activations, gradients),
     )
+
+
+def _late(layout: Layout, trace: Trace, activations: float, gradients: float) -> float:
+    """Return the bytes of gradients that come when activations are gone, in the one backward."""
+    if layout.is_flat or layout.name == "zero-3":  # have room for all of them from the start
+        return 0.0
+    shrinks = activations / trace.peak_bytes
+    grows = gradients / max(1, trace.curve[-1][1])
+    fullest = max(shrinks * kept + grows * made for kept, made in trace.curve)
+    return activations + gradients - max(fullest, gradients)
 
 
 def _buckets(layout: Layout, sizes: Sizes) -> float:

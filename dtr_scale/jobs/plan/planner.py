@@ -84,7 +84,9 @@ class Planner:
         """Return the memory of a rank at the layout's micro-batch."""
         micro = self.rank_batch_size // layout.grad_accum_steps
         activations = micro * self.activation_bytes(layout, checkpointing=checkpointing)
-        return rank_memory(layout, self.sizes, activations)
+        wanted = self.checkpointing if checkpointing is None else checkpointing
+        trace = self._trace(layout.computes_in, wanted, self.micro_batch_size)
+        return rank_memory(layout, self.sizes, activations, trace)
 
     def activation_bytes(self, layout: Layout, *, checkpointing: bool | None = None) -> float:
         """Return the bytes that each sample of a micro-batch takes."""

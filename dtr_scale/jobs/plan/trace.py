@@ -7,7 +7,7 @@ any network. Attention is recorded as one fused kernel, as it runs on a GPU.
 # ruff: noqa: ANN401 - torch gives a mode anything.
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -85,13 +85,11 @@ def trace_step(
     *,
     precision: str,
     checkpointing: bool = False,
-    fused_attention: bool = True,
 ) -> Trace:
     """Return the trace of one micro-step of an experiment's network.
 
     `precision`: "bf16" by bf16 weights, "autocast" by fp32 weights that are cast in every forward,
-    "fp32". `checkpointing` records what is recomputed in the backward as a part of it. Without
-    `fused_attention` it is plain products with a softmax between, as before PyTorch 2.
+    "fp32". `checkpointing` records what is recomputed in the backward as a part of it.
     """
     with torch.device("meta"):
         network, x, t, y = meta_network(experiment)
@@ -106,7 +104,7 @@ def trace_step(
     counts = _count(network), _count(network, trained=True), [_count(block) for block in blocks]
     trace = Trace(micro_batch_size, *counts)
     recorder = _Recorder(network, trace)
-    with recorder.recording(autocasts=precision == "autocast", fused_attention=fused_attention):
+    with recorder.recording(autocasts=precision == "autocast"):
         loss = network(x, t, y, 0).float().sum()
         recorder.phase = trace.backward
         # Not `loss.backward()`, inside of which no mode would see what is recomputed.
@@ -134,12 +132,19 @@ class _Recorder(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(self._gradient_is_there)
 
     @contextmanager
-    def recording(self, *, autocasts: bool, fused_attention: bool) -> Iterator[None]:
+    def recording(self, *, autocasts: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(_OnGpu(autocasts=autocasts, fused_attention=fused_attention))
+            stack.enter_context(_OnGpu(self.is_state if autocasts else None))
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._save, lambda t: t))
             stack.enter_context(self)
             yield
+
+    def is_state(self, tensor: Tensor) -> None:
+        """Count a tensor among what is there besides activations, whatever the micro-batch."""
+        number = self._storage(tensor)
+        self._state.add(number)
+        self._live -= self._sizes[number]
+        self._sizes[number] = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -204,25 +209,33 @@ class _Recorder(TorchDispatchMode):
 
 
 class _OnGpu(TorchFunctionMode):
-    """Lets attention be FlashAttention's operation, and computes as autocast on a GPU does."""
+    """Lets attention be FlashAttention's operation, and computes as autocast on a GPU does.
 
-    def __init__(self, *, autocasts: bool, fused_attention: bool) -> None:
+    Autocast is on where there is a function to tell of the copies that it makes of weights.
+    """
+
+    def __init__(self, copied: Callable[[Tensor], None] | None) -> None:
         super().__init__()
-        self._autocasts = autocasts
-        self._fused_attention = fused_attention
+        self._copied = copied
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and self._fused_attention:
+        if func is functional.scaled_dot_product_attention:
             # On the meta device PyTorch itself would take the path of plain products.
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        if self._autocasts and func is functional.linear:
-            args = [a.to(torch.bfloat16) if isinstance(a, Tensor) else a for a in args]
-        if self._autocasts and func is functional.layer_norm:
+        if self._copied and func is functional.linear:
+            args = [self._cast(a) if isinstance(a, Tensor) else a for a in args]
+        if self._copied and func is functional.layer_norm:
             args = [args[0].float(), *args[1:]]
         return func(*args, **kwargs)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        low = tensor.to(torch.bfloat16)
+        if self._copied and low is not tensor and tensor.is_leaf and tensor.requires_grad:
+            self._copied(low)
+        return low
 
 
 def _count(module: nn.Module, *, trained: bool = False) -> int:

@@ -1,9 +1,13 @@
 """The planner beside what others have published, on A100."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from dtr_scale.checkpoint.layout import ITEM_BYTES
 from dtr_scale.config.load import load_experiment
 from dtr_scale.jobs.plan.cluster import Cluster
 from dtr_scale.jobs.plan.gpus import find_gpu
@@ -13,9 +17,13 @@ from dtr_scale.jobs.plan.planner import Planner
 from dtr_scale.jobs.plan.roofline import forward_and_backward
 from dtr_scale.jobs.plan.step_time import step_time
 from dtr_scale.jobs.plan.trace import trace_step
+from dtr_scale.models.dit import Attention
+from dtr_scale.models.embedders import PatchEmbed
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 A100 = find_gpu("a100-80gb")
+MIB = 2**20
+AUTOENCODER_BYTES = 4 * 83.7e6  # Stable Diffusion's, in fp32
 
 
 # Table 7 of the DTR paper: 8 A100, batch 256.
@@ -29,24 +37,44 @@ def test_speed_of_the_released_code(size, published):
     assert 1 / planner.step(planner.layout()).total == pytest.approx(published, rel=0.25)
 
 
-def test_speed_and_memory_of_fast_dit():
-    """XL/2, batch 128 on one A100, autocast, checkpointing: 0.84 steps/s, 27.5 GB.
+def _attend(self: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Products with a softmax in fp32 between them, as timm's attention before PyTorch 2."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+    return (scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
 
-    Attention as before PyTorch 2: products with a softmax between them.
-    """
+
+@pytest.fixture
+def fast_dit(monkeypatch):
+    """A forward and backward of XL/2 at batch 128 by autocast, with checkpointing."""
+    project = PatchEmbed.forward
+    # Its positions are fp32, and so is all that is added to them.
+    monkeypatch.setattr(PatchEmbed, "forward", lambda self, x: project(self, x).float())
+    monkeypatch.setattr(Attention, "attend", _attend)
     experiment = load_experiment(CONFIGS / "dit_xl_imagenet_none_vanilla.json")
-    trace = trace_step(
-        experiment, 128, precision="autocast", checkpointing=True, fused_attention=False
-    )
+    return trace_step(experiment, 128, precision="autocast", checkpointing=True)
+
+
+def test_speed_and_memory_of_fast_dit(fast_dit):
+    """On one A100: 0.84 steps/s and 27,485 MB, which are MiB, since nvidia-smi has told them.
+
+    Its own network and loop on the stub of tests/gpu_stub have PyTorch 2.10 hand out 20,404 MiB, of
+    which 319 are an autoencoder that lies idle. PyTorch reserves more of the GPU: 22,030 MiB, and
+    26,962 with an AdamW of two lists of temporaries, as PyTorch 2.0's by default, in pieces too
+    small for activations. Which PyTorch was measured is not told; with 2.0's it would be that.
+    """
     layout = Layout("zero-0", 1, 1, "bf16")
-    sizes = Sizes(
-        trace.num_parameters, trace.num_trained, max(trace.block_parameters), 0, averages=1
-    )
-    parts = forward_and_backward(trace, A100, precision="bf16", compiled=False)
+    parameters = fast_dit.num_parameters
+    sizes = Sizes(parameters, parameters, max(fast_dit.block_parameters), 0, averages=1)
+    parts = forward_and_backward(fast_dit, A100, precision="bf16", compiled=False)
     step = step_time(layout, sizes, Cluster(A100, 1), parts)
-    assert 1 / step.total == pytest.approx(0.84, rel=0.05)
-    # 23.0 GB: its figure may hold what the allocator has reserved and does not use.
-    assert rank_memory(layout, sizes, trace.peak_bytes).total == pytest.approx(27.5e9, rel=0.2)
+    assert 1 / step.total == pytest.approx(0.84, rel=0.1)
+    # All gradients are there in its forward: it sets them to zero after that.
+    memory = rank_memory(layout, sizes, fast_dit.peak_bytes)
+    assert memory.allocated == pytest.approx(20085 * MIB, rel=0.05)
+    temporaries = 2 * ITEM_BYTES * parameters
+    total = replace(memory, buffers=memory.buffers + temporaries + AUTOENCODER_BYTES).total
+    assert total == pytest.approx(27485 * MIB, rel=0.1)
 
 
 def test_fused_traffic_is_near_inductors_own_count():
