@@ -5,10 +5,10 @@ averages see its state as pieces, the same for all engines.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,24 @@ class Piece:
     shape: tuple[int, ...]
     offset: int
     data: Tensor
+
+
+@dataclass(frozen=True)
+class Average:
+    """A copy of this rank's masters that follows them, made by `Engine.new_average`."""
+
+    masters: list[Tensor]
+    """What it follows: fp32, live, as the engine lays them out."""
+    values: list[Tensor]
+    pieces: dict[str, Piece]
+    """The values by parameter, as views."""
+
+
+class Averaging(NamedTuple):
+    """What an update does to an average: average += weight * (master - average)."""
+
+    average: Average
+    weight: float
 
 
 class Engine(ABC):
@@ -56,16 +74,54 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` [] to what will become the sum over micro-steps and ranks."""
 
-    @abstractmethod
-    def step(self, judge: Judge | None = None) -> Tensor:
-        """Clip, update the weights, clear the gradients; return the global norm before clipping.
+    def step(self, judge: Judge | None = None, averaging: Sequence[Averaging] = ()) -> Tensor:
+        """Clip, update weights and averages, clear the gradients; return the norm before clipping.
 
-        The norm [] stays on the device: reading it would make the host wait. So does the verdict of
-        `judge`, which is given the norm and may leave weights and Adam's state as they are.
+        The norm [], of all gradients, stays on the device: reading it would make the host wait. So
+        does the verdict of `judge`, which is given the norm and may leave weights, Adam's state and
+        averages as they are.
         """
+        norm = self._update(judge)
+        self.average(averaging)
+        return norm
 
-    def _heed(self, judge: Judge | None, norm: Tensor) -> None:
-        """Let the next call of Adam look at the verdict before it changes anything."""
+    @abstractmethod
+    def _update(self, judge: Judge | None) -> Tensor:
+        """Do what `step` tells but for the averages."""
+
+    def new_average(self) -> Average:
+        """Return a copy of the masters as they are, for `step` to keep as an average of them."""
+        masters = self.masters()
+        live = [piece.data for piece in masters.values()]
+        values = [master.clone() for master in live]
+        pieces = {
+            name: Piece(piece.shape, piece.offset, value)
+            for (name, piece), value in zip(masters.items(), values, strict=True)
+        }
+        return Average(live, values, pieces)
+
+    @torch.no_grad()
+    def average(self, averaging: Iterable[Averaging]) -> None:
+        """Let averages take in the masters, unless the last update was not made."""
+        # ema += w (master - ema) is a step of SGD on |ema - master|^2 / 2, whose fused kernel asks
+        # the device whether to make it; rounded as `lerp_` rounds for w < 1/2. Private in torch.
+        for average, weight in averaging:
+            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+                average.values,
+                average.masters,
+                [],
+                weight_decay=1.0,
+                momentum=0.0,
+                lr=weight,
+                dampening=0.0,
+                nesterov=False,
+                maximize=True,
+                is_first_step=False,
+                found_inf=getattr(self._adam, "found_inf", None),
+            )
+
+    def _heed(self, judge: Judge | None, norm: Tensor) -> Tensor | None:
+        """Let Adam and averages look at the verdict before they change anything; return it."""
         adam: Any = self._adam
         # What `GradScaler` sets, and fused kernels read on the device.
         adam.found_inf = None
@@ -73,6 +129,7 @@ class Engine(ABC):
             # Where an optimizer is offloaded its kernel runs on the host, which has to wait.
             home = next(iter(self._adam.state)).device
             adam.found_inf = judge(norm).to(home)
+        return adam.found_inf
 
     def pieces(self) -> dict[str, Piece]:
         """Return this rank's part of masters and moments by "kind/parameter", as live views.

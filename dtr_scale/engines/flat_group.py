@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dtr_scale.engines.base import ADAM_MOMENTS, Piece, adam_state, cut, cut_pieces
+from dtr_scale.engines.base import Piece, cut, cut_pieces
 from dtr_scale.engines.world import World
 
 ALIGNMENT = 64
@@ -37,49 +37,26 @@ class FlatWeights:
         initial = torch.zeros(self._shard_size * world.world_size)
         for view, parameter in zip(self.views(initial), self.parameters, strict=True):
             view.copy_(parameter.detach())
-        self._weights = initial.to(world.device, dtype)
         # From the fp32 values, before a cast; a copy of its own in fp32 too, so that masters may be
         # written to (by a load, an average that is swapped in) while weights are on their way.
-        self.master = nn.Parameter(self._shard(initial).to(world.device, copy=True))
-        for view, parameter in zip(self.views(self._weights), self.parameters, strict=True):
-            parameter.data = view
-        self._parts = list(self._cut_by_decay(exempt))
+        self.master = self._shard(initial).to(world.device, copy=True)
+        self._use(initial.to(world.device, dtype))
+        self.cast = self._shard(self._weights)
+        self.num_decayed = self._find_decayed(exempt)
         self._gather: dist.Work | None = None
 
-    def parts(self) -> list[tuple[str, nn.Parameter]]:
-        """Return what the optimizer is given: the masters, cut in two where decay ends.
+    def _use(self, weights: Tensor) -> None:
+        """Let the parameters be views of this buffer."""
+        self._weights = weights
+        for view, parameter in zip(self.views(weights), self.parameters, strict=True):
+            parameter.data = view
 
-        Each with the name of its first parameter, which tells whether it is decayed.
-        """
-        return [(name, part) for name, _, part in self._parts]
-
-    def adam_state(self, adam: torch.optim.AdamW) -> dict[str, Tensor]:
-        """Return the moments of all masters; those of each part are views of them."""
-        whole = {moment: torch.zeros_like(self.master.detach()) for moment in ADAM_MOMENTS}
-        for _, start, part in self._parts:
-            state = adam_state(adam, part)
-            for moment, values in whole.items():
-                state[moment] = cut(values, start, part.numel())
-        return whole
-
-    def _cut_by_decay(self, exempt: Set[str]) -> Iterator[tuple[str, int, nn.Parameter]]:
-        """Yield the first name, the place in this rank's masters and the masters of each part."""
-        decayed = [name for name in self._names if name not in exempt]
+    def _find_decayed(self, exempt: Set[str]) -> int:
+        """Return how many elements of this rank's masters are decayed: its first ones."""
         begin = self._world.rank * self._shard_size
-        end = [*self._starts, self._shard_size * self._world.world_size][len(decayed)]
-        cut_at = min(max(end - begin, 0), self._shard_size)
-        for names, start, stop in (
-            (decayed, 0, cut_at),
-            (self._names[len(decayed) :], cut_at, self._shard_size),
-        ):
-            if not names or start == stop:
-                continue
-            is_whole = stop - start == self._shard_size
-            yield (
-                names[0],
-                start,
-                self.master if is_whole else nn.Parameter(cut(self.master, start, stop - start)),
-            )
+        num_decayed = sum(name not in exempt for name in self._names)
+        end = [*self._starts, self._shard_size * self._world.world_size][num_decayed]
+        return min(max(end - begin, 0), self._shard_size)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Return each parameter's part of a buffer of this layout, in the parameter's shape."""
@@ -91,15 +68,17 @@ class FlatWeights:
     @torch.no_grad()
     def push(self) -> None:
         """Cast this rank's masters, and begin to gather the weights of all ranks: a collective."""
-        self.wait()  # a gather that nobody has waited for writes to the same buffer
-        own = self._shard(self._weights)
-        own.copy_(self.master)
+        self.wait()  # a gather that nobody has waited for reads what is cast
+        self.cast.copy_(self.master)
+        self.gather()
+
+    def gather(self) -> None:
+        """Begin to gather the weights that all ranks have cast: a collective."""
         if self._world.world_size > 1:
-            # In place: `own` lies in the output where this rank's part belongs. Under NCCL it runs
-            # on a stream of NCCL's, after what is queued on this one.
+            # Under NCCL it runs on a stream of NCCL's, after what is queued on this one.
             self._gather = _begun(
                 dist.all_gather_into_tensor(
-                    self._weights, own, group=self._world.group, async_op=True
+                    self._weights, self.cast, group=self._world.group, async_op=True
                 )
             )
 
@@ -113,21 +92,28 @@ class FlatWeights:
 
     def pieces(self, state: dict[str, Tensor]) -> Iterator[dict[str, Piece]]:
         """Yield what this rank holds of each parameter, given the Adam state of its masters."""
+        for name, shape, offset, start, numel in self._held():
+            yield cut_pieces(name, shape, offset, self.master, state, start, numel)
+
+    def pieces_of(self, flat: Tensor) -> dict[str, Piece]:
+        """Return by parameter the parts of a tensor that lies as this rank's masters do."""
+        return {
+            name: Piece(tuple(shape), offset, cut(flat, start, numel))
+            for name, shape, offset, start, numel in self._held()
+        }
+
+    def _held(self) -> Iterator[tuple[str, torch.Size, int, int, int]]:
+        """Yield the parameters that this rank holds elements of: name, shape, where and how many.
+
+        They begin at an offset in the parameter, and at a start in this rank's masters.
+        """
         begin = self._world.rank * self._shard_size
         end = begin + self._shard_size
         for name, start, parameter in zip(self._names, self._starts, self.parameters, strict=True):
             first = max(start, begin)
             numel = min(start + parameter.numel(), end) - first
             if numel > 0:  # else other ranks hold all of it
-                yield cut_pieces(
-                    name,
-                    parameter.shape,
-                    first - start,
-                    self.master,
-                    state,
-                    first - begin,
-                    numel,
-                )
+                yield name, parameter.shape, first - start, first - begin, numel
 
     def _shard(self, flat: Tensor) -> Tensor:
         return flat.narrow(0, self._world.rank * self._shard_size, self._shard_size)
@@ -153,12 +139,17 @@ class FlatGroup(FlatWeights):
         self._gradient_views = self.views(self._gradients)
         alone = world.world_size == 1
         # Of this rank's shard, summed over all ranks: what the optimizer is given.
-        self.gradient = self._gradients if alone else torch.zeros_like(self.master.detach())
-        self.master.grad = self.gradient
-        for _, start, part in self._parts:
-            part.grad = cut(self.gradient, start, part.numel())
+        self.gradient = self._gradients if alone else torch.zeros_like(self.master)
         self._is_empty = True
         self._reduction: dist.Work | None = None
+
+    def move(self, master: Tensor, gradient: Tensor, cast: Tensor) -> None:
+        """Keep this rank's masters, gradient and cast weights in these, which begin as they are."""
+        self.master, self.gradient, self.cast = master, gradient, cast
+        if self._world.world_size == 1:
+            self._use(cast)
+            self._gradients = gradient
+            self._gradient_views = self.views(gradient)
 
     def collect(self) -> None:
         """Add the parameters' gradients to the buffer, and free them.

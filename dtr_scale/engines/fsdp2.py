@@ -94,7 +94,7 @@ class Fsdp2Engine(Engine):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, judge: Judge | None = None) -> Tensor:
+    def _update(self, judge: Judge | None) -> Tensor:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         assert isinstance(norm, DTensor)

@@ -48,7 +48,7 @@ class SingleEngine(Engine):
         # Outside autocast: each gradient is computed in the dtype of its forward.
         loss.backward()
 
-    def step(self, judge: Judge | None = None) -> Tensor:
+    def _update(self, judge: Judge | None) -> Tensor:
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._grad_clip:
             nn.utils.clip_grads_with_norm_(self._parameters, self._grad_clip, norm)

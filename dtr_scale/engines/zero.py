@@ -108,7 +108,7 @@ class DeepSpeedEngine(Engine):
         # mean over micro-steps.
         self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
 
-    def step(self, judge: Judge | None = None) -> Tensor:
+    def _update(self, judge: Judge | None) -> Tensor:
         # Stage 0 offers no norm in fp32. Its gradients are already exchanged and whole; the step
         # clears them.
         norm = self._total_norm() if self._stage == 0 else None
@@ -209,7 +209,7 @@ class DeepSpeedEngine(Engine):
         flats = self._engine.optimizer.single_partition_of_fp32_groups
         states = [adam_state(self._adam, flat) for flat in flats]
         if self._frozen is not None:
-            still = self._frozen.master.detach()
+            still = self._frozen.master
             yield from self._frozen.pieces({m: torch.zeros_like(still) for m in ADAM_MOMENTS})
         for name, parameter in self.network.named_parameters():
             if not parameter.requires_grad:

@@ -299,7 +299,12 @@ def _build_engine(
             return SingleEngine(network, device=world.device, **optimizer, **step)
         case "single" | "flat":
             return FlatEngine(
-                network, blocks=network.routed_blocks(), world=world, **optimizer, **step
+                network,
+                blocks=network.routed_blocks(),
+                world=world,
+                compiled=compiles,
+                **optimizer,
+                **step,
             )
         case "fsdp2":
             replicate, shard = config.mesh(world.world_size)

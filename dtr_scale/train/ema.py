@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dtr_scale.engines.base import Engine, Piece
+from dtr_scale.engines.base import Average, Averaging, Engine, Piece
 
 
 class EmaProfile(Protocol):
@@ -79,10 +78,7 @@ class Ema:
     def __init__(self, engine: Engine, profiles: Sequence[EmaProfile]) -> None:
         self._engine = engine
         self._profiles = tuple(profiles)
-        self._pieces = engine.masters()
-        # Views, made once: engines never move their state.
-        self._masters = [piece.data for piece in self._pieces.values()]
-        self._values = [[master.clone() for master in self._masters] for _ in profiles]
+        self._averages = [engine.new_average() for _ in profiles]
         self._histories: dict[str, list[dict[str, Any]]] = {}
         self.load({}, step=0, new=())
 
@@ -98,28 +94,12 @@ class Ema:
         """
         return dict(self._histories)
 
-    @torch.no_grad()
-    def update(self, step: int, skip: Tensor | None = None) -> None:
-        """Take in the weights after training step `step`, the first of which is 1.
-
-        Not where `skip` fp32 [], on the device, is 1.
-        """
-        # ema += w (master - ema) is a step of SGD on |ema - master|^2 / 2, whose fused kernel asks
-        # the device whether to make it; rounded as `lerp_` rounds for w < 1/2. Private in torch.
-        for profile, values in zip(self._profiles, self._values, strict=True):
-            torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
-                values,
-                self._masters,
-                [],
-                weight_decay=1.0,
-                momentum=0.0,
-                lr=1.0 - profile.decay(step),
-                dampening=0.0,
-                nesterov=False,
-                maximize=True,
-                is_first_step=False,
-                found_inf=skip,
-            )
+    def averaging(self, step: int) -> list[Averaging]:
+        """Return what the update of training step `step`, the first of which is 1, does to each."""
+        return [
+            Averaging(average, 1.0 - profile.decay(step))
+            for profile, average in zip(self._profiles, self._averages, strict=True)
+        ]
 
     def load(
         self, histories: Mapping[str, list[dict[str, Any]]], step: int, new: Collection[str]
@@ -128,7 +108,7 @@ class Ema:
 
         Those whose keys are in `new` were not stored and begin at the weights as they are now.
         """
-        for profile, values in zip(self._profiles, self._values, strict=True):
+        for profile, average in zip(self._profiles, self._averages, strict=True):
             key = profile.key
             # Without a history, the average is as old as the run.
             history = [] if key in new else histories.get(key, [{"from_step": 0, **profile.meta()}])
@@ -136,34 +116,36 @@ class Ema:
                 history = [*history, {"from_step": step, **profile.meta()}]
             self._histories[key] = history
             if key in new:
-                for value, master in zip(values, self._masters, strict=True):
+                for value, master in zip(average.values, average.masters, strict=True):
                     value.copy_(master)
 
     def pieces(self) -> dict[str, Piece]:
         """Return this rank's part of all averages by key, as views."""
         return {
-            f"{profile.key}/{name}": Piece(master.shape, master.offset, value)
-            for profile, values in zip(self._profiles, self._values, strict=True)
-            for (name, master), value in zip(self._pieces.items(), values, strict=True)
+            f"{profile.key}/{name}": piece
+            for profile, average in zip(self._profiles, self._averages, strict=True)
+            for name, piece in average.pieces.items()
         }
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Let the network compute with the first average; afterwards all is as it was."""
-        self._exchange(self._values[0])
+        self._exchange(self._averages[0])
         try:
             yield
         finally:
-            self._exchange(self._values[0])
+            self._exchange(self._averages[0])
 
     @torch.no_grad()
-    def _exchange(self, values: list[Tensor]) -> None:
-        for average, master in zip(values, self._masters, strict=True):
-            # Piece by piece and in place: engines and checkpoints hold these tensors, and there
-            # may be no room for another copy of the weights.
+    def _exchange(self, average: Average) -> None:
+        # Piece by piece and in place: engines and checkpoints hold these tensors, and there may be
+        # no room for another copy of the weights.
+        masters = self._engine.masters()
+        for name, piece in average.pieces.items():
+            master = masters[name].data
             held = master.clone()
-            master.copy_(average)
-            average.copy_(held)
+            master.copy_(piece.data)
+            piece.data.copy_(held)
         self._engine.push_masters()
 
 

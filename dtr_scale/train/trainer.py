@@ -231,12 +231,11 @@ class Trainer:
         self.engine.set_lr(self.lr.at(self.step + 1))
         limits = self.guard.limits(self.step + 1)
         verdict = Verdict(sums, self.global_batch_size, limits)
-        grad_norm = self.engine.step(verdict)
+        # Averages are of the weights after the update, whose step counts from 1.
+        grad_norm = self.engine.step(verdict, self.ema.averaging(self.step + 1))
         # After the last backward: all micro-batches were weighted by the same log-variances. Their
         # gradient is made of reduced losses, so each rank makes the same update of its replica.
         self.objective.update(sums.cluster_loss, sums.counts, verdict.skip)
-        # Of the weights after the update, whose step counts from 1.
-        self.ema.update(self.step + 1, verdict.skip)
         self.state.advance(self.global_batch_size)
         metrics = self.objective.metrics()
         return sums.to_host(self.step, self.state.samples_seen, grad_norm, verdict.skip, metrics)

@@ -18,6 +18,7 @@ from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import join_world
 from dtr_scale.engines.wrap import compile_blocks
+from dtr_scale.jobs import build
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.sample import sample_run
 from dtr_scale.jobs.train import train_experiment
@@ -37,7 +38,7 @@ EVALUATED = (
     "--evaluation.num_sampling_steps=2",
 )  # fmt: skip
 _WAIT = "called a synchronizing CUDA operation"
-PARTS = ("engine.forward", "engine.backward", "engine.step", "ema.update", "objective.update")
+PARTS = ("engine.forward", "engine.backward", "engine.step", "objective.update")
 
 
 def record_step(
@@ -89,18 +90,22 @@ def _peaks(place: Path, overrides: list[str], gpu: int, world_size: int) -> list
     return [peak - before for peak in peaks]
 
 
+def record_update(log: str, overrides: list[str], gpu: int, world_size: int) -> dict[str, Any]:
+    """Record a step whose update is compiled, and tell the bytes that its kernels move."""
+    replaced: Any = build
+    replaced.compile_blocks = lambda blocks: None  # which takes longer, and is recorded elsewhere
+    codes = _kept_codes()
+    figures = record_step(log, overrides, gpu, world_size)
+    # The update's is the last: the loss is compiled before it.
+    return {**figures, "gigabytes": [_gigabytes(code) for code in codes]}
+
+
 def compile_block(log: str, attention: str, gpu: int) -> dict[str, Any]:
     """Compile a block of DiT-L/2 and run it on 32 samples; return the bytes its kernels move.
 
     Forward, backward, and forward without gradients, as sampling does.
     """
-    # What is taken from the cache has no code to read.
-    inductor.fx_graph_cache = False
-    functorch.enable_autograd_cache = False
-    inductor.benchmark_kernel = True  # which writes the bytes beside each kernel
-    codes: list[str] = []
-    lowering: Any = GraphLowering
-    lowering.save_output_code = staticmethod(codes.append)
+    codes = _kept_codes()
     torch.cuda.set_device(gpu)
     torch.set_default_device("cuda")
     blocks = [DiTBlock(1024, 16).bfloat16() for _ in range(2)]
@@ -122,6 +127,18 @@ def compile_block(log: str, attention: str, gpu: int) -> dict[str, Any]:
             blocks[1](blocks[0](drawn, condition, None, mask), condition, None, mask)
     _stub.stub_open_log(b"")
     return {"gigabytes": [_gigabytes(code) for code in codes], **_compilations()}
+
+
+def _kept_codes() -> list[str]:
+    """Return a list that each graph's code is added to, once it is compiled."""
+    # What is taken from the cache has no code to read.
+    inductor.fx_graph_cache = False
+    functorch.enable_autograd_cache = False
+    inductor.benchmark_kernel = True  # which writes the bytes beside each kernel
+    codes: list[str] = []
+    lowering: Any = GraphLowering
+    lowering.save_output_code = staticmethod(codes.append)
+    return codes
 
 
 def _gigabytes(code: str) -> float:

@@ -10,6 +10,8 @@ pytestmark = pytest.mark.slow
 RANKS, DEPTH = 8, 2
 BLOCK, OUTSIDE = 18_889_728, 4_487_680
 """Elements of a block of a DiT-L/2, and of all that is outside of blocks with its padding."""
+UPDATE_BYTES = 4 + 6 * 4 + 2 + 2 * 8
+"""Of an element: a gradient, master and moments read and written, a weight, two averages."""
 OVERRIDES = (
     "--engine.type=flat", "--engine.compile=false", "--model.variant=null",
     "--model.hidden_size=1024", "--model.num_heads=16", "--model.patch_size=2",
@@ -54,4 +56,30 @@ def test_a_forward_begins_before_all_weights_are_there(step):
 
 def test_nothing_in_the_engine_waits_and_the_update_takes_few_launches(step):
     assert not [entry for entry in step if entry.is_wait and entry.part.startswith("engine.")]
-    assert launches(step, "engine.step") <= 20  # norm, verdict, AdamW, a cast per block
+    # Norm, verdict, AdamW, a cast, the average.
+    assert launches(step, "engine.step") <= 20
+
+
+@pytest.fixture(scope="module")
+def compiled(machine, tmp_path_factory):
+    """The log of a step whose update is compiled, and what its kernels move."""
+    log = tmp_path_factory.mktemp("flat") / "update.log"
+    overrides = [*OVERRIDES, "--engine.compile=true", "--train.ema_sigma_rel=[0.1]"]
+    figures = machine.call("record_update", log, overrides, H100, RANKS)
+    return read_log(log), figures["gigabytes"]
+
+
+def test_a_compiled_update_is_one_pass_that_reads_and_writes_each_number_once(compiled, tell):
+    entries, gigabytes = compiled
+    # Numbers that are the same for all elements, the count of updates, and the pass.
+    kernels = [e for e in entries if e.kind == "TRITON" and e.part == "engine.step"]
+    num_bytes = 1e9 * gigabytes[-1] / ((DEPTH * BLOCK + OUTSIDE) / RANKS)
+    tell(
+        f"flat, compiled, {DEPTH} blocks, 2 averages: {launches(entries, 'engine.step')} launches "
+        f"of an update, {len(kernels)} compiled, {num_bytes:.1f} bytes an element"
+    )
+    assert len(kernels) == 3
+    assert "FusedSgd" not in " ".join(word for e in entries for word in e.words)
+    assert num_bytes == pytest.approx(UPDATE_BYTES, rel=0.01)
+    assert launches(entries, "engine.step") <= 15
+    assert not [e for e in entries if e.is_wait and e.part.startswith("engine.")]

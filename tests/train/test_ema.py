@@ -22,7 +22,7 @@ def averages(profiles, weights):
     history = []
     for step, weight in enumerate(weights, 1):
         engine.masters()["weight"].data.fill_(weight)
-        ema.update(step)
+        engine.average(ema.averaging(step))
         history.append([piece.data.item() for piece in ema.pieces().values()])
     return np.array(history)
 
@@ -70,7 +70,7 @@ def test_the_first_average_takes_the_place_of_the_weights_for_a_while():
     engine = engine_of_one_weight()
     ema = Ema(engine, [ConstantDecay(0.5, is_first=True), PowerFunction(0.1)])
     engine.masters()["weight"].data.fill_(1.0)
-    ema.update(1)
+    engine.average(ema.averaging(1))
     with ema.swapped_in():
         assert engine.network(torch.ones(1)).item() == 3.0
     assert engine.network(torch.ones(1)).item() == 1.0

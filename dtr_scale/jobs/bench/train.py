@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dtr_scale.config.schema import Experiment
@@ -30,7 +29,7 @@ from dtr_scale.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 _PROFILED_STEPS = 2
-_PARTS = ("forward", "backward", "update", "ema")
+_TIMED = ("forward", "backward", "step", "ema")
 
 
 def bench_train(
@@ -124,25 +123,27 @@ class _Measurement:
         trainer.checkpoints.close()
 
     def _watch(self) -> None:
-        """Time the parts of all further steps, each of which ends with the update of the EMA."""
-        engine, clock = self._trainer.engine, self._clock
+        """Time the parts of all further steps, each of which ends when the position moves on."""
+        engine, state, clock = self._trainer.engine, self._trainer.state, self._clock
         # On these objects alone, whose classes stay as they are.
         engine.forward = clock.timed("forward", engine.forward)
         engine.backward = clock.timed("backward", engine.backward)
-        engine.step = clock.timed("update", engine.step)
+        # `flat`, compiled, averages in the pass of the update.
+        engine.step = clock.timed("step", engine.step)
+        engine.average = clock.timed("ema", engine.average)
         self._trainer.save = self._stalls.timed("save", self._trainer.save)
-        update_ema = clock.timed("ema", self._trainer.ema.update)
+        advance = state.advance
 
-        def end_step(step: int, skip: Tensor | None = None) -> None:
-            update_ema(step, skip)
+        def end_step(num_samples: int) -> None:
+            advance(num_samples)
             clock.end_round()
             if self._theirs:
                 self._theirs.make_step()
-            if step == self._measured.stop:
+            if state.step == self._measured.stop:
                 self._memory = memory_peak_bytes(self._world)
                 self._start_profile()
 
-        self._trainer.ema.update = end_step
+        state.advance = end_step
 
     def _measure_matmul(self) -> None:
         self._world.barrier()  # all ranks at once, as in training
@@ -208,9 +209,14 @@ class _Measurement:
             record["data_wait_fraction"] / record["samples_per_second"] * self._batch_size
             for record in self._records
         ]
-        seconds = {"data_wait": waits[chosen]}
-        for name in _PARTS:
-            seconds[name] = self._clock.parts(name)[chosen]
+        forward, backward, step, ema = (self._clock.parts(name)[chosen] for name in _TIMED)
+        seconds = {
+            "data_wait": waits[chosen],
+            "forward": forward,
+            "backward": backward,
+            "update": [whole - part for whole, part in zip(step, ema, strict=True)],
+            "ema": ema,
+        }
         seconds["rest"] = [
             whole - sum(known) for whole, *known in zip(rounds, *seconds.values(), strict=True)
         ]

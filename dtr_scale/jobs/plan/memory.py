@@ -109,7 +109,8 @@ def rank_memory(
             reduced = min(layout.blocks_at_once * sizes.largest_block, whole)
             buffers = item * reduced + low * sizes.largest_block
         case "flat":
-            weights = float(low * whole)
+            # Of several ranks, each has its part once more: cast, to be gathered from.
+            weights = low * (whole + (0 if has_one_rank else trained_part))
             gradients = item * (trained + (0 if has_one_rank else trained_part))
             buffers = low * max(sizes.largest_block, sizes.outside_blocks)
         case name:

@@ -9,8 +9,9 @@ from dtr_scale.jobs.plan.roofline import Seconds
 
 _ADAM_BYTES = 28
 """Of an element: gradient, master and moments are read, all but the gradient written, in fp32."""
-_EMA_BYTES = 12
-_CAST_BYTES = 6
+_EMA_BYTES, _CAST_BYTES = 12, 6
+_FUSED_EMA_BYTES, _FUSED_CAST_BYTES = 8, 2
+"""Of `flat`, whose update makes averages and casts of what it has just computed."""
 _DEEPSPEED_COPIES = 24
 """Of an element: DeepSpeed's ways into and out of its buckets at stages 1 and 2."""
 
@@ -81,9 +82,12 @@ def _exposed(
 def _update(layout: Layout, sizes: Sizes, cluster: Cluster) -> float:
     whole = layout.name in ("single", "ddp", "zero-0")
     share = 1 if whole else layout.shard
-    moved = (sizes.trained * _ADAM_BYTES + sizes.parameters * sizes.averages * _EMA_BYTES) / share
+    ema, cast = _EMA_BYTES, _CAST_BYTES
+    if layout.is_flat:
+        ema, cast = _FUSED_EMA_BYTES, _FUSED_CAST_BYTES
+    moved = (sizes.trained * _ADAM_BYTES + sizes.parameters * sizes.averages * ema) / share
     if layout.computes_in == "bf16":
-        moved += sizes.parameters * _CAST_BYTES / share
+        moved += sizes.parameters * cast / share
     if layout.name in ("zero-1", "zero-2"):
         moved += sizes.trained * _DEEPSPEED_COPIES
     return moved / cluster.gpu.bandwidth
