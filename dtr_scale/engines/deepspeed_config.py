@@ -37,12 +37,16 @@ def build_deepspeed_config(
     grad_clip: float | None,
     precision: str,
     zero_stage: int,
+    keeps_masters: bool = False,
 ) -> dict[str, Any]:
-    """Return DeepSpeed's configuration; ConfigError where `section` contradicts the experiment."""
+    """Return DeepSpeed's configuration; ConfigError where `section` contradicts the experiment.
+
+    `keeps_masters` is for stage 0 in bf16: DeepSpeed trains fp32 weights, as they are its own.
+    """
     section = section or {}
     bf16 = precision == "bf16"
     # Stage 0's bf16 optimizer makes a dummy Adam step at its start (losses off by 4%).
-    autocast = bf16 and zero_stage == 0
+    autocast = bf16 and zero_stage == 0 and not keeps_masters
     by_precision = f"engine.precision = {precision!r}"
     by_batch = f"train.global_batch_size = {global_batch_size}"
     by_micro_batch = f"train.micro_batch_size = {micro_batch_size}"
@@ -68,7 +72,7 @@ def build_deepspeed_config(
         "gradient_accumulation_steps": grad_accum_steps,
         "gradient_clipping": grad_clip or 0.0,
         "zero_optimization": {"stage": zero_stage},
-        "bf16": {"enabled": bf16 and not autocast},
+        "bf16": {"enabled": bf16 and zero_stage > 0},
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
     offloads = _look_up(section, "zero_optimization.offload_optimizer.device", "none") != "none"

@@ -31,6 +31,7 @@ from dtr_scale.engines.base import (
 )
 from dtr_scale.engines.deepspeed_config import SECTION
 from dtr_scale.engines.flat_group import FlatWeights
+from dtr_scale.engines.masters import Masters
 from dtr_scale.engines.world import World, without_lines_of_gloo
 from dtr_scale.errors import ConfigError, EngineError
 
@@ -54,9 +55,14 @@ class DeepSpeedEngine(Engine):
         *,
         world: World,
         config: dict[str, Any],
+        keeps_masters: bool = False,
         **adam: Unpack[AdamSettings],
     ) -> None:
-        """Take over `network`, to be trained as `config` (by `build_deepspeed_config`) says."""
+        """Take over `network`, to be trained as `config` (by `build_deepspeed_config`) says.
+
+        `keeps_masters` is for stage 0, whose own bf16 does not work: the network has bf16 weights,
+        and DeepSpeed trains fp32 masters of them.
+        """
         self.network = network
         self._world = world
         self._stage: int = config["zero_optimization"]["stage"]
@@ -67,13 +73,16 @@ class DeepSpeedEngine(Engine):
             initial = {name: p.detach() for name, p in network.named_parameters()}
         _prepare_process(world)
         exempt = undecayed(network, adam)
+        self._masters = Masters(network, world.device) if keeps_masters else None
         # ZeRO makes a flat buffer of each group's trained parameters, and none can be empty.
         trained = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
-        given = network.named_parameters() if self._stage == 0 else trained
+        given = self._whole_masters().items() if self._stage == 0 else trained
         optimizer = build_optimizer(given, exempt, adam)
         try:
             with without_lines_of_gloo():  # DeepSpeed makes groups of its own
-                parts: Any = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+                parts: Any = deepspeed.initialize(
+                    model=self._masters or network, optimizer=optimizer, config=config
+                )
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in problem["loc"])
@@ -121,6 +130,8 @@ class DeepSpeedEngine(Engine):
         # In fp32 and at stage 3 DeepSpeed reads the norm itself, and makes no update, nor a call
         # of Adam, where it is not finite. Then it is infinite, which the judge refuses, too.
         self._hear(norm)
+        if self._masters:
+            self._masters.push()
         return norm
 
     def _before_update(self, *_: Any) -> None:  # noqa: ANN401
@@ -141,7 +152,9 @@ class DeepSpeedEngine(Engine):
 
     def push_masters(self) -> None:
         zero = self._engine.optimizer
-        if self._stage in (1, 2):
+        if self._masters:
+            self._masters.push()
+        elif self._stage in (1, 2):
             # Casts this rank's masters and gathers the others': a collective.
             zero.update_lp_params()
             if self._frozen is not None:
@@ -173,7 +186,7 @@ class DeepSpeedEngine(Engine):
                 cut(parameter.ds_tensor, 0, len(data)).copy_(data)  # pyright: ignore
 
     def _total_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._whole_masters().values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
     def _find_state(self) -> None:
@@ -201,8 +214,12 @@ class DeepSpeedEngine(Engine):
 
     def _whole(self) -> Iterator[dict[str, Piece]]:
         """Stage 0: every rank holds every parameter, fp32, with its Adam state."""
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self._whole_masters().items():
             yield whole_pieces(name, parameter, adam_state(self._adam, parameter))
+
+    def _whole_masters(self) -> dict[str, nn.Parameter]:
+        masters = self._masters
+        return masters.named_masters() if masters else dict(self.network.named_parameters())
 
     def _fragments(self) -> Iterator[dict[str, Piece]]:
         """Stages 1, 2: this rank's range of a flat fp32 buffer per parameter group."""

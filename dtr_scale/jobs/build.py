@@ -321,15 +321,19 @@ def _build_engine(
         case "deepspeed":
             from dtr_scale.engines.zero import DeepSpeedEngine
 
+            keeps_masters = config.zero_stage == 0 and casts_weights_once(experiment, world.device)
             settings = build_deepspeed_config(
                 config.deepspeed_config,
                 global_batch_size=train.global_batch_size,
                 micro_batch_size=micro_batch_size,
                 grad_accum_steps=grad_accum_steps,
                 zero_stage=config.zero_stage,
+                keeps_masters=keeps_masters,
                 **step,
             )
-            return DeepSpeedEngine(network, world=world, config=settings, **optimizer)
+            return DeepSpeedEngine(
+                network, world=world, config=settings, keeps_masters=keeps_masters, **optimizer
+            )
 
 
 def compiles_blocks(experiment: Experiment, world: World) -> bool:
@@ -345,10 +349,11 @@ def compiles_blocks(experiment: Experiment, world: World) -> bool:
 
 
 def casts_weights_once(experiment: Experiment, device: torch.device) -> bool:
-    """Tell whether "single" is the flat engine with one rank: in bf16 on a GPU.
+    """Tell whether "single" and ZeRO-0 keep bf16 weights: in bf16 on a GPU, else they autocast.
 
-    Its bf16 weights are cast once a step. Autocast casts them in every forward, a kernel apiece; on
-    a CPU that costs little, and keeps the networks' own fp32 parts in fp32.
+    Weights are cast once a step then, and "single" is the flat engine with one rank. Autocast casts
+    them in every forward, a kernel apiece; on a CPU that costs little, and keeps the networks' own
+    fp32 parts in fp32.
     """
     return experiment.engine.precision == "bf16" and device.type == "cuda"
 

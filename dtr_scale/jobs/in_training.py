@@ -111,7 +111,9 @@ def build_evaluation(
 
 def _precision(experiment: Experiment, world: World) -> str:
     """Return how the engine's network computes where nothing casts for it."""
-    if experiment.engine.type == "single" and not casts_weights_once(experiment, world.device):
+    engine = experiment.engine
+    autocasts = engine.type == "single" or (engine.type == "deepspeed" and engine.zero_stage == 0)
+    if autocasts and not casts_weights_once(experiment, world.device):
         return "fp32"  # as its weights are
     return experiment.engine.precision
 

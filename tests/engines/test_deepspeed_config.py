@@ -38,6 +38,12 @@ def test_stage_0_computes_in_bf16_by_autocast(precision):
     assert config["torch_autocast"]["enabled"] == (precision == "bf16")
 
 
+def test_stage_0_trains_masters_as_fp32_weights():
+    config = build(None, zero_stage=0, precision="bf16", keeps_masters=True)
+    assert not config["bf16"]["enabled"]
+    assert not config["torch_autocast"]["enabled"]
+
+
 @pytest.mark.parametrize(("stage", "overlap"), [(0, False), (1, True), (2, True), (3, True)])
 def test_gradients_are_exchanged_during_the_backward_unless_they_are_offloaded(stage, overlap):
     assert build(None, zero_stage=stage)["zero_optimization"]["overlap_comm"] is overlap

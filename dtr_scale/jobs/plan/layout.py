@@ -26,7 +26,7 @@ class Layout:
     @property
     def computes_in(self) -> str:
         """Return "bf16" (bf16 weights), "autocast" or "fp32"."""
-        by_autocast = self.name == "zero-0" or (self.name == "single" and not self.on_gpu)
+        by_autocast = self.name in ("single", "zero-0") and not self.on_gpu
         return "autocast" if self.precision == "bf16" and by_autocast else self.precision
 
     @property

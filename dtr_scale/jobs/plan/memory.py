@@ -84,7 +84,9 @@ def rank_memory(
         case "single" | "zero-0":
             # By autocast and in fp32 the masters are the weights; autocast keeps a bf16 copy of
             # each weight until the backward.
-            weights, gradients, masters = item * whole, item * trained, 0.0
+            weights, gradients = float(low * whole), item * trained
+            if layout.computes_in != "bf16":
+                masters = 0.0
             if layout.computes_in == "autocast":
                 buffers = 2 * whole
         case "zero-1":
