@@ -15,6 +15,7 @@ from dtr_scale.cli.config import add_config_commands
 from dtr_scale.cli.plan import add_plan
 from dtr_scale.errors import ConfigError
 from dtr_scale.heartbeat import HEARTBEAT, check_heartbeat, launched_heartbeat
+from dtr_scale.logs import telling
 from dtr_scale.signals import LeaveRequest
 
 
@@ -71,7 +72,9 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         # The same here: a mistake in the file is told at once.
         experiment = load_experiment(arguments.config, overrides)
-        from dtr_scale.jobs.train import train_experiment
+        # From a shared file system it may take a minute.
+        with telling("loading PyTorch and what trains with it"):
+            from dtr_scale.jobs.train import train_experiment
 
         return train_experiment(experiment, heartbeat, leave)
 

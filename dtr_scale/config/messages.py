@@ -73,10 +73,16 @@ def _explain(key: str, problems: Sequence[Any]) -> str:
     kind = problem["type"]
     if kind == "combination":
         return problem["msg"]
+    if kind == "extra_forbidden" and key in known_keys():
+        section = key.partition(".")[0]
+        return f"{key} is a setting of another {section}.type; remove it, or change the type"
     if kind == "extra_forbidden":
         return f"unknown key {key}{suggestion(key)}"
     if kind == "json_invalid":  # what was given is the whole experiment, secrets included
         return "holds text that is not Unicode; give other text"
+    if kind == "missing" and isinstance(problem["loc"][-1], int):
+        given = json.dumps(problem["input"])
+        return f"{key.rpartition('.')[0]} = {given}: a value is missing"
     if kind == "missing":
         return f"{key} is missing"
     if kind.startswith("union_tag"):
@@ -92,6 +98,11 @@ def _explain(key: str, problems: Sequence[Any]) -> str:
 def _accepted(key: str, problem: Any) -> str:  # noqa: ANN401
     if problem["type"] == "string_pattern_mismatch":
         return _PATTERNS[key]
+    if problem["type"] in ("too_long", "too_short"):
+        limits = {"max_length": "at most", "min_length": "at least"}
+        ctx = problem["ctx"]
+        bound = next(f"{word} {ctx[name]}" for name, word in limits.items() if name in ctx)
+        return f"should have {bound} values, not {ctx['actual_length']}"
     told = problem["msg"].removeprefix("Input ")
     if problem["type"] == "literal_error":  # as JSON has them
         told = told.replace("True", "true").replace("False", "false")

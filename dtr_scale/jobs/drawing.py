@@ -46,9 +46,15 @@ class Drawing(NamedTuple):
         """In words, with what is turned most often."""
         evaluation = self.run.experiment.evaluation
         scales = " and ".join(f"{scale:g}" for scale in self.guidance or [evaluation.cfg_scale])
-        return (
+        told = (
             f"{self.num_samples:,} samples of step {self.run.step:,}: {evaluation.sampler}, "
             f"{evaluation.num_sampling_steps} steps, guidance {scales}"
+        )
+        if self.guidance or self.num_samples >= evaluation.batch_size:
+            return told
+        return (
+            f"{told}; in a whole batch of {evaluation.batch_size}, "
+            f"--evaluation.batch_size={self.num_samples} is quicker"
         )
 
     def manifest(self, device: torch.device) -> dict[str, Any]:
@@ -173,9 +179,10 @@ class _Progress:
         self, num_batches: int, num_steps: int, stored: StoredBatches, world: World
     ) -> None:
         self._total = num_batches * num_steps
-        self._per_step = stored.batch_size * world.world_size / num_steps
         self._num_samples = stored.num_samples
-        self._first = max(0, stored.num_samples - round(self._total * self._per_step))
+        # The last batch is drawn whole, more than is wanted.
+        whole = num_batches * stored.batch_size * world.world_size
+        self._first = max(0, stored.num_samples - whole)
         self._done = 0
         self._start = self._logged = time.monotonic()
         self._shows = world.is_main and num_batches > 0
@@ -209,7 +216,7 @@ class _Progress:
 
     def _told(self, now: float) -> str:
         seconds = now - self._start
-        drawn = self._done * self._per_step
+        drawn = (self._num_samples - self._first) * self._done / self._total
         left = timedelta(seconds=round(seconds / self._done * (self._total - self._done)))
         count = min(self._num_samples, self._first + int(drawn))
         return f"{count}/{self._num_samples} samples, {drawn / seconds:.3g} samples/s, eta {left}"

@@ -38,6 +38,8 @@ def check_uri(configured: str | None) -> None:
             open_client(uri)
     except Exception as error:  # of SQLAlchemy, drivers, the file system, MLflow
         reason = without_secrets(str(error).partition("\n")[0], uri)[:200].strip()
+        if type(error).__name__.startswith("Unsupported"):  # MLflow's, which lists all it knows
+            reason = f"MLflow knows no {scheme}://"
         source = "tracking.uri" if configured else "MLFLOW_TRACKING_URI"
         fix = _TRUST if isinstance(error, _DistrustError) else _ACCEPTED
         raise ConfigError(f"{source} = {shown_uri(uri)!r}: {reason}; {fix}") from None

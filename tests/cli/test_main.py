@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from argparse import SUPPRESS, ArgumentTypeError, _SubParsersAction
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import dtr_scale
+from dtr_scale.cli import experiments
 from dtr_scale.cli.arguments import positive_integer
 from dtr_scale.cli.main import _parser, main
 from dtr_scale.data.manifest import read_manifest
@@ -192,6 +194,16 @@ def test_an_error_is_red_on_a_terminal_alone(monkeypatch, capsys):
         assert shown_by(screen)[0].startswith(begin)
     assert main(["config", "show", "nowhere.json"]) == 2
     assert capsys.readouterr().err.startswith("error: cannot")
+
+
+def test_loading_pytorch_is_told_where_it_takes_long(monkeypatch, capsys):
+    """From a shared file system it may take a minute, in which the launcher says nothing either."""
+    told: list[str] = []
+    monkeypatch.setattr(experiments, "telling", lambda what: told.append(what) or nullcontext())
+    alone = ("--engine.type=single", "--tracking.type=none", "--data.shards=nowhere")
+    assert main(["train", "--config", DEMO, *alone]) == 2
+    assert told == ["loading PyTorch and what trains with it"]
+    assert capsys.readouterr().err.startswith("error: data.shards: manifest.json is missing in now")
 
 
 def test_each_mistake_of_a_file_is_an_error_of_its_own(capsys):

@@ -25,3 +25,12 @@ def test_all_samples_of_all_ranks_are_one_bar():
     assert max(map(len, lines)) <= 79
     half = r"sampling  50%\|█.+\| 32/64 samples, \S+ samples/s, eta 0:00:00"
     assert any(re.fullmatch(half, line) for line in lines)
+
+
+def test_a_batch_that_is_not_full_counts_what_is_wanted():
+    """Eight samples of a batch of 64: half of the steps make four of them, not eight."""
+    stored: Any = SimpleNamespace(batch_size=64, num_samples=8)
+    progress = _Progress(1, 10, stored, World(0, 0, 1, torch.device("cpu")))
+    for _ in range(5):
+        progress.advance()
+    assert progress._told(progress._start + 2).startswith("4/8 samples, 2 samples/s, eta 0:00:02")

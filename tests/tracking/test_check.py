@@ -32,7 +32,7 @@ def _environment(monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("foo://user:hunter2@x", "unsupported URI 'foo://x'"),
+        ("foo://user:hunter2@x", "MLflow knows no foo://; give http"),
         ("./mlruns", "filesystem tracking backend"),
         ("http://", "no host"),
         ("http://host:port", "Port could not be cast"),

@@ -72,7 +72,13 @@ def test_what_is_loaded_slowly_and_what_is_drawn_is_told(run_dir, tmp_path, caps
     assert main(["sample", str(run_dir), "--guidance", "1,4", "--out", str(out), *FAST]) == 0
     told = capsys.readouterr().err
     assert f"loading the network of {run_dir} ..." in told
-    assert "drawing 10 samples of step 4: ddpm, 4 steps, guidance 1 and 4" in told
+    assert "drawing 10 samples of step 4: ddpm, 4 steps, guidance 1 and 4\n" in told
+    assert (
+        main(["sample", str(run_dir), "--num-samples", "9", "--out", str(out), *FAST, "--force"])
+        == 0
+    )
+    told = capsys.readouterr().err
+    assert "guidance 3; in a whole batch of 32, --evaluation.batch_size=9 is quicker\n" in told
 
 
 def test_a_sample_depends_on_its_index_alone(run_dir, whole, tmp_path):
