@@ -13,7 +13,17 @@ from tests.support.ceph import CephServer
 from tests.support.mlflow_server import mlflow_server
 from tests.support.processes import wait_for
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import DEMO, SMALL, demo_experiment, journal, status, steps_in, train
+from tests.support.runs import (
+    DEMO,
+    ROOT,
+    SMALL,
+    demo_experiment,
+    journal,
+    status,
+    steps_in,
+    train,
+)
+from tests.support.typed import commands_of, like_the_repository
 
 FP32 = (*SMALL, "--engine.precision=fp32", "--checkpoint.every_steps=10")
 STEPS_60 = "--train.max_steps=60"
@@ -100,6 +110,28 @@ def test_torchrun_lets_ranks_go_that_were_asked_to_leave(hosts, digits, tmp_path
     left = status(tmp_path / "run")
     assert (left["outcome"], left["reason"]) == ("preempted", "SIGTERM")
     assert len([line for line in "".join(outputs).splitlines() if "zero-1, fp32" in line]) == 1
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_train_on_two_hosts(hosts, tmp_path):
+    """As they stand in "On a cluster", in a folder that both hosts have."""
+    folder = like_the_repository(tmp_path)
+    # The tree under test, wherever the environment's own installation is.
+    here = {"PYTHONPATH": str(ROOT)}
+    (folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
+    prepared, by_ssh, by_torchrun = (
+        ("bash", "-ec", commands_of("launch/README.md", heading))
+        for heading in ("## On a cluster", "### By ssh", "### By torchrun")
+    )
+    hosts[0].run(*prepared, cwd=folder, environment=here, timeout_seconds=120)
+    output = hosts[0].run(*by_ssh, cwd=folder, environment=here, timeout_seconds=240)
+    assert output.startswith("node1\nnode2\n")
+    assert "on 2 hosts (node1, node2)" in output
+    assert status(folder / "runs/by_ssh")["outcome"] == "finished"
+    launched = [host.start(*by_torchrun, cwd=folder, environment=here) for host in hosts]
+    outputs = [launcher.communicate(timeout=240)[0] for launcher in launched]
+    assert [launcher.returncode for launcher in launched] == [0, 0], outputs
+    assert journal(folder / "runs/by_torchrun") == journal(folder / "runs/by_ssh")
 
 
 @pytest.fixture(scope="module")

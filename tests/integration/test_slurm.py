@@ -14,6 +14,7 @@ from dtr_scale.launchers import first_host
 from tests.support.processes import wait_for
 from tests.support.runs import DEMO, SMALL, journal, status, steps_in, train
 from tests.support.slurm import slurm_cluster
+from tests.support.typed import commands_of, like_the_repository
 
 FP32 = (*SMALL, "--engine.precision=fp32")
 # The GPUs that SLURM allots here are names in its configuration.
@@ -139,6 +140,19 @@ def test_a_job_told_to_leave_comes_back_and_goes_on(slurm, submit, undisturbed, 
     for ours, theirs in zip(found, undisturbed, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_the_commands_of_the_readme_train_on_two_nodes(slurm, tmp_path):
+    """As they stand in "By a scheduler"; `status` is asked again when the job has ended."""
+    folder = like_the_repository(tmp_path)
+    slurm.run("bash", "-ec", commands_of("launch/README.md", "## On a cluster"), cwd=folder)
+    typed = commands_of("launch/README.md", "### By a scheduler")
+    submit, _, look = typed.partition("squeue")
+    job = slurm.run("bash", "-ec", submit, cwd=folder).split()[-1]
+    wait_for(lambda: job_has(slurm, job, "JobState=COMPLETED"))
+    told = slurm.run("bash", "-ec", f"squeue{look}", cwd=folder)
+    assert "finished" in told
+    assert "2 x cpu" in (folder / f"slurm-{job}.out").read_text(encoding="utf-8")
 
 
 def test_a_job_array_trains_a_line_each(slurm, digits, tmp_path):

@@ -8,6 +8,7 @@ from dtr_scale.jobs.train import train_experiment
 from tests.support.processes import wait_for
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import DEMO, ROOT, SMALL, demo_experiment, journal, status, steps_in
+from tests.support.typed import commands_of
 
 FP32 = (*SMALL, "--engine.precision=fp32", "--checkpoint.every_steps=10")
 A_RANK = "dtr_scale train"
@@ -54,8 +55,7 @@ def test_a_run_outlives_a_rank_and_a_host(hosts, supervise, digits, tmp_path):
 
 def test_the_commands_of_the_readme_lose_a_rank_and_recover(hosts, tmp_path):
     """As they stand there, in a folder with the repository's configs and a hostfile."""
-    text = (ROOT / "launch/README.md").read_text(encoding="utf-8").partition("To see it at work")[2]
-    commands = text.partition("```bash\n")[2].partition("```")[0]
+    commands = commands_of("launch/README.md", "To see it at work")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "hostfile").write_text((ROOT / "launch/hostfile.example").read_text())
     # A file, since what `pkill -f` looks for would stand in the shell's own command line.

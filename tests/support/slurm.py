@@ -103,19 +103,19 @@ class SlurmCluster:
         for daemon in reversed(self._daemons):
             daemon.wait(timeout=20)
 
-    def run(self, *command: str, timeout_seconds: float = 10) -> str:
+    def run(self, *command: str, timeout_seconds: float = 10, cwd: Path = ROOT) -> str:
         """Return what a command prints; it must succeed."""
-        ended = self._run(command, timeout_seconds)
+        ended = self._run(command, timeout_seconds, cwd)
         assert ended.returncode == 0, f"{command}:\n{ended.stdout}\n{ended.stderr}\n{self._logs()}"
         return ended.stdout
 
     def _run(
-        self, command: Sequence[str], timeout_seconds: float
+        self, command: Sequence[str], timeout_seconds: float, cwd: Path = ROOT
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             # Other than a SIGKILL, its SIGTERM lets srun end the job.
             ["timeout", str(timeout_seconds), *command],
-            cwd=ROOT,
+            cwd=cwd,
             env=self._environment,
             capture_output=True,
             text=True,
