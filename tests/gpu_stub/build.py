@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-SOURCES = ("runtime.c", "libraries.c", "driver.c")
+SOURCES = ("runtime.c", "streams.c", "libraries.c", "driver.c")
 NAME = "libcuda.so.1"  # as PyTorch and Triton look for the driver
 A100, H100 = 0, 1  # the GPUs of the machine that the stub pretends to be
 TIMEOUT_SECONDS = 840

@@ -73,8 +73,7 @@ CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function,
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments,
                           void **extra) {
-    stub_queued();
-    stub_log("TRITON %p %s\n", (void *)config->hStream, (const char *)function);
+    stub_queue(config->hStream, "TRITON %p %s\n", (void *)config->hStream, (const char *)function);
     return CUDA_SUCCESS;
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,

@@ -14,17 +14,18 @@
 
 /* ---- cuBLAS */
 
-static cublasStatus_t product(const char *name, long m, long n, long k, long batch) {
-    stub_queued();
-    stub_log("GEMM %s %ld %ld %ld %ld\n", name, m, n, k, batch);
+static cublasStatus_t product(cublasHandle_t handle, const char *name, long m, long n, long k,
+                              long batch) {
+    stub_queue(*(void **)handle, "GEMM %s %ld %ld %ld %ld\n", name, m, n, k, batch);
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasCreate(cublasHandle_t *handle) {
-    *handle = malloc(64);
+    *handle = calloc(1, sizeof(cudaStream_t));
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasDestroy(cublasHandle_t handle) { free(handle); return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) {
+    *(cudaStream_t *)handle = stream;
     return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasSetWorkspace(cublasHandle_t handle, void *workspace, size_t bytes) {
@@ -49,7 +50,7 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t ta, cublasO
                             cudaDataType type_a, int lda, const void *b, cudaDataType type_b,
                             int ldb, const void *beta, void *c, cudaDataType type_c, int ldc,
                             cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
-    return product("GemmEx", m, n, k, 1);
+    return product(handle, "GemmEx", m, n, k, 1);
 }
 cublasStatus_t cublasGemmStridedBatchedEx(
     cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
@@ -57,27 +58,27 @@ cublasStatus_t cublasGemmStridedBatchedEx(
     const void *b, cudaDataType type_b, int ldb, long long stride_b, const void *beta, void *c,
     cudaDataType type_c, int ldc, long long stride_c, int batch, cublasComputeType_t compute,
     cublasGemmAlgo_t algorithm) {
-    return product("GemmStridedBatchedEx", m, n, k, batch);
+    return product(handle, "GemmStridedBatchedEx", m, n, k, batch);
 }
 cublasStatus_t cublasSgemm(cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m,
                            int n, int k, const float *alpha, const float *a, int lda,
                            const float *b, int ldb, const float *beta, float *c, int ldc) {
-    return product("Sgemm", m, n, k, 1);
+    return product(handle, "Sgemm", m, n, k, 1);
 }
 cublasStatus_t cublasSgemmStridedBatched(
     cublasHandle_t handle, cublasOperation_t ta, cublasOperation_t tb, int m, int n, int k,
     const float *alpha, const float *a, int lda, long long stride_a, const float *b, int ldb,
     long long stride_b, const float *beta, float *c, int ldc, long long stride_c, int batch) {
-    return product("SgemmStridedBatched", m, n, k, batch);
+    return product(handle, "SgemmStridedBatched", m, n, k, batch);
 }
 cublasStatus_t cublasSgemv(cublasHandle_t handle, cublasOperation_t t, int m, int n,
                            const float *alpha, const float *a, int lda, const float *x, int incx,
                            const float *beta, float *y, int incy) {
-    return product("Sgemv", m, 1, n, 1);
+    return product(handle, "Sgemv", m, 1, n, 1);
 }
 cublasStatus_t cublasSdot(cublasHandle_t handle, int n, const float *x, int incx, const float *y,
                           int incy, float *result) {
-    return product("Sdot", 1, 1, n, 1);
+    return product(handle, "Sdot", 1, 1, n, 1);
 }
 
 /* ---- cuBLASLt: products with a bias or an activation in their epilogue */
@@ -150,9 +151,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               void *workspace, size_t bytes, cudaStream_t stream) {
     struct Product *asked = (void *)desc;
     struct Layout *in = (void *)layout_a, *out = (void *)layout_d;
-    stub_queued();
-    stub_log("GEMM LtMatmul %lu %lu %lu %d epilogue %d\n", out->rows, out->cols,
-             asked->transposed ? in->rows : in->cols, in->batch, asked->epilogue);
+    stub_queue(stream, "GEMM LtMatmul %lu %lu %lu %d epilogue %d\n", out->rows, out->cols,
+               asked->transposed ? in->rows : in->cols, in->batch, asked->epilogue);
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -225,8 +225,8 @@ ncclResult_t ncclRedOpDestroy(ncclRedOp_t op, ncclComm_t comm) { return ncclSucc
 static ncclResult_t exchanged(const char *name, size_t elements, ncclDataType_t type,
                               ncclComm_t comm, cudaStream_t stream) {
     static const int sizes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
-    stub_queued();
-    stub_log("NCCL %p %s %d %zu\n", (void *)stream, name, comm->size, elements * sizes[type]);
+    stub_queue(stream, "NCCL %p %s %d %zu\n", (void *)stream, name, comm->size,
+               elements * sizes[type]);
     return ncclSuccess;
 }
 ncclResult_t ncclAllReduce(const void *in, void *out, size_t count, ncclDataType_t type,

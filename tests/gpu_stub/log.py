@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-LAUNCHES = ("KERNEL", "TRITON", "GEMM", "COPY", "COPYWAIT", "MEMSET")
+LAUNCHES = ("KERNEL", "TRITON", "GEMM", "COPY", "COPYWAIT", "MEMSET", "GRAPH")
+"""What a capture takes up is CAPTURED, and launched with its graph."""
 REDUCTIONS = ("all_reduce", "reduce_scatter")
 LARGE = 2**16
 """Bytes of an exchange of gradients or weights; norms and losses are smaller."""

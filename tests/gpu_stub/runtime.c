@@ -6,7 +6,6 @@
 #define _GNU_SOURCE
 #include "stub.h"
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +17,6 @@
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static FILE *log_file;
-static _Atomic long num_queued;
 
 /* Called from Python: write to `path` from now on, or nowhere. */
 void stub_open_log(const char *path) {
@@ -32,17 +30,19 @@ void stub_open_log(const char *path) {
 void stub_mark(const char *name) { stub_log("MARK %s\n", name); }
 
 void stub_log(const char *format, ...) {
+    va_list values;
+    va_start(values, format);
+    stub_vlog("", format, values);
+    va_end(values);
+}
+void stub_vlog(const char *before, const char *format, va_list values) {
     pthread_mutex_lock(&mutex); /* backwards, data and checkpoints run in threads of their own */
     if (log_file) {
-        va_list values;
-        va_start(values, format);
+        fputs(before, log_file);
         vfprintf(log_file, format, values);
-        va_end(values);
     }
     pthread_mutex_unlock(&mutex);
 }
-
-void stub_queued(void) { num_queued++; }
 
 /* ---- devices */
 
@@ -71,7 +71,10 @@ cudaError_t cudaDriverGetVersion(int *version) { *version = CUDART_VERSION; retu
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaGetLastError(void) { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError(void) { return cudaSuccess; }
-const char *cudaGetErrorString(cudaError_t error) { return "an error of the stub"; }
+const char *cudaGetErrorString(cudaError_t error) {
+    return error >= cudaErrorStreamCaptureUnsupported ? "not permitted when a stream is capturing"
+                                                      : "an error of the stub";
+}
 const char *cudaGetErrorName(cudaError_t error) { return "stub"; }
 
 /* Sizes of the two chips that choose kernels, from NVIDIA's tuning guides. */
@@ -189,8 +192,7 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
 }
 
 static cudaError_t launched(cudaStream_t stream, const void *handle) {
-    stub_queued();
-    stub_log("KERNEL %p %s\n", (void *)stream, kernel_name(handle));
+    stub_queue(stream, "KERNEL %p %s\n", (void *)stream, kernel_name(handle));
     return cudaSuccess;
 }
 cudaError_t cudaLaunchKernel(const void *handle, dim3 grid, dim3 block, void **arguments,
@@ -288,10 +290,9 @@ static cudaError_t copied(const char *how, void *to, const void *from, size_t by
     bool to_device = in(&device_memory, to), from_device = in(&device_memory, from);
     const char *host = in(&pinned_memory, to_device ? from : to) ? "pinned" : "pageable";
     if (to_device || from_device) {
-        stub_queued();
-        stub_log("%s %p %s %s %zu\n", how, stream,
-                 to_device && from_device ? "D2D" : to_device ? "H2D" : "D2H",
-                 to_device && from_device ? "device" : host, bytes);
+        stub_queue(stream, "%s %p %s %s %zu\n", how, stream,
+                   to_device && from_device ? "D2D" : to_device ? "H2D" : "D2H",
+                   to_device && from_device ? "device" : host, bytes);
     }
     if (!to_device && from_device) memset(to, 0, bytes);
     if (!to_device && !from_device) memcpy(to, from, bytes);
@@ -316,82 +317,11 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
     return cudaSuccess;
 }
 static cudaError_t filled(void *to, int value, size_t bytes, void *stream) {
-    stub_queued();
-    stub_log("MEMSET %p %zu\n", stream, bytes);
+    stub_queue(stream, "MEMSET %p %zu\n", stream, bytes);
     if (!in(&device_memory, to)) memset(to, value, bytes);
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void *to, int value, size_t bytes) { return filled(to, value, bytes, NULL); }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
     return filled(to, value, bytes, stream);
-}
-
-/* ---- streams and events: all that is queued is done at once; what the host waits for is told */
-
-static uintptr_t next_handle = 4096;
-static void *new_handle(void) { return (void *)__sync_fetch_and_add(&next_handle, 16); }
-
-cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = new_handle(); return cudaSuccess; }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
-    return cudaStreamCreate(stream);
-}
-cudaError_t cudaStreamDestroy(cudaStream_t stream) { return cudaSuccess; }
-cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
-    *priority = 0;
-    return cudaSuccess;
-}
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return cudaSuccess; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-}
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status,
-                                     unsigned long long *id, cudaGraph_t *graph,
-                                     const cudaGraphNode_t **nodes, size_t *count) {
-    *status = cudaStreamCaptureStatusNone;
-    if (id) *id = 0;
-    return cudaSuccess;
-}
-cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
-    return cudaSuccess;
-}
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
-    return cudaErrorNotSupported;
-}
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    stub_log("WAIT stream 0\n");
-    return cudaSuccess;
-}
-cudaError_t cudaDeviceSynchronize(void) { stub_log("WAIT device 0\n"); return cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-    stub_log("AFTER %p %p\n", (void *)stream, (void *)event);
-    return cudaSuccess;
-}
-
-/* An event knows how much was queued before it: a wait is no wait where a step has been since. */
-typedef struct { long queued; } Event;
-cudaError_t cudaEventCreate(cudaEvent_t *event) {
-    *event = calloc(1, sizeof(Event));
-    return cudaSuccess;
-}
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-    return cudaEventCreate(event);
-}
-cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t event) { return cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-    ((Event *)event)->queued = num_queued;
-    stub_log("RECORD %p %p\n", (void *)stream, (void *)event);
-    return cudaSuccess;
-}
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
-    return cudaEventRecord(event, stream);
-}
-cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    stub_log("WAIT event %ld\n", num_queued - ((Event *)event)->queued);
-    return cudaSuccess;
-}
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t stop) {
-    *ms = 0.05f;
-    return cudaSuccess;
 }
