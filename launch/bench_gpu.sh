@@ -39,11 +39,11 @@ measure() {
     tail -n 16 "$out/$name.log"
 }
 
-# train NAME SECONDS CONFIG ENGINE MICRO_BATCH: a step of one micro-batch
+# train NAME SECONDS CONFIG ENGINE MICRO_BATCH [--KEY=VALUE ...]: a step of one micro-batch
 train() {
     measure "$1" "$2" dtr-scale bench train --config "configs/$3.json" --json "$out/$1.json" \
         --data.type=synthetic --tracking.type=none "--engine.type=$4" \
-        "--train.global_batch_size=$5" "--train.micro_batch_size=$5" "${overrides[@]}"
+        "--train.global_batch_size=$5" "--train.micro_batch_size=$5" "${@:6}" "${overrides[@]}"
 }
 
 train l_zero1_64 90 dit_l_dtr_antuw deepspeed 64
@@ -52,12 +52,14 @@ train l_fsdp2_64 60 dit_l_dtr_antuw fsdp2 64
 train l_flat_32 60 dit_l_dtr_antuw flat 32
 train l_flat_128 60 dit_l_dtr_antuw flat 128
 train xl_flat_64 90 dit_xl_dtr_antuw flat 64
+train s_flat_32 45 dit_l_dtr_antuw flat 32 --model.variant=DiT-S/2
+train s_graphs_32 45 dit_l_dtr_antuw flat 32 --model.variant=DiT-S/2 --engine.cuda_graphs=true
 measure sample 60 dtr-scale bench sample --config configs/dit_l_dtr_antuw.json --json "$out/sample.json" \
     --num-samples 64 --data.type=synthetic --evaluation.num_sampling_steps=20 "${overrides[@]}"
 measure attention 20 dtr-scale bench attention --config configs/dit_l_dtr_antuw.json \
     --json "$out/attention.json" --data.type=synthetic "${overrides[@]}"
 measure checkpoint 30 dtr-scale bench checkpoint --model DiT-L/2 --rounds 2
-for test in attention snapshot engines training; do
+for test in attention snapshot graphs engines training; do
     measure "test_$test" 45 python -m pytest -q -m gpu "tests/gpu/test_$test.py"
 done
 train xl_zero1_32 90 dit_xl_dtr_antuw deepspeed 32
@@ -68,7 +70,7 @@ from pathlib import Path
 from dtr_scale.jobs.plan.gpus import GPUS
 
 print(f"\n{'':12}{'images/s':>9}{'planned':>9}{'TFLOP/s':>9}{'of product':>11}{'GB':>7}{'planned':>9}")
-for path in sorted(Path(sys.argv[1]).glob("*l_*.json")):
+for path in sorted(Path(sys.argv[1]).glob("*_*.json")):
     found = json.loads(path.read_text())
     settings, device = found["config"], found["machine"]["device"]
     known = [gpu.name for gpu in GPUS.values() if gpu.title in device]

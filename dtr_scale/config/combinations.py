@@ -22,6 +22,7 @@ def combination_problems(experiment: "Experiment") -> list[str]:
         _expert_problem(experiment),
         _channels_problem(experiment),
         _guidance_problem(experiment),
+        _graphs_problem(experiment),
     )
     return [problem for problem in found if problem]
 
@@ -105,6 +106,22 @@ def _guidance_problem(experiment: "Experiment") -> str | None:
         f"evaluation.cfg_scale = {scale} needs a network that knows the null label; set "
         "evaluation.cfg_scale=1, or train with model.conditioning=class and "
         "model.class_dropout_prob > 0"
+    )
+
+
+def _graphs_problem(experiment: "Experiment") -> str | None:
+    """Say why a micro-step cannot be one CUDA graph, None if it can or need not."""
+    model = experiment.model
+    changing = None
+    if model.num_experts > 1 and model.expert is None:
+        changing = f"model.num_experts = {model.num_experts}: its parts of a batch differ in size"
+    elif model.routing.type == "max_roaming":
+        changing = "model.routing.type = 'max_roaming': its masks change with the step"
+    if experiment.engine.cuda_graphs is not True or changing is None:
+        return None
+    return (
+        f"engine.cuda_graphs = true repeats the kernels of one step, and {changing}; set "
+        "engine.cuda_graphs=false"
     )
 
 

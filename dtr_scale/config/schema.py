@@ -193,6 +193,11 @@ class EngineConfig(Section):
     """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up).
 
     auto: on a GPU, where the node has a compiler for it."""
+    cuda_graphs: Literal[True, False, "auto"] = "auto"
+    """flat, single in bf16: launch a micro-step as one CUDA graph, for networks that compute faster
+    than a host launches (S, B).
+
+    auto: not yet, as long as no GPU has timed it."""
     activation_checkpointing: bool = False
     """Compute each block's activations again in the backward: less memory, a third more time."""
 
@@ -214,6 +219,19 @@ class EngineConfig(Section):
                     f'"{owner}"; "flat" holds all weights and gradients on each rank; set '
                     f"engine.{key}={accepted}, or engine.type={owner}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_are_flat(self) -> Self:
+        # In bf16 on a GPU "single" is the flat engine of one rank.
+        is_flat = self.type == "flat" or (self.type, self.precision) == ("single", "bf16")
+        if self.cuda_graphs is True and not (is_flat and self.device != "cpu"):
+            raise refuse(
+                f'engine.cuda_graphs = true with engine.type = "{self.type}", engine.precision = '
+                f'"{self.precision}" and engine.device = "{self.device}": only "flat", and '
+                '"single" in bf16, have weights and gradients that stay where they are in a GPU\'s '
+                "memory; set engine.cuda_graphs=false, or engine.type=flat on a GPU"
+            )
         return self
 
     def mesh(self, world_size: int) -> tuple[int, int]:

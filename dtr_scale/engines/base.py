@@ -74,6 +74,25 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss` [] to what will become the sum over micro-steps and ranks."""
 
+    def accumulate(
+        self,
+        losses_of: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        *,
+        last: bool,
+        end_forward: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, ...]:
+        """Compute the losses of a micro-batch, and add the gradient of the last of them, a scalar.
+
+        `losses_of(*inputs)` calls `forward`. `end_forward` is called when it is done, before
+        gradients are exchanged. Losses are those of this call until the next.
+        """
+        with self.micro_step(last=last):
+            losses = losses_of(*inputs)
+            end_forward()
+            self.backward(losses[-1])
+        return losses
+
     def step(self, judge: Judge | None = None, averaging: Sequence[Averaging] = ()) -> Tensor:
         """Clip, update weights and averages, clear the gradients; return the norm before clipping.
 

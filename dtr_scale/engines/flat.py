@@ -27,12 +27,18 @@ from dtr_scale.engines.base import (
 from dtr_scale.engines.flat_group import ALIGNMENT, FlatGroup, FlatWeights
 from dtr_scale.engines.flat_shard import FlatShard
 from dtr_scale.engines.flat_update import FusedUpdate
+from dtr_scale.engines.graphs import Repeated
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import wrap_call
 
 
 class FlatEngine(Engine):
-    """Whole weights and gradients on each rank, 1/W of the masters and moments."""
+    """Whole weights and gradients on each rank, 1/W of the masters and moments.
+
+    With `graphs` a micro-step is repeated from what was recorded of it. Then weights are awaited
+    before its forward and gradients exchanged after its backward: what other streams do is no part
+    of a graph.
+    """
 
     def __init__(
         self,
@@ -43,9 +49,11 @@ class FlatEngine(Engine):
         grad_clip: float | None = None,
         precision: str = "bf16",
         compiled: bool = False,
+        graphs: Repeated | None = None,
         **adam: Unpack[AdamSettings],
     ) -> None:
         self._world = world
+        self._graphs = graphs
         self._max_norm = grad_clip
         self._is_last = True
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -85,6 +93,36 @@ class FlatEngine(Engine):
     def micro_step(self, *, last: bool) -> Iterator[None]:
         self._is_last = last
         yield
+
+    def accumulate(
+        self,
+        losses_of: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
+        *,
+        last: bool,
+        end_forward: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, ...]:
+        if self._graphs is None:
+            return super().accumulate(losses_of, inputs, last=last, end_forward=end_forward)
+        for weights in self._weights:
+            weights.wait()
+        # The first of a step writes to the buffers of gradients, the others add to them.
+        first = self._groups[0].is_empty
+        with self.micro_step(last=False):  # it exchanges nothing by itself
+            losses = self._graphs(partial(self._losses_and_gradient, losses_of), inputs, first)
+        end_forward()
+        for group in reversed(self._groups):
+            group.is_empty = False  # a replay does not tell
+            if last:
+                group.reduce()
+        return losses
+
+    def _losses_and_gradient(
+        self, losses_of: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        losses = losses_of(*inputs)
+        self.backward(losses[-1])
+        return losses
 
     def backward(self, loss: Tensor) -> None:
         self._uncollected = set(self._groups)

@@ -140,7 +140,8 @@ class FlatGroup(FlatWeights):
         alone = world.world_size == 1
         # Of this rank's shard, summed over all ranks: what the optimizer is given.
         self.gradient = self._gradients if alone else torch.zeros_like(self.master)
-        self._is_empty = True
+        self.is_empty = True
+        """Whether the buffer holds nothing of this step."""
         self._reduction: dist.Work | None = None
 
     def move(self, master: Tensor, gradient: Tensor, cast: Tensor) -> None:
@@ -159,13 +160,13 @@ class FlatGroup(FlatWeights):
         """
         pairs = zip(self._gradient_views, self.parameters, strict=True)
         found = [(view, p.grad) for view, p in pairs if p.grad is not None]
-        if self._is_empty and len(found) < len(self.parameters):
+        if self.is_empty and len(found) < len(self.parameters):
             self._gradients.zero_()  # what has no gradient now keeps none of the step before
         # Private in torch. A loop does the same, with a launch per tensor.
-        add = torch._foreach_copy_ if self._is_empty else torch._foreach_add_  # pyright: ignore
+        add = torch._foreach_copy_ if self.is_empty else torch._foreach_add_  # pyright: ignore
         if found:  # else the block was not called
             add([view for view, _ in found], [gradient for _, gradient in found])
-        self._is_empty = False
+        self.is_empty = False
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -191,7 +192,7 @@ class FlatGroup(FlatWeights):
         if self._reduction is not None:
             self._reduction.wait()
             self._reduction = None
-        self._is_empty = True
+        self.is_empty = True
 
 
 def _lay_out(parameters: list[nn.Parameter]) -> tuple[list[int], int]:

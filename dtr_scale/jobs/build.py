@@ -32,6 +32,7 @@ from dtr_scale.engines.deepspeed_config import build_deepspeed_config
 from dtr_scale.engines.flat import FlatEngine
 from dtr_scale.engines.freeze import freeze
 from dtr_scale.engines.fsdp2 import Fsdp2Engine
+from dtr_scale.engines.graphs import CudaGraphs
 from dtr_scale.engines.single import SingleEngine
 from dtr_scale.engines.world import World
 from dtr_scale.engines.wrap import checkpoint_activations, compile_blocks, is_compiled
@@ -303,6 +304,7 @@ def _build_engine(
                 blocks=network.routed_blocks(),
                 world=world,
                 compiled=compiles,
+                graphs=_graphs(config, world.device),
                 **optimizer,
                 **step,
             )
@@ -356,6 +358,18 @@ def casts_weights_once(experiment: Experiment, device: torch.device) -> bool:
     fp32 parts in fp32.
     """
     return experiment.engine.precision == "bf16" and device.type == "cuda"
+
+
+def _graphs(config: EngineConfig, device: torch.device) -> CudaGraphs | None:
+    """Return what makes CUDA graphs of micro-steps; ConfigError where that cannot be."""
+    if config.cuda_graphs is not True:  # "auto" waits for figures of a GPU
+        return None
+    if device.type != "cuda":
+        raise ConfigError(
+            f"engine.cuda_graphs = true: there are none on this device ({device}); set "
+            "engine.cuda_graphs=false"
+        )
+    return CudaGraphs(device)
 
 
 def reshards(config: EngineConfig, network: nn.Module) -> bool:

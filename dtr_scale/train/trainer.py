@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dtr_scale.checkpoint.manager import CheckpointManager
 from dtr_scale.checkpoint.reader import CheckpointReader, LoadPlan
@@ -25,7 +26,7 @@ from dtr_scale.train.ema import Ema
 from dtr_scale.train.figures import Readback, StepFigures, StepResult, StepSums
 from dtr_scale.train.guard import UpdateGuard, Verdict
 from dtr_scale.train.learning_rate import LearningRate
-from dtr_scale.train.loss import StepLoss
+from dtr_scale.train.loss import Losses, StepLoss
 from dtr_scale.train.skipped import SkippedStep
 from dtr_scale.train.state import Probe, RunState, take_probe
 
@@ -209,15 +210,14 @@ class Trainer:
             self.place.enter("data")
             batch = self._watch.next_of(batches).to(self.world.device)
             self.place.enter("forward")
-            x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
-            # The engine must know before the forward whether this gradient is exchanged.
-            with self.engine.micro_step(last=micro == self.loader.grad_accum_steps - 1):
-                output = self.engine.forward(x_t, batch.t, batch.y, self.step)
-                losses = self._loss(output, x_t, batch, sums.counts)
-                self._own_work.end()
-                self.place.enter("backward")
-                self.engine.backward(losses.share)
-            sums.add(losses, batch.cluster)
+            losses = self.engine.accumulate(
+                self._losses,
+                (*batch, sums.counts),
+                # The engine must know before the forward whether this gradient is exchanged.
+                last=micro == self.loader.grad_accum_steps - 1,
+                end_forward=self._end_forward,
+            )
+            sums.add(Losses(*losses), batch.cluster)
         self._own_work.end_step()
         if num_ranks:
             sums.tell(self.world.rank, self._own_work.latest)
@@ -239,6 +239,18 @@ class Trainer:
         self.state.advance(self.global_batch_size)
         metrics = self.objective.metrics()
         return sums.to_host(self.step, self.state.samples_seen, grad_norm, verdict.skip, metrics)
+
+    def _losses(self, *inputs: Tensor) -> Losses:
+        """Return the losses of a micro-batch, given with the counts n_k of the global batch."""
+        *tensors, counts = inputs
+        batch = MicroBatch(*tensors)
+        x_t = self.diffusion.q_sample(batch.x_start, batch.t, batch.noise)
+        output = self.engine.forward(x_t, batch.t, batch.y, self.step)
+        return self._loss(output, x_t, batch, counts)
+
+    def _end_forward(self) -> None:
+        self._own_work.end()
+        self.place.enter("backward")
 
     def _conclude(
         self,

@@ -5,6 +5,7 @@ import gc
 import re
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dtr_scale.config.load import load_experiment
 from dtr_scale.config.schema import Experiment
 from dtr_scale.engines.world import join_world
 from dtr_scale.engines.wrap import compile_blocks
+from dtr_scale.errors import EngineError
 from dtr_scale.jobs import build
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.sample import sample_run
@@ -42,9 +44,17 @@ PARTS = ("engine.forward", "engine.backward", "engine.step", "objective.update")
 
 
 def record_step(
-    log: str, overrides: list[str], gpu: int, world_size: int, steps: int = 5
+    log: str,
+    overrides: list[str],
+    gpu: int,
+    world_size: int,
+    steps: int = 5,
+    others: Sequence[tuple[int, str]] = (),
 ) -> dict[str, Any]:
-    """Train some steps, the last but one of them with a log, marked by its parts."""
+    """Train some steps, the last but one of them with a log, marked by its parts.
+
+    `others` are steps that have a log as well.
+    """
     _pretend()
     experiment = _experiment(Path(log).with_suffix(""), overrides, steps)
     counters.clear()
@@ -52,7 +62,7 @@ def record_step(
         warnings.simplefilter("always")
         world = join_world(needs_process_group=experiment.engine.type != "single")
         trainer = build_trainer(experiment, world)
-        _log_a_step(trainer, log)
+        _log_steps(trainer, {**dict(others), steps - 1: log})
         records: list[Any] = []
         trainer.run(LeaveRequest(), log=records.append)
         trainer.loader.close()
@@ -98,6 +108,22 @@ def record_update(log: str, overrides: list[str], gpu: int, world_size: int) -> 
     figures = record_step(log, overrides, gpu, world_size)
     # The update's is the last: the loss is compiled before it.
     return {**figures, "gigabytes": [_gigabytes(code) for code in codes]}
+
+
+def capture_a_wait(place: str, overrides: list[str], gpu: int) -> str:
+    """Return what is told where the host wants a number of a micro-step that is captured."""
+    _pretend()
+    with pretend.pretend_world(gpu, 1):
+        world = join_world(needs_process_group=True)
+        trainer = build_trainer(_experiment(Path(place), overrides, 5), world)
+        objective: Any = trainer.objective
+        loss = objective.loss
+        objective.loss = lambda mse, *args, **kwargs: loss(mse, *args, **kwargs) + float(mse[0])
+        try:
+            trainer.run(LeaveRequest(), log=lambda record: None)
+        except EngineError as error:
+            return f"step {trainer.step + 1}: {error}"
+    return "no error"
 
 
 def compile_block(log: str, attention: str, gpu: int) -> dict[str, Any]:
@@ -159,26 +185,34 @@ def live(place: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _live(
-    place: Path, config: str, overrides: list[str], gpu: int, world_size: int, num_experts: int
+    place: Path,
+    config: str,
+    overrides: list[str],
+    gpu: int,
+    world_size: int,
+    num_experts: int,
+    steps: tuple[int, int] = (2, 3),
 ) -> dict[str, Any]:
     counters.clear()
     torch.compiler.reset()
-    error = None
+    error, num_graphs = None, _stub.stub_num_graphs()
     try:
         with pretend.pretend_partition(num_experts):
             if world_size == 1:
-                _alone(place, config, overrides, gpu)
+                _alone(place, config, overrides, gpu, steps)
             else:
                 _among(place, config, overrides, gpu, world_size)
     except Exception:  # the others are tried as well
         error = traceback.format_exc()
-    return {"error": error, **_compilations()}
+    return {"error": error, "replays": _stub.stub_num_graphs() - num_graphs, **_compilations()}
 
 
-def _alone(place: Path, config: str, overrides: list[str], gpu: int) -> None:
+def _alone(
+    place: Path, config: str, overrides: list[str], gpu: int, until: tuple[int, int]
+) -> None:
     """Train, save and evaluate; resume, and draw samples, by the commands' own functions."""
     with pretend.pretend_world(gpu, 1):
-        for steps in (2, 3):
+        for steps in until:
             experiment = _experiment(place, [*overrides, *EVALUATED], steps, config)
             assert train_experiment(experiment) == 0
         sample_run(place, num_samples=2, latents=True, out=place / "latents.npz")
@@ -222,8 +256,8 @@ def _compilations() -> dict[str, Any]:
     }
 
 
-def _log_a_step(trainer: Trainer, log: str) -> None:
-    """Log the last step but one, from its first batch to that of the next."""
+def _log_steps(trainer: Trainer, logs: dict[int, str]) -> None:
+    """Log steps by their numbers, each from its first batch to that of the next."""
     marked: Any = trainer
     for name in PARTS:
         owner, method = name.split(".")
@@ -231,10 +265,10 @@ def _log_a_step(trainer: Trainer, log: str) -> None:
     train_step = trainer._train_step
 
     def logged(*args: Any) -> Any:
-        begins = trainer.step == trainer.max_steps - 2
+        log = logs.get(trainer.step + 1, "")
         # PyTorch warns where the host waits, and names the line.
-        torch.cuda.set_sync_debug_mode("warn" if begins else "default")
-        _stub.stub_open_log(log.encode() if begins else b"")
+        torch.cuda.set_sync_debug_mode("warn" if log else "default")
+        _stub.stub_open_log(log.encode())
         return train_step(*args)
 
     marked._train_step = logged

@@ -29,7 +29,6 @@ from dtr_scale.train.trainer import Trainer
 log = logging.getLogger(__name__)
 
 _PROFILED_STEPS = 2
-_TIMED = ("forward", "backward", "step", "ema")
 
 
 def bench_train(
@@ -126,8 +125,8 @@ class _Measurement:
         """Time the parts of all further steps, each of which ends when the position moves on."""
         engine, state, clock = self._trainer.engine, self._trainer.state, self._clock
         # On these objects alone, whose classes stay as they are.
-        engine.forward = clock.timed("forward", engine.forward)
-        engine.backward = clock.timed("backward", engine.backward)
+        for name in self._engine_parts:
+            setattr(engine, name, clock.timed(name, getattr(engine, name)))
         # `flat`, compiled, averages in the pass of the update.
         engine.step = clock.timed("step", engine.step)
         engine.average = clock.timed("ema", engine.average)
@@ -209,11 +208,10 @@ class _Measurement:
             record["data_wait_fraction"] / record["samples_per_second"] * self._batch_size
             for record in self._records
         ]
-        forward, backward, step, ema = (self._clock.parts(name)[chosen] for name in _TIMED)
+        step, ema = (self._clock.parts(name)[chosen] for name in ("step", "ema"))
         seconds = {
             "data_wait": waits[chosen],
-            "forward": forward,
-            "backward": backward,
+            **{name: self._clock.parts(name)[chosen] for name in self._engine_parts},
             "update": [whole - part for whole, part in zip(step, ema, strict=True)],
             "ema": ema,
         }
@@ -224,6 +222,12 @@ class _Measurement:
             name: {**spread(each)._asdict(), "share": sum(each) / sum(rounds)}
             for name, each in seconds.items()
         }
+
+    @property
+    def _engine_parts(self) -> tuple[str, ...]:
+        # A CUDA graph is one launch of both.
+        has_graphs = self._experiment.engine.cuda_graphs is True
+        return ("accumulate",) if has_graphs else ("forward", "backward")
 
     @property
     def _batch_size(self) -> int:
