@@ -69,7 +69,10 @@ def test_what_changes_the_state_lets_a_save_copy_it_first(digits, tmp_path):
     trainer, events = build_trainer(experiment, ALONE), []
     backward, step = trainer.engine.backward, trainer.engine.step
     trainer.engine.backward = lambda loss: (events.append("backward"), backward(loss))[1]
-    trainer.engine.step = lambda judge=None: (events.append("update"), step(judge))[1]
+    trainer.engine.step = lambda judge=None, averaging=(): (
+        events.append("update"),
+        step(judge, averaging),
+    )[1]
     trainer.checkpoints.before_change = lambda: events.append("copied")
     with trainer.loader:
         trainer.run(
