@@ -4,6 +4,7 @@ As in `main`, nothing heavy is imported before a command is known.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -284,7 +285,10 @@ def _tell_manifest(out: str, manifest: "Manifest") -> None:
         print(f"{split}: {samples:,} samples in {len(shards):,} shard{many}")
     if manifest.unreadable:
         print(f"unreadable: {len(manifest.unreadable)} pictures, listed in the manifest")
-    print(f"manifest: {out.rstrip('/')}/manifest.json")
+    place = out.rstrip("/")
+    print(f"manifest: {place}/manifest.json")
+    file = f"{place.rpartition('/')[2]}.json"
+    print(f"next: dtr-scale config init --data {shlex.quote(place)} --out {shlex.quote(file)}")
 
 
 def _verify(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +167,13 @@ class _MainRecords(Records):
         if self._trainer.saved_step is not None:
             checkpoint = self._trainer.checkpoints.url(self._trainer.saved_step)
         told = f"leaving on request ({reason})" if reason else outcome
-        log.info("%s at step %d; checkpoint %s", told, self._trainer.step, checkpoint or "none yet")
+        # An expert draws nothing by itself.
+        is_last = outcome == "finished" and not self._path.name.startswith("expert_")
+        further = f"; next: dtr-scale sample {shlex.quote(str(self._path))}" if is_last else ""
+        log.info(
+            "%s at step %d; checkpoint %s%s",
+            told, self._trainer.step, checkpoint or "none yet", further,
+        )  # fmt: skip
 
     def close(self, outcome: str, reason: str, *, step: int | None = None) -> None:
         self._progress.close()

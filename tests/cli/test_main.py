@@ -305,6 +305,7 @@ def test_prepare_writes_a_folder_and_says_what_is_in_it(tmp_path, capsys):
         "train: 1,500 samples in 3 shards",
         "val: 297 samples in 1 shard",
         f"manifest: {tmp_path}/manifest.json",
+        f"next: dtr-scale config init --data {tmp_path} --out {tmp_path.name}.json",
     ]
     assert read_manifest(open_folder(tmp_path)).num_samples("train") == 1500
 

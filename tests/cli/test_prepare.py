@@ -70,6 +70,7 @@ def test_the_way_from_pictures_to_a_contact_sheet(source, s3_url, vae_path, tmp_
     assert capsys.readouterr().out.splitlines() == [
         "train: 64 samples in 5 shards",
         f"manifest: {s3_url}/manifest.json",
+        f"next: dtr-scale config init --data {s3_url} --out {s3_url.rpartition('/')[2]}.json",
     ]
     assert data("verify", s3_url) == 0
     assert capsys.readouterr().out == f"{s3_url}: 10 files as written, 0.000 GB\n"

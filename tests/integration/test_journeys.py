@@ -78,7 +78,8 @@ def test_own_pictures_by_the_four_commands_of_the_readme(tmp_path, typed):
     shapes(tmp_path / "PICTURES", 30)
     in_the_cache(tmp_path / "hub", "stabilityai/sd-vae-ft-ema")
 
-    assert "train: 90 samples in 1 shard" in typed(f"{prepare} --size 64")
+    told = typed(f"{prepare} --size 64")
+    assert "train: 90 samples in 1 shard" in told and f"next: {init}\n" in told
 
     told = typed(init)
     assert "with DTR and ANT-UW" in told and f"next: {train}" in told
@@ -88,7 +89,7 @@ def test_own_pictures_by_the_four_commands_of_the_readme(tmp_path, typed):
     log = typed(f"{train.replace('deepspeed ', port, 1)} {SHORT}")
     steps = re.findall(r"step (\d+)/40", log)
     assert steps[-1] == "40"
-    assert "finished at step 40; checkpoint " in log
+    assert "finished at step 40; checkpoint " in log and f"next: {sample}\n" in log
     assert status(tmp_path / "runs" / "mine")["outcome"] == "finished"
     assert [record["step"] for record in journal(tmp_path / "runs" / "mine")] == [20, 40]
 

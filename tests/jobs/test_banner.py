@@ -73,6 +73,7 @@ def test_a_log_holds_nothing_but_lines_of_ours(digits, tmp_path, capfd, monkeypa
     assert [line.split()[0] for line in lines] == [
         "network", "device", "engine", "data", "batch", "run", "stop", "step", "step", "finished",
     ]  # fmt: skip
+    assert lines[-1].endswith(f"; next: dtr-scale sample {tmp_path}")
     assert lines[3].endswith("; 3 workers on 1 cores") == (workers == 3)
 
 
