@@ -61,7 +61,7 @@ exec chroot . "$@"
 class Service:
     """A service's container: started at most once at a time, ended with its host."""
 
-    def __init__(self, name: str, spec: Mapping[str, Any], image: "_Image", host: Host) -> None:
+    def __init__(self, name: str, spec: Mapping[str, Any], image: "Image", host: Host) -> None:
         self.name = name
         self.spec = spec
         self.host = host
@@ -228,7 +228,7 @@ def compose_services(folder: Path) -> Iterator[Services]:
         stack.callback(lambda: [service.close() for service in services.values()])
         hosts = stack.enter_context(connected_hosts(len(specs), sshd=False))
         addresses = {name: host.address for name, host in zip(specs, hosts, strict=True)}
-        image = _Image(folder, addresses)
+        image = Image(folder, addresses)
         for (name, spec), host in zip(specs.items(), hosts, strict=True):
             services[name] = Service(name, spec, image, host)
             if spec.get("network_mode") == "none":
@@ -246,8 +246,8 @@ def read_compose(*files: Path) -> dict[str, Any]:
     return json.loads(read.stdout)
 
 
-class _Image:
-    """What the image's Dockerfile says, and the files that it copies."""
+class Image:
+    """What the image's Dockerfile says, and the files that it copies, in place of a built image."""
 
     def __init__(self, folder: Path, addresses: Mapping[str, str]) -> None:
         self.folder = folder
