@@ -92,8 +92,10 @@ class _GELULinear(nn.Linear):
     """A linear layer with its GELU by tanh, which on a GPU is part of the matrix product."""
 
     def forward(self, input: Tensor) -> Tensor:
-        # A backward needs what enters the GELU, and cuBLASLt's epilogue drops that.
-        if not input.is_cuda or torch.is_grad_enabled():
+        # A backward needs what enters the GELU, which cuBLASLt's epilogue drops. And autocast takes
+        # this for no matrix product: it would be computed in fp32.
+        apart = torch.is_grad_enabled() or torch.is_autocast_enabled("cuda")
+        if apart or not input.is_cuda:
             return nn.functional.gelu(super().forward(input), approximate="tanh")
         rows, weight = input.flatten(0, -2), self.weight.t()
         out = torch.ops.aten._addmm_activation(self.bias, rows, weight, use_gelu=True)

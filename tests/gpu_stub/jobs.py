@@ -24,7 +24,7 @@ from dtr_scale.jobs import build
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.sample import sample_run
 from dtr_scale.jobs.train import train_experiment
-from dtr_scale.models.dit import DiTBlock
+from dtr_scale.models.dit import DiTBlock, Mlp
 from dtr_scale.signals import LeaveRequest
 from dtr_scale.train.trainer import Trainer
 from tests.gpu_stub import pretend
@@ -165,6 +165,12 @@ def _kept_codes() -> list[str]:
     lowering: Any = GraphLowering
     lowering.save_output_code = staticmethod(codes.append)
     return codes
+
+
+def dtype_of_mlp(gpu: int) -> str:
+    """Return the dtype of what fp32 weights make without gradients, under autocast to bf16."""
+    with torch.device("cuda", gpu), torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        return str(Mlp(64).fc1(torch.empty(2, 4, 64)).dtype)
 
 
 def _gigabytes(code: str) -> float:

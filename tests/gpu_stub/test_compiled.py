@@ -37,6 +37,10 @@ def test_a_block_is_one_graph_of_few_kernels(attention, gpu, machine, tell):
     assert [count(entries, part, "GEMM", GELU) for part in KERNELS] == [0, 0, 1]
 
 
+def test_autocast_casts_the_product_with_a_gelu(machine):
+    assert machine.call("dtype_of_mlp", H100) == "torch.bfloat16"
+
+
 def count(entries, part, kind, *last):
     """Return how many entries of a part and a kind, with these last words, a block has."""
     found = [entry for entry in entries if (entry.kind, entry.part) == (kind, part)]
