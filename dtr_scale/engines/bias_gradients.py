@@ -6,7 +6,6 @@ the tokens of one sample goes into the kernel that writes that gradient, as adaL
 left is to add up the samples. For attention that kernel packs the gradients of q, k and v.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from dtr_scale.engines.graph_nodes import VIEWS, call, value
+
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 class SumBySample(CustomGraphPass):
@@ -25,9 +25,9 @@ class SumBySample(CustomGraphPass):
         for node in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
             rows: Any = node.args[0]
             by_sample = _unflattened(rows)
-            if node.args[1] == [0] and _is_rows_of(_value(rows), _value(by_sample)):
+            if node.args[1] == [0] and _is_rows_of(value(rows), value(by_sample)):
                 with graph.inserting_before(node):
-                    node.replace_all_uses_with(_summed(by_sample, like=_value(node)))
+                    node.replace_all_uses_with(_summed(by_sample, like=value(node)))
                 graph.erase_node(node)
 
     def uuid(self) -> bytes:
@@ -41,7 +41,7 @@ SUM_BY_SAMPLE = SumBySample()
 
 def _unflattened(node: Any) -> Node:  # noqa: ANN401
     # As what is summed was written: only loops over the same axes become one kernel.
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.args[0]
     return node
 
@@ -58,13 +58,13 @@ def _summed(x: Node, like: torch.Tensor) -> Node:
     x, factor = _factored(x)
     # In fp32, as a sum within one kernel is.
     dtype = torch.promote_types(like.dtype, torch.float32)
-    total = _call(aten.sum.dim_IntList, x, [1], True, dtype=dtype)
+    total = call(aten.sum.dim_IntList, x, [1], True, dtype=dtype)
     if factor is not None:
-        total = _call(aten.mul.Tensor, total, factor)
-    total = _call(aten.sum.dim_IntList, total, [0, 1])
-    total = _call(torch.ops.prims.convert_element_type.default, total, like.dtype)
+        total = call(aten.mul.Tensor, total, factor)
+    total = call(aten.sum.dim_IntList, total, [0, 1])
+    total = call(torch.ops.prims.convert_element_type.default, total, like.dtype)
     # [D], or [1, D]; no length by its name, which a graph of any length would lack.
-    return _call(aten.view.default, total, [1] * (like.ndim - 1) + [-1])
+    return call(aten.view.default, total, [1] * (like.ndim - 1) + [-1])
 
 
 def _factored(x: Node) -> tuple[Node, Node | None]:
@@ -77,17 +77,5 @@ def _factored(x: Node) -> tuple[Node, Node | None]:
 
 
 def _is_gated(x: Node, part: Node, gate: Node) -> bool:
-    whole, by_sample = _value(part).shape == _value(x).shape, _value(gate)
+    whole, by_sample = value(part).shape == value(x).shape, value(gate)
     return whole and by_sample.ndim == 3 and statically_known_true(by_sample.shape[1] == 1)
-
-
-def _value(node: Node) -> torch.Tensor:
-    return node.meta["val"]
-
-
-def _call(op: Callable[..., Any], node: Node, *args: Any, **kwargs: Any) -> Node:  # noqa: ANN401
-    """Call an operator in the node's graph, where it is about to insert."""
-    made = node.graph.call_function(op, (node, *args), kwargs)
-    values = [_value(x) if isinstance(x, Node) else x for x in args]
-    made.meta["val"] = op(_value(node), *values, **kwargs)
-    return made

@@ -19,13 +19,16 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.utils.checkpoint import checkpoint
 
 from dtr_scale.engines.bias_gradients import SUM_BY_SAMPLE
+from dtr_scale.engines.cpu_products import TRANSPOSE_BEFORE
 from dtr_scale.errors import EngineError
 
 _CACHE_DIR = "TORCHINDUCTOR_CACHE_DIR"
-# On a CPU, tanh by one exponential: GELU and its gradient take 7 ms for 4,096 tokens of DiT-S/2, by
-# PyTorch's tanh 16. Near 0 its relative error is larger, which GELU's 1 + tanh does not see.
 _OPTIONS: dict[str, Any] = {
     "post_grad_custom_pre_pass": SUM_BY_SAMPLE,
+    "post_grad_custom_post_pass": TRANSPOSE_BEFORE,
+    # On a CPU, tanh by one exponential: GELU and its gradient take 7 ms for 4,096 tokens of
+    # DiT-S/2, by PyTorch's tanh 16. Near 0 its relative error is larger, which GELU's 1 + tanh
+    # does not see.
     "cpp.use_decompose_tanh": True,
 }
 
