@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.gpu_stub.cases import COMPILED, ENGINES, Case, all_cases, pairwise
+from tests.gpu_stub.cases import COMBINED, COMPILED, HSDP, Case, all_cases, pairwise
 
 HOURS = 8  # of all cases of an engine
 EAGER = [case for case in all_cases() if not case.compiled]
 PAIRWISE = pairwise(EAGER)
-GROUPS = {engine: [case for case in PAIRWISE if case.engine == engine] for engine in ENGINES}
+GROUPS = {engine: [case for case in PAIRWISE if case.engine == engine] for engine in COMBINED}
+GROUPS["hsdp"] = [HSDP]
 GROUPS |= {f"{case.engine}_compiled": [case] for case in COMPILED}
 
 
@@ -53,6 +54,6 @@ def test_every_pair_of_settings_trains_resumes_and_samples(group, runs):
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.timeout(HOURS * 3600)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", COMBINED)
 def test_all_settings_train_resume_and_sample(engine, machine, tmp_path):
     live(machine, tmp_path, [case for case in all_cases() if case.engine == engine], hours=HOURS)

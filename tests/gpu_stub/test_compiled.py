@@ -4,7 +4,7 @@ import pytest
 
 from tests.gpu_stub.build import A100, H100
 from tests.gpu_stub.log import read_log
-from tests.gpu_stub.test_step import WIDE, WORLD
+from tests.gpu_stub.test_step import DEPTH, WIDE, WORLD
 from tests.support.engine_jobs import ENGINES
 
 pytestmark = pytest.mark.slow
@@ -47,7 +47,11 @@ def count(entries, part, kind, *last):
     return sum(not last or entry.words[-1:] == last for entry in found) / 2
 
 
-def test_the_second_start_compiles_nothing(machine, tell):
+LOSS_KERNELS = 4
+"""Of the compiled loss, in a backward."""
+
+
+def test_a_training_has_such_blocks_and_its_second_start_compiles_nothing(machine, tell):
     overrides = [
         *WIDE, *ENGINES["zero1"], f"--train.global_batch_size={32 * WORLD}",
         "--engine.compile=true", "--model.attention=sdpa",
@@ -58,6 +62,14 @@ def test_the_second_start_compiles_nothing(machine, tell):
         starts.append(machine.call("record_step", log, overrides, H100, WORLD))
         tell(f"start {number}: {starts[-1]['cache']}")
         assert starts[-1]["breaks"] == 0
+        # The block alone is given contiguous tokens and bf16 weights. So must the trainer.
+        entries = read_log(log)
+        forward, backward = (
+            2 * count(entries, f"engine.{part}", "TRITON") for part in ("forward", "backward")
+        )
+        tell(f"start {number}: {DEPTH} blocks, {forward:g} kernels forward, {backward:g} backward")
+        assert 0 < forward <= DEPTH * KERNELS["forward"]
+        assert 0 < backward <= DEPTH * KERNELS["backward"] + LOSS_KERNELS
     first, second = (start["cache"] for start in starts)
     assert first["fxgraph_cache_miss"] > 0
     assert second.get("fxgraph_cache_miss", 0) == second.get("autograd_cache_miss", 0) == 0
