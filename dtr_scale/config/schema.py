@@ -189,6 +189,8 @@ class EngineConfig(Section):
     """auto: a GPU, or the CPU where none was allotted; cpu: hide the GPUs that are there."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of matrix products; weights and Adam's state are fp32 in both."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """What gradients are summed over ranks in: bf16 halves the bytes, and rounds each sum."""
     compile: Literal[True, False, "auto"] = "auto"
     """Compile each block with torch.compile (not under ZeRO-3, whose hooks would break it up).
 

@@ -38,6 +38,7 @@ def build_deepspeed_config(
     precision: str,
     zero_stage: int,
     keeps_masters: bool = False,
+    exchange: str = "fp32",
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration; ConfigError where `section` contradicts the experiment.
 
@@ -76,7 +77,8 @@ def build_deepspeed_config(
         "torch_autocast": {"enabled": autocast, "dtype": "bfloat16"},
     }
     offloads = _look_up(section, "zero_optimization.offload_optimizer.device", "none") != "none"
-    return _merge(_merge(_defaults(bf16, zero_stage, offloads=offloads), section), fixed)
+    defaults = _defaults(bf16, zero_stage, exchange, offloads=offloads)
+    return _merge(_merge(defaults, section), fixed)
 
 
 def _refuse_contradictions(
@@ -102,7 +104,7 @@ def _refuse_unsupported(section: Mapping[str, Any]) -> None:
             )
 
 
-def _defaults(bf16: bool, zero_stage: int, *, offloads: bool) -> dict[str, Any]:
+def _defaults(bf16: bool, zero_stage: int, exchange: str, *, offloads: bool) -> dict[str, Any]:
     """Return what the section may change."""
     return {
         "zero_optimization": {
@@ -116,8 +118,8 @@ def _defaults(bf16: bool, zero_stage: int, *, offloads: bool) -> dict[str, Any]:
         },
         # Offloading keeps torch's AdamW: DeepSpeed's own would be compiled for a minute.
         "zero_force_ds_cpu_optimizer": False,
-        # As under every engine. bf16 would halve the bytes and round the sum over ranks.
-        "communication_data_type": "fp32",
+        # As under every engine; DeepSpeed's own default is that of the weights.
+        "communication_data_type": exchange,
         # Stage 1 adds micro-steps in bf16: for fp32 DeepSpeed would change to another optimizer.
         "data_types": {"grad_accum_dtype": "fp32" if bf16 and zero_stage >= 2 else None},
         # The norm judges a step: where a gradient is not finite, DeepSpeed reports an infinite one.

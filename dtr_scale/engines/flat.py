@@ -48,6 +48,7 @@ class FlatEngine(Engine):
         world: World,
         grad_clip: float | None = None,
         precision: str = "bf16",
+        exchange: str = "fp32",
         compiled: bool = False,
         graphs: Repeated | None = None,
         **adam: Unpack[AdamSettings],
@@ -78,7 +79,10 @@ class FlatEngine(Engine):
         self._weights = list(dict.fromkeys([*self._outside, *self._groups]))
         self.network = network.to(world.device)  # buffers: the parameters are there
         network.register_forward_pre_hook(self._before_network)
-        self._shard = FlatShard(self._groups, adam)
+        # One rank exchanges nothing: its gradient is the buffer that micro-steps are added in.
+        in_bf16 = exchange == "bf16" and world.world_size > 1
+        summed_in = torch.bfloat16 if in_bf16 else torch.float32
+        self._shard = FlatShard(self._groups, adam, summed_in)
         self._adam = self._shard.adam
         # On a CPU PyTorch's own kernels do, without the half minute of a compiler.
         self._fused = FusedUpdate(self._shard, grad_clip) if compiled else None
@@ -152,6 +156,7 @@ class FlatEngine(Engine):
 
     def _update(self, judge: Judge | None) -> Tensor:
         norm = self._gradient_norm()
+        self._shard.give_gradient()
         if self._max_norm is not None:
             # A factor of nan would stay in the padding for ever, and with it in every later norm.
             parts = [part for group in self._adam.param_groups for part in group["params"]]
@@ -167,7 +172,9 @@ class FlatEngine(Engine):
             group.wait_for_gradient()
         # Row by row: on a CPU one fp32 sum over 20M elements is off by a thousandth, and in fp64
         # all of it would take ten times as long.
-        rows = torch.linalg.vector_norm(self._shard.gradient.view(-1, ALIGNMENT), dim=1)
+        rows = torch.linalg.vector_norm(
+            self._shard.gradient.view(-1, ALIGNMENT), dim=1, dtype=torch.float32
+        )
         norm = torch.linalg.vector_norm(rows, dtype=torch.float64)
         if self._world.world_size > 1:
             # Of shards, which have no element in common. It stays on the device.

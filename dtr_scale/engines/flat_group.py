@@ -122,7 +122,7 @@ class FlatWeights:
 class FlatGroup(FlatWeights):
     """Flat weights that are trained, with a flat fp32 buffer of their gradients.
 
-    Gradients are added up over micro-steps in fp32, and exchanged in fp32 as under every engine.
+    They are added up over micro-steps in fp32, and summed over ranks in the dtype of `gradient`.
     """
 
     def __init__(
@@ -143,6 +143,7 @@ class FlatGroup(FlatWeights):
         self.is_empty = True
         """Whether the buffer holds nothing of this step."""
         self._reduction: dist.Work | None = None
+        self._sent: Tensor | None = None
 
     def move(self, master: Tensor, gradient: Tensor, cast: Tensor) -> None:
         """Keep this rank's masters, gradient and cast weights in these, which begin as they are."""
@@ -180,10 +181,11 @@ class FlatGroup(FlatWeights):
         if self._world.world_size > 1:
             # On NCCL's own stream, which waits for what is queued here: for the gradients above.
             # It may run while the backward goes on, since nothing writes to the buffer until the
-            # step has waited.
+            # step has waited; nor is a cast of it given back before.
+            self._sent = self._gradients.to(self.gradient.dtype)
             self._reduction = _begun(
                 dist.reduce_scatter_tensor(
-                    self.gradient, self._gradients, group=self._world.group, async_op=True
+                    self.gradient, self._sent, group=self._world.group, async_op=True
                 )
             )
 
@@ -191,7 +193,7 @@ class FlatGroup(FlatWeights):
         """Let what is called next see the gradient of all ranks. The buffer is free afterwards."""
         if self._reduction is not None:
             self._reduction.wait()
-            self._reduction = None
+            self._reduction = self._sent = None
         self.is_empty = True
 
 

@@ -22,16 +22,28 @@ class FlatShard:
     So an update is a few passes over long buffers, however many blocks there are.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], adam: AdamSettings) -> None:
+    def __init__(
+        self,
+        groups: Sequence[FlatGroup],
+        adam: AdamSettings,
+        exchange: torch.dtype = torch.float32,
+    ) -> None:
         self._groups = groups
         self.master = torch.cat([group.master for group in groups])
-        self.gradient = torch.cat([group.gradient for group in groups])
+        # As ranks exchange it, and as Adam takes it.
+        self.gradient = torch.cat([group.gradient for group in groups]).to(exchange)
+        self._fp32_gradient = self.gradient.float()
         self.cast = torch.cat([group.cast for group in groups])
         buffers = (self.master, self.gradient, self.cast)
         for group, *parts in zip(groups, *map(self._split, buffers), strict=True):
             group.move(*parts)
         self.moments = {moment: torch.zeros_like(self.master) for moment in ADAM_MOMENTS}
         self.adam = self._build_adam(adam)
+
+    def give_gradient(self) -> None:
+        """Let Adam have the gradient that was exchanged."""
+        if self._fp32_gradient is not self.gradient:
+            self._fp32_gradient.copy_(self.gradient)
 
     def pieces(self) -> Iterator[dict[str, Piece]]:
         """Yield what this rank holds of each parameter."""
@@ -58,7 +70,7 @@ class FlatShard:
         ]
         adam = build_optimizer(((name, part) for name, _, part in parts), {"exempt"}, settings)
         for _, start, part in parts:
-            part.grad = cut(self.gradient, start, part.numel())
+            part.grad = cut(self._fp32_gradient, start, part.numel())
             state = adam_state(adam, part)
             for moment, values in self.moments.items():
                 state[moment] = cut(values, start, part.numel())

@@ -113,7 +113,7 @@ def _update(
     gradient, master, exp_avg, exp_avg_sq, cast = buffers
     skip, clip, lr, rate, root, *weights = factors.unbind()
     is_made = skip == 0
-    g = gradient * clip
+    g = gradient.float() * clip
     m = exp_avg + (1 - betas[0]) * (g - exp_avg)
     v = betas[1] * exp_avg_sq + (1 - betas[1]) * g * g
     decayed = master if decays is None else master - lr * decays * master

@@ -47,6 +47,7 @@ class Fsdp2Engine(Engine):
         shard: int,
         grad_clip: float | None = None,
         precision: str = "bf16",
+        exchange: str = "fp32",
         reshard_after_forward: bool = True,
         **adam: Unpack[AdamSettings],
     ) -> None:
@@ -56,10 +57,11 @@ class Fsdp2Engine(Engine):
         )
         self._reshards = reshard_after_forward
         self._num_shards, self._shard = shard, mesh.get_local_rank("shard")
-        policy = MixedPrecisionPolicy()
-        if precision == "bf16":
-            # bf16 for the gathered weights; fp32 for the sum over ranks, as under every engine.
-            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        # For the gathered weights, and for the sum over ranks.
+        policy = MixedPrecisionPolicy(
+            torch.bfloat16 if precision == "bf16" else None,
+            reduce_dtype=torch.bfloat16 if exchange == "bf16" else torch.float32,
+        )
         # One after the other, so that no more than a group of the whole is ever on the device.
         for group in group_blocks(network, blocks, 1 if reshard_after_forward else GROUP_SIZE):
             fully_shard(

@@ -305,6 +305,7 @@ def _build_engine(
                 world=world,
                 compiled=compiles,
                 graphs=_graphs(config, world.device),
+                exchange=config.exchange,
                 **optimizer,
                 **step,
             )
@@ -317,6 +318,7 @@ def _build_engine(
                 replicate=replicate,
                 shard=shard,
                 reshard_after_forward=reshards(config, network),
+                exchange=config.exchange,
                 **optimizer,
                 **step,
             )
@@ -331,6 +333,7 @@ def _build_engine(
                 grad_accum_steps=grad_accum_steps,
                 zero_stage=config.zero_stage,
                 keeps_masters=keeps_masters,
+                exchange=config.exchange,
                 **step,
             )
             return DeepSpeedEngine(

@@ -39,6 +39,7 @@ _MEANT_FOR: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "engine.shard": ("engine.type", ("fsdp2",)),
     "engine.replicate": ("engine.type", ("fsdp2",)),
     "engine.reshard_after_forward": ("engine.type", ("fsdp2",)),
+    "engine.exchange": ("engine.type", ("deepspeed", "fsdp2", "flat")),
     "objective.gamma": ("objective.type", ("min_snr", "p2")),
     "objective.k": ("objective.type", ("p2",)),
     "objective.clusters": ("objective.type", ("ant_uw",)),

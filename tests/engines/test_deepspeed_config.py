@@ -27,6 +27,7 @@ def test_the_experiment_alone():
     assert config["zero_optimization"]["stage"] == 2
     assert config["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert config["communication_data_type"] == "fp32"
+    assert build(None, exchange="bf16")["communication_data_type"] == "bf16"
     assert not config["timers"]["throughput"]["enabled"]
     assert not config["torch_autocast"]["enabled"]
 

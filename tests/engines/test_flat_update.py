@@ -33,6 +33,7 @@ class Case(NamedTuple):
     weight_decay: float
     betas: tuple[float, float]
     world_size: int = 1
+    exchange: torch.dtype = torch.float32
 
     def shard(self) -> FlatShard:
         torch.manual_seed(0)
@@ -47,7 +48,7 @@ class Case(NamedTuple):
             for n, found in enumerate(self.groups)
         ]
         adam = {"lr": LR, "weight_decay": self.weight_decay, "betas": self.betas, "eps": 1e-8}
-        return FlatShard(groups, adam)  # pyright: ignore[reportArgumentType]
+        return FlatShard(groups, adam, self.exchange)  # pyright: ignore[reportArgumentType]
 
 
 def gradients(shard: FlatShard, step: int) -> Tensor:
@@ -66,6 +67,7 @@ def check(case: Case, *, compiled: bool) -> None:
     for step in range(1, STEPS + 1):
         # A skipped step's gradients are what it is skipped for.
         gradient = gradients(ours, step) * (float("nan") if step in case.skipped else 1.0)
+        gradient = gradient.to(case.exchange)
         norm = torch.linalg.vector_norm(gradient, dtype=torch.float64)
         skip = torch.tensor(float(step in case.skipped))
         lr = LR / step
@@ -76,6 +78,7 @@ def check(case: Case, *, compiled: bool) -> None:
         pairs = zip(averages[0], case.weights, strict=True)
         update(norm, skip, [Averaging(Average([ours.master], [a], {}), w / step) for a, w in pairs])
         if step not in case.skipped:
+            theirs.give_gradient()
             if case.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(parts, case.grad_clip, norm)
             theirs.adam.step()
@@ -107,6 +110,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) 
         weight_decay=st.sampled_from([0.0, 0.1]),
         betas=st.sampled_from([(0.9, 0.999), (0.5, 0.9)]),
         world_size=st.sampled_from([1, 3]),
+        exchange=st.sampled_from([torch.float32, torch.bfloat16]),
     )
 )
 def test_it_is_adamw_with_averages(case):

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.gpu_stub.build import H100
-from tests.gpu_stub.log import launches, read_log, summary
+from tests.gpu_stub.log import exchanged, launches, read_log, summary
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +58,15 @@ def test_nothing_in_the_engine_waits_and_the_update_takes_few_launches(step):
     assert not [entry for entry in step if entry.is_wait and entry.part.startswith("engine.")]
     # Norm, verdict, AdamW, a cast, the average.
     assert launches(step, "engine.step") <= 20
+
+
+def test_gradients_exchanged_in_bf16_are_half_the_bytes(machine, tmp_path, tell):
+    machine.call(
+        "record_step", tmp_path / "log", [*OVERRIDES, "--engine.exchange=bf16"], H100, RANKS
+    )
+    found = exchanged(read_log(tmp_path / "log"))
+    tell(f"flat, gradients exchanged in bf16: {found}")
+    assert found["reduce_scatter"] == 2 * (DEPTH * BLOCK + OUTSIDE)
 
 
 @pytest.fixture(scope="module")

@@ -61,13 +61,14 @@ def exchanges(
     """Return the collectives of a step, as each engine makes them.
 
     A ring's all-gather or reduce-scatter of S bytes moves (W - 1) / W x S through every rank, an
-    all-reduce twice that. Gradients are summed in fp32 everywhere.
+    all-reduce twice that.
     """
     ranks, micro_steps = layout.world_size, layout.grad_accum_steps
     if ranks == 1:
         return []
     ring = (ranks - 1) / ranks
-    gradient, weight = ITEM_BYTES * num_trained, layout.weight_bytes * num_parameters
+    gradient = (2 if layout.exchange == "bf16" else ITEM_BYTES) * num_trained
+    weight = layout.weight_bytes * num_parameters
 
     def over_all(name: str, num_bytes: float, beside: str | None) -> Exchange:
         return Exchange(name, num_bytes, num_bytes / cluster.bus_bandwidth, beside)

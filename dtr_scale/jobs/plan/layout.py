@@ -22,6 +22,8 @@ class Layout:
     gathers_twice: bool = False
     """fsdp2: drops gathered weights between forward and backward."""
     grad_accum_steps: int = 1
+    exchange: str = "fp32"
+    """What gradients are summed over ranks in."""
 
     @property
     def computes_in(self) -> str:
@@ -72,4 +74,5 @@ def layout_of(
         precision=engine.precision,
         gathers_twice=gathers_twice,
         grad_accum_steps=train.global_batch_size // world_size // micro_batch_size,
+        exchange=engine.exchange,
     )

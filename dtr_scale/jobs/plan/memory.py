@@ -115,6 +115,9 @@ def rank_memory(
             weights = low * (whole + (0 if has_one_rank else trained_part))
             gradients = item * (trained + (0 if has_one_rank else trained_part))
             buffers = low * max(sizes.largest_block, sizes.outside_blocks)
+            if layout.exchange == "bf16" and not has_one_rank:
+                # Casts of all gradients until they are exchanged, and this rank's part of the sum.
+                buffers += 2 * (trained + trained_part)
         case name:
             raise AssertionError(name)
     return Memory(
