@@ -107,13 +107,13 @@ def _forget_deepspeeds_groups() -> None:
 
 @contextmanager
 def pretend_partition(num_experts: int) -> Iterator[None]:
-    """Give each expert an equal part of the samples: `nonzero` cannot tell which it has."""
+    """Give the last expert no samples and the others equal parts: `nonzero` cannot tell."""
     original, calls = Tensor.nonzero, [0]
 
     def nonzero(tensor: Tensor) -> Tensor:
         if not tensor.is_cuda:
             return original(tensor)
-        part = torch.arange(len(tensor), device=tensor.device).chunk(num_experts)
+        part = torch.arange(len(tensor), device=tensor.device).chunk(max(1, num_experts - 1))
         expert, calls[0] = calls[0] % num_experts, calls[0] + 1
         return part[expert][:, None] if expert < len(part) else part[0][:0, None]
 
