@@ -67,7 +67,7 @@ def cfg_model(
         conditions = torch.cat([y, null_y.to(y)])
         # fp32: the difference of two near outputs loses most of bf16's digits.
         both = model(torch.cat([x, x]), torch.cat([t, t]), conditions, step).float()
-        conditional, null = both.chunk(2)
+        conditional, null = both.chunk(2)  # [N, 2C or C, H, W] each
         eps, rest = conditional[:, :channels], conditional[:, channels:]
         eps_null = null[:, :channels]
         guided = eps_null + cfg_scale * (eps - eps_null)

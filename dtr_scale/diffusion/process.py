@@ -68,6 +68,7 @@ class GaussianDiffusion:
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise, fp32 [N, C, H, W]."""
+        # Ho et al., eq. 4, by the reparameterization of their section 3.2.
         signal = self.at("sqrt_alphas_cumprod", t) * x_start.float()
         return signal + self.at("sqrt_one_minus_alphas_cumprod", t) * noise.float()
 

@@ -66,6 +66,7 @@ class BatchMeasure:
         arrays: Arrays = {}
         if self._held_out is not None:
             arrays[_SAMPLES] = x_start.numpy()
+        # Every batch keeps what of the first samples is in it; joined in order they are the grid.
         if (shown := self._num_shown(pictures.shape[-2]) - indices.start) > 0:
             arrays[_GRID] = pictures[:shown]
         for extractor in self.extractors:

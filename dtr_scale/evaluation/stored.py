@@ -58,6 +58,7 @@ class StoredBatches:
 
         ConfigError if another job holds it, or if its samples are of another manifest.
         """
+        # As it comes back from the file, where a tuple is a list.
         wanted = json.loads(json.dumps(manifest))
         self.path.mkdir(parents=True, exist_ok=True)
         self._hold()

@@ -63,6 +63,7 @@ def _refuse(world: World, what: str, found: dict[str, Any], fix: str) -> None:
     more = f" and {len(told) - _NUM_TOLD} more" if len(told) > _NUM_TOLD else ""
     named = ", ".join(f"{rank} on {digests[rank][1]}" for rank in others[:_NUM_TOLD])
     more_ranks = f" and {len(others) - _NUM_TOLD} more" if len(others) > _NUM_TOLD else ""
+    # On every rank, each from the same answers: none is left waiting for the others.
     raise ConfigError(
         f"{what} of rank {named}{more_ranks} differs from that of rank 0 on {digests[0][1]}: "
         f"{', '.join(told[:_NUM_TOLD])}{more}; {fix}"

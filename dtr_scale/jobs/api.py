@@ -88,6 +88,7 @@ def sample(
     size = experiment.evaluation.batch_size
     with products_in(precision, device), one_thread(device):
         for first in range(0, num_samples, size):
+            # Whole batches, cut afterwards: a product's rounding depends on its rows.
             x_start = sampler.draw(range(first, first + size))[: num_samples - first]
             found.append(x_start if decoder is None else to_uint8(decoder.decode(x_start)))
     return torch.cat(found)

@@ -71,6 +71,7 @@ def _weights(
     if len(columns) != len(boundaries) - 1 or any(column is None for column in columns):
         return None
     log_vars = [column[np.isfinite(column)][-1] for column in columns if column is not None]
+    # Both ends of each cluster: a line with corners, not slopes between middles.
     weight = np.exp(-np.array(log_vars)).repeat(2)
     edges = np.repeat(boundaries, 2)[1:-1].astype(float)
     return chart._replace(
@@ -95,6 +96,7 @@ def _masks(experiment: Experiment, run: RunRecord) -> dict[str, Mask]:
             routing.beta,
             seed=routing.seed,
             block=block,
+            # Those of the last step that was made: it had this number when it began.
             step=max(run.step - 1, 0),
             update_every_steps=routing.update_every_steps,
             num_clusters=routing.num_clusters,

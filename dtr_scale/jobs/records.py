@@ -190,6 +190,7 @@ class _MainRecords(Records):
             time=now,
             goodput=goodput,
         )
+        # Last: it may wait for a server, and all that it sends is on disk.
         self._tracker.finish()
 
     def _note_saved(self, step: int) -> None:

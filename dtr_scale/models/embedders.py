@@ -28,6 +28,7 @@ class _PatchProjection(nn.Conv2d):
         # stream takes its strides over: each block then reads its tokens across memory.
         p = self.kernel_size[0]
         patches = input.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # [N, C, H/p, p, W/p, p]
+        # [N, L, C p p]; the channel first within a patch, as in the convolution's weight.
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
 
@@ -113,5 +114,6 @@ def sincos_position_table(hidden_size: int, grid_size: int) -> Tensor:
     omega = 10_000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
     axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    # [L, D/2] each: patches go row by row, so the column changes fastest.
     columns, rows = np.tile(axis, (grid_size, 1)), np.repeat(axis, grid_size, axis=0)
     return torch.tensor(np.concatenate([columns, rows], axis=1), dtype=torch.float32)

@@ -96,7 +96,7 @@ class ResBlock(nn.Module):
         if mask is not None:
             h = mask[:, :, None, None] * h  # after the norm, whose statistics are of all channels
         h = conv(self.resample(h))
-        modulation = self.emb_layers(emb)[:, :, None, None]
+        modulation = self.emb_layers(emb)[:, :, None, None]  # [N, C' or 2 C', 1, 1]
         norm, act, _, conv = self.out_layers
         if self.use_scale_shift_norm:
             # Scale first, unlike DiT: guided-diffusion's order.
@@ -132,10 +132,10 @@ class AttentionBlock(AttentionModule):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return [N, C, H, W] from x of that shape and mask bool [N, C]."""
-        h = self.norm(x).flatten(2)
+        h = self.norm(x).flatten(2)  # [N, C, L]
         if mask is not None:
             h = mask[:, :, None] * h
-        qkv = self.qkv(h).transpose(1, 2)
+        qkv = self.qkv(h).transpose(1, 2)  # [N, L, 3 C]
         if self.use_new_attention_order:
             qkv = qkv.unflatten(2, (3, self.num_heads, -1))
         else:
@@ -144,7 +144,7 @@ class AttentionBlock(AttentionModule):
         # q, k and v alternate, the compiler is promised gradients that alternate, and the backward
         # of xformers returns others.
         q, k, v = qkv.contiguous().unbind(2)
-        h = attention(q, k, v, self.attention_backend).flatten(2)
+        h = attention(q, k, v, self.attention_backend).flatten(2)  # [N, L, C]
         return x + self.proj_out(h.transpose(1, 2)).reshape(x.shape)
 
 

@@ -83,6 +83,7 @@ class ShardMaker:
         try:
             for work in works:
                 shard = MadeShard(work, self._encoder.shape[0])
+                # The same batches again, in step with `read`, which is some of them ahead.
                 for batch in self._batches(work):
                     before = len(shard.unreadable)
                     self._add(shard, batch, next(read))

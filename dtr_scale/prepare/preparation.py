@@ -107,6 +107,7 @@ class Preparation:
         size = self._plan.origins[split].samples_per_shard
         order = np.arange(len(pictures))
         if self._listing.shuffled:
+            # No seed of the user's: prepared again, the same pictures give the same shards.
             order = keyed_generator(0, f"prepare/{split}").permutation(order)
         for number, first in enumerate(range(0, len(pictures), size)):
             some = [pictures[place] for place in order[first : first + size]]
@@ -136,6 +137,7 @@ class Preparation:
             try:
                 for shard in self._maker.make(works, on_batch):
                     if storing is not None:
+                        # One at a time: each holds a whole shard in memory.
                         storing.result()
                     storing = thread.submit(self._store, shard, progress)
                 if storing is not None:

@@ -53,6 +53,7 @@ def write_shard(
             index_sha256=hashlib.sha256(index).hexdigest(),
         )
         folder.write_bytes(shard.name, content)
+    # Before there is an index, which says that the shard is whole.
     if (stored := folder.size(shard.name)) != shard.bytes:
         raise OSError(f"{folder.url}/{shard.name} has {stored} bytes after writing {shard.bytes}")
     folder.write_bytes(shard.index_name, index)
@@ -62,6 +63,7 @@ def write_shard(
 def _write_tar(file: io.BytesIO, samples: Sequence[StoredSample], first_key: int) -> None:
     from webdataset.writer import TarWriter
 
+    # Whose it is and when it was made would differ between two who write the same samples.
     with TarWriter(file, user="", group="", mtime=0) as tar:
         for key, sample in enumerate(samples, first_key):
             members = {"__key__": f"{key:09d}", "npy": sample.array, "cls": sample.label}

@@ -38,6 +38,7 @@ def _for_a_page(svg: str, name: str) -> str:
     """Return what is inside the `<svg>` of a file, with the page's colours, font and classes."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    # matplotlib's style is of `*`: inside a page it would be everything's.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.S)
     svg = re.sub(r'\sd="[^"]*"', _shorter_path, svg)
     # A run's curve, spread and letter are of its class, by which the page hides them.
@@ -51,6 +52,7 @@ def _for_a_page(svg: str, name: str) -> str:
 
 
 def _shorter(number: re.Match[str]) -> str:
+    # A tenth of a point is less than a screen shows.
     return f"{float(number[0]):.1f}"
 
 

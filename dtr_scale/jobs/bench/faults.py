@@ -63,6 +63,7 @@ def bench_faults(
                 # From where the fault before was: the steps in between are made for the first time.
                 step = max(step + steps, broken.last_step)
                 broken.wait_for(lambda step=step: broken.last_step >= step)
+                # Into any part of a step: the journal's line comes at its end.
                 time.sleep(draw.uniform(0, 0.2))
                 faults.append(broken.suffer(kind, rank=draw.randrange(2)))
                 print(_line(len(faults), faults[-1]), file=sys.stderr, flush=True)

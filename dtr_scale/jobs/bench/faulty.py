@@ -26,6 +26,7 @@ def _let_ranks_be_faulty() -> None:
 
 
 def _obey() -> None:
+    # PyDLL keeps the GIL during the call, which CDLL would let go.
     signal.signal(HOLD_GIL, lambda *_: ctypes.PyDLL(None).sleep(_FOR_GOOD_SECONDS))
     signal.signal(HANG, lambda *_: _hang_in_forward())
 

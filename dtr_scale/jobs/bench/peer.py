@@ -63,6 +63,7 @@ class Peer:
                 for average, parameter in zip(ema.parameters(), network.parameters(), strict=True):
                     average.mul_(experiment.train.ema_decay)
                     average.add_(parameter.data, alpha=1 - experiment.train.ema_decay)
+            # Their loop does so for its log: the host waits for each step.
             loss.item()
 
         return step

@@ -75,6 +75,7 @@ def _start(command: list[str], folder: Path, max_steps: int) -> tuple[float, flo
         "evaluation.every_steps": 0,
         "tracking.type": "none",
     }
+    # Empty ones, or the cold start would find what this user's other runs have compiled.
     caches = {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     log = folder / "log"
     began = time.perf_counter()

@@ -97,6 +97,7 @@ class Alternating:
         self._clock.begin_round()
         self._step()
         self._clock.end_round()
+        # What was made here is none of the loop's time.
         self._loop.begin_round()
 
     def rounds(self) -> list[float]:
