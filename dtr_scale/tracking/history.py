@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dtr_scale.errors import ConfigError
+from dtr_scale.tracking.attempt_runs import PARENT
 from dtr_scale.tracking.findings import EVALUATIONS, PICTURES
 from dtr_scale.tracking.mirror import reason_of
 from dtr_scale.tracking.mlflow import Server
 from dtr_scale.tracking.names import EVALUATED, LOSS, journal_key
-from dtr_scale.tracking.run import PARENT
 from dtr_scale.tracking.run_file import read_run_file
 from dtr_scale.tracking.uri import artifact_home, shown_uri
 
@@ -44,7 +44,7 @@ class History:
             if _RUN_ID.fullmatch(name) and self._server.run(name):
                 return [name]
             experiment = self._server.find_experiment(name)
-            runs = self._server.all_runs(experiment) if experiment else []
+            runs = self._server.runs(experiment) if experiment else []
             return [run.info.run_id for run in runs if PARENT not in run.data.tags]
 
     def experiment_id(self, name: str) -> str | None:

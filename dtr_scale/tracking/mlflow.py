@@ -10,10 +10,10 @@ import posixpath
 import re
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Before mlflow is imported. A dead server would hold each call for minutes, the usage report calls
 # out, and the link to a run that has ended is printed with the password of its server.
@@ -40,12 +40,15 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.store.db.utils import _initialize_tables
+from mlflow.store.entities import PagedList
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from PIL import Image
 
 from dtr_scale.tracking.names import valid_names
 
 log = logging.getLogger(__name__)
+
+_Found = TypeVar("_Found")
 
 _METRICS_PER_CALL, _ENTRIES_PER_CALL = 1000, 100  # MLflow's own limits
 _PARAM_CHARACTERS, _TAG_CHARACTERS, _DIGEST_CHARACTERS = 6000, 8000, 36
@@ -124,35 +127,20 @@ class Server:
             return None
         return run if run.info.lifecycle_stage == "active" else None
 
-    def runs(self, experiment_id: str, tag: str, value: str) -> list[Run]:
-        """Return the runs that have a tag, oldest first."""
-        runs, token = [], None
-        while True:
-            page = self._client.search_runs(
-                [experiment_id],
-                f"tags.`{tag}` = '{value}'",
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
+    def runs(self, experiment_id: str, tag: tuple[str, str] | None = None) -> list[Run]:
+        """Return the runs of an experiment, or those of them that have a tag, oldest first."""
+        having = f"tags.`{tag[0]}` = '{tag[1]}'" if tag else ""
+        order = ["attributes.start_time ASC"]
+        return _all_pages(
+            lambda token: self._client.search_runs(
+                [experiment_id], having, order_by=order, page_token=token
             )
-            runs += page
-            if not (token := page.token):
-                return runs
+        )
 
     def find_experiment(self, name: str) -> str | None:
         """Return the id of an experiment, None if there is none of the name."""
         found = self._client.get_experiment_by_name(name)
         return found.experiment_id if found and found.lifecycle_stage == "active" else None
-
-    def all_runs(self, experiment_id: str) -> list[Run]:
-        """Return the runs of an experiment, oldest first."""
-        runs, token = [], None
-        while True:
-            page = self._client.search_runs(
-                [experiment_id], order_by=["attributes.start_time ASC"], page_token=token
-            )
-            runs += page
-            if not (token := page.token):
-                return runs
 
     def create_run(
         self,
@@ -276,14 +264,11 @@ class Server:
 
     def models(self, experiment_id: str, run_id: str) -> list[LoggedModel]:
         """Return the models of a run."""
-        models, token = [], None
-        while True:
-            page = self._client.search_logged_models(
+        return _all_pages(
+            lambda token: self._client.search_logged_models(
                 [experiment_id], f"source_run_id = '{run_id}'", page_token=token
             )
-            models += page
-            if not (token := page.token):
-                return models
+        )
 
     def create_model(
         self, experiment_id: str, run_id: str, name: str, *, step: int, tags: Mapping[str, str]
@@ -363,6 +348,16 @@ class _Client(MlflowClient):
             place = uri.removeprefix(_PROXIED).strip("/")
             self._folders[run_id] = self._home / place if uri.startswith(_PROXIED) else None
         return self._folders[run_id]
+
+
+def _all_pages(search: Callable[[str | None], PagedList[_Found]]) -> list[_Found]:
+    """Return all that a search finds, of which it gives a page for each token."""
+    found, token = [], None
+    while True:
+        page = search(token)
+        found += page
+        if not (token := page.token):
+            return found
 
 
 def _make_database(path: Path) -> None:

@@ -5,47 +5,33 @@ went back to an older checkpoint and took another way from there gets a new MLfl
 one is renamed, tagged `superseded_by`, and put below the new one.
 """
 
-import json
 import logging
-import math
 from collections import deque
-from collections.abc import Iterable, Mapping
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from dtr_scale.tracking.attempts import ATTEMPTS, Attempt, read_attempts
+from dtr_scale.tracking.artifacts import RunArtifacts
+from dtr_scale.tracking.attempt_runs import ATTEMPT, PARENT, TRAINING, AttemptRuns
+from dtr_scale.tracking.attempts import read_attempts
 from dtr_scale.tracking.checkpoints import CheckpointModels
 from dtr_scale.tracking.description import RunInfo
-from dtr_scale.tracking.findings import (
-    EVALUATIONS,
-    Evaluation,
-    arrays_of,
-    read_evaluations,
-    read_pictures,
-)
+from dtr_scale.tracking.findings import Evaluation, read_evaluations
 from dtr_scale.tracking.journal import Record, read_journal, read_new_records
-from dtr_scale.tracking.mlflow import DataSet, Point, Server
+from dtr_scale.tracking.mlflow import DataSet, Server
 from dtr_scale.tracking.names import (
     EVALUATED,
-    GOODPUT,
     LOSS,
     SYSTEM,
     evaluation_name,
     metric_name,
     valid_names,
 )
+from dtr_scale.tracking.points import RunPoints, is_same
 from dtr_scale.tracking.run_file import read_run_file, write_run_file
 from dtr_scale.tracking.uri import runs_page
 
 log = logging.getLogger(__name__)
 
-TRAINING, ATTEMPT = "dtr_scale.training", "dtr_scale.attempt"
-PARENT = "mlflow.parentRunId"
-_STATUS = {"finished": "FINISHED", "preempted": "KILLED", "killed": "KILLED", "failed": "FAILED"}
 _PARAM_CHARACTERS = 6000
-_FILES = ("config.json", ATTEMPTS, EVALUATIONS)
-_PLOTS = "plots"
 
 
 class RunMirror:
@@ -94,7 +80,7 @@ class RunMirror:
     def send_figures(self) -> None:
         """Send attempts, checkpoints and evaluations."""
         attempts = read_attempts(self._info.run_dir)
-        self._send_attempts(attempts)
+        self._attempts.send(attempts)
         kept = self._info.checkpoints()
         self._models.send(kept)
         if kept:
@@ -107,28 +93,11 @@ class RunMirror:
 
     def send_artifacts(self) -> None:
         """Send pictures and files. They go elsewhere than figures, and may fail by themselves."""
-        run_dir, attempts = self._info.run_dir, read_attempts(self._info.run_dir)
-        if self._images is None:
-            self._images = self._server.images(self._run_id)
-        of_steps = {(key, step) for key, step, _ in self._images}
-        for picture in read_pictures(run_dir, attempts, self._last_step):
-            place = (picture.key, picture.step, picture.time_ms)
-            # A step that is repeated after a kill makes the same picture again.
-            if place in self._images or (not picture.is_remade and place[:2] in of_steps):
-                continue
-            self._server.log_image(self._run_id, picture.path, *place)
-            self._images.add(place)
-            if arrays := arrays_of(picture):
-                self._send_file(arrays, "arrays")
-        for name in _FILES:
-            self._send_file(run_dir / name)
-        for path in sorted((run_dir / _PLOTS).glob("*.*")):
-            self._send_file(path, _PLOTS)
-        if self._told.data and not self._has_data:
-            self._server.log_text(self._run_id, "data.json", json.dumps(self._told.data, indent=2))
-            self._has_data = True
+        attempts = read_attempts(self._info.run_dir)
+        self._artifacts.send_pictures(attempts, self._last_step)
+        self._artifacts.send_files(self._told.data)
         if attempts and attempts[-1].end:  # else it would be sent again and again
-            self._send_file(self._info.journal)
+            self._artifacts.send_file(self._info.journal)
 
     def _begin(self, continues: dict[str, Any] | None) -> None:
         self._describe()
@@ -137,19 +106,19 @@ class RunMirror:
             self._continue(**continues)
             history = self._server.history(self._run_id, LOSS)
         self._known = deque(history)
-        self._last_sign_ms = max((point.time_ms for point in history), default=None)
         self._sent_bytes = 0
         self._last_step = 0
-        self._found: dict[str, list[Point]] = {}
-        self._images: set[tuple[str, int, int]] | None = None
-        self._files: dict[Path, float] = {}
-        self._attempts: list[Attempt] | None = None
         self._newest: dict[str, str] = {}
-        self._has_data = False
-        name, training = self._told.name, {TRAINING: self._told.training}
-        self._models = CheckpointModels(
-            self._server, self._experiment_id, self._run_id, name, training
+        server, training = self._server, self._told.training
+        self._points = RunPoints(server, self._run_id)
+        last_sign_ms = max((point.time_ms for point in history), default=None)
+        self._attempts = AttemptRuns(
+            server, self._experiment_id, self._run_id, training, self._points, last_sign_ms
         )
+        self._models = CheckpointModels(
+            server, self._experiment_id, self._run_id, self._told.name, {TRAINING: training}
+        )
+        self._artifacts = RunArtifacts(server, self._run_id, self._info.run_dir)
 
     def _after_known(self, records: list[Record]) -> list[Record] | None:
         """Return the records after those that the server has, None if it has others.
@@ -166,7 +135,7 @@ class RunMirror:
             if not self._known:
                 return records[index:]
             known = self._known.popleft()
-            if known.step != record["step"] or not _same(known.value, record["loss"]):
+            if known.step != record["step"] or not is_same(known.value, record["loss"]):
                 return None
         return []
 
@@ -252,98 +221,13 @@ class RunMirror:
         if told.dataset and not (run.inputs and run.inputs.dataset_inputs):
             self._server.log_dataset(self._run_id, DataSet(**told.dataset))
 
-    def _send_attempts(self, attempts: list[Attempt]) -> None:
-        """Make a run for each attempt below this one, and let this one stand as the last does."""
-        if attempts == self._attempts or not attempts:
-            return
-        found = self._server.runs(self._experiment_id, TRAINING, self._told.training)
-        sent = {r.data.tags[ATTEMPT]: r for r in found if ATTEMPT in r.data.tags}
-        local = {attempt.id for attempt in attempts}
-        elsewhere = [run for name, run in sent.items() if name not in local]
-        for number, attempt in enumerate(attempts, len(elsewhere) + 1):
-            self._send_attempt(attempt, number, sent.get(attempt.id))
-            if attempt.end and attempt.run_goodput is not None:
-                named = {GOODPUT: attempt.run_goodput}
-                self._send_points(named, attempt.end_step or attempt.step, attempt.end)
-        last = attempts[-1]
-        for run in elsewhere:
-            self._put_below(run)
-            # A job on another host that was killed, since the run is ours by now.
-            if run.info.status == "RUNNING" and not last.end:
-                reason = {"reason": "it ended without a word"}
-                self._server.log_tags(run.info.run_id, reason)
-                self._server.terminate(run.info.run_id, "KILLED", self._last_sign_ms)
-        if last.end:
-            status = _STATUS.get(last.outcome, "FAILED")
-            self._server.terminate(self._run_id, status, int(last.end.timestamp() * 1000))
-        else:
-            # The job before may have ended it, and a kill leaves it RUNNING for ever.
-            self._server.set_running(self._run_id)
-        self._attempts = attempts
-
-    def _send_attempt(self, attempt: Attempt, number: int, run: Any) -> None:  # noqa: ANN401
-        server = self._server
-        if run is None:
-            facts = {k: _as_text(v) for k, v in attempt.facts.items() if v is not None}
-            tags = {TRAINING: self._told.training, ATTEMPT: attempt.id, PARENT: self._run_id}
-            tags |= {"from_step": str(attempt.step), **facts}
-            start_ms = int(attempt.start.timestamp() * 1000)
-            name = f"attempt {number}"
-            run_id = server.create_run(self._experiment_id, name, tags, start_ms)
-        else:
-            run_id = run.info.run_id
-            self._put_below(run)
-            if run.info.status != "RUNNING":
-                return
-        if attempt.end:
-            told = {"outcome": attempt.outcome, "reason": attempt.reason or attempt.outcome}
-            server.log_tags(run_id, told | {"to_step": str(attempt.end_step)})
-            if attempt.goodput is not None:
-                server.log_metrics(run_id, [({GOODPUT: attempt.goodput}, attempt.end_step or 0)])
-            status = _STATUS.get(attempt.outcome, "FAILED")
-            server.terminate(run_id, status, int(attempt.end.timestamp() * 1000))
-
-    def _put_below(self, run: Any) -> None:  # noqa: ANN401
-        if run.data.tags.get(PARENT) != self._run_id:
-            self._server.log_tags(run.info.run_id, {PARENT: self._run_id})
-
     def _send_evaluation(self, evaluation: Evaluation) -> None:
         named = {
             evaluation_name(k, evaluation.num_samples): v for k, v in evaluation.metrics.items()
         }
         dataset = DataSet(*evaluation.reference) if evaluation.reference else None
         model = self._models.at(evaluation.step)
-        self._send_points(valid_names(named), evaluation.step, evaluation.time, model, dataset)
-
-    def _send_points(
-        self,
-        named: Mapping[str, float],
-        step: int,
-        time: datetime,
-        model_id: str | None = None,
-        dataset: DataSet | None = None,
-    ) -> None:
-        """Send the numbers that the run does not have: of one step a value stands there once."""
-        points = []
-        for name, value in named.items():
-            if name not in self._found:
-                self._found[name] = self._server.history(self._run_id, name)
-            known = self._found[name]
-            if not any(point.step == step and _same(point.value, value) for point in known):
-                points.append((name, Point(step, value, int(time.timestamp() * 1000))))
-        if points:
-            self._server.log_points(self._run_id, points, model_id=model_id, dataset=dataset)
-        for name, point in points:
-            self._found[name].append(point)
-
-    def _send_file(self, path: Path, folder: str | None = None) -> None:
-        try:
-            changed = path.stat().st_mtime
-        except OSError:
-            return
-        if self._files.get(path) != changed:
-            self._server.log_file(self._run_id, path, folder)
-            self._files[path] = changed
+        self._points.send(valid_names(named), evaluation.step, evaluation.time, model, dataset)
 
     def _kept(self) -> dict[str, Any] | None:
         """Return which run is this training's on this server, if there is one.
@@ -381,24 +265,12 @@ class RunMirror:
 
 def find_run(server: Server, experiment_id: str, training: str) -> Any:  # noqa: ANN401
     """Return the run of a training that counts, None if there is none."""
-    for run in reversed(server.runs(experiment_id, TRAINING, training)):
+    for run in reversed(server.runs(experiment_id, (TRAINING, training))):
         if not run.data.tags.keys() & {ATTEMPT, "superseded_by"}:
             return run
     return None
 
 
-def _same(stored: float, value: float) -> bool:
-    """Tell whether a server's number is the journal's: databases may round its last digits."""
-    if math.isinf(value):  # MLflow stores the largest number in its place
-        return math.copysign(1, value) * stored > 1e308
-    return math.isclose(stored, value, rel_tol=1e-12) or (stored != stored and value != value)
-
-
 def _last_value(changes: str | None, param: str) -> str:
     """Return a param's value after the changes that its tag tells of."""
     return changes.rpartition("; ")[2].rpartition(" from step ")[0] if changes else param
-
-
-def _as_text(value: Any) -> str:  # noqa: ANN401
-    is_list = isinstance(value, Iterable) and not isinstance(value, str)
-    return ", ".join(map(str, value)) if is_list else str(value)

@@ -11,8 +11,6 @@ from dtr_scale.tracking.uri import artifact_home
 from tests.support.mlflow_server import mlflow_server
 from tests.support.runs import TIMINGS, tiny
 
-# mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 EVALUATED = (
     "--evaluation.every_steps=2", "--evaluation.num_samples=20",
     "--evaluation.num_sampling_steps=2", "--evaluation.batch_size=20",
@@ -94,7 +92,7 @@ def test_a_job_whose_server_is_away_loses_nothing(digits, tmp_path, monkeypatch,
         str(path) for path in (away / "checkpoints").glob("step_*")
     }
     assert run.data.tags["weighting"] == "ant_uw" and run.inputs and run.inputs.dataset_inputs
-    attempts = server.runs(run.info.experiment_id, "mlflow.parentRunId", run_id)
+    attempts = server.runs(run.info.experiment_id, ("mlflow.parentRunId", run_id))
     assert [a.info.status for a in attempts] == ["FINISHED"]
 
 

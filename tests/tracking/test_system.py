@@ -6,12 +6,9 @@ import time
 import pytest
 
 from dtr_scale.tracking import mlflow, system
+from dtr_scale.tracking.attempt_runs import TRAINING
 from dtr_scale.tracking.description import Description, RunInfo
-from dtr_scale.tracking.run import TRAINING
 from dtr_scale.tracking.system import SystemMetrics
-
-# mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 
 
 @pytest.mark.slow
