@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import signal
 import subprocess
-import time
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from dtr_scale.prepare.digits import prepare_digits
 from dtr_scale.prepare.writer import StoredSample
 from dtr_scale.randomness import KeyedStream, keyed_generator
 from dtr_scale.storage.folder import open_folder
+from tests.support.processes import PATIENCE_SECONDS
 from tests.support.shards import write_data
 
 SEED, BATCH = 11, 24
@@ -43,6 +43,15 @@ def reader(digits_folder):
     reader = SampleReader(digits_folder, read_manifest(digits_folder))
     yield reader
     reader.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left():
+    """On a busy machine one may still be starting 5 s after `close`, which waits no longer."""
+    yield
+    for worker in multiprocessing.active_children():
+        worker.join(PATIENCE_SECONDS)
+        assert not worker.is_alive()
 
 
 def _loader(samples, *, seed=SEED, batch=BATCH, num_lanes=1, **options):
@@ -160,21 +169,18 @@ def test_workers_change_nothing_and_leave_signals_to_the_parent(reader):
         assert all(worker.is_alive() for worker in workers)
         assert signal.getsignal(signal.SIGCHLD) == on_child_exit
     _assert_equal([torch.cat(pair) for pair in zip(first, second, strict=True)], expected)
-    assert not any(worker.is_alive() for worker in workers)
 
 
 def test_a_worker_reports_bad_data_in_one_line(tmp_path):
     folder = open_folder(tmp_path)
     manifest = prepare_digits(folder)
     folder.remove("train-000002.tar")
-    with _loader(SampleReader(folder, manifest), num_workers=1) as loader:
-        with pytest.raises(DataError, match=r"^shard train-000002\.tar .* is missing") as caught:
-            _steps(loader, 70)
-        workers = multiprocessing.active_children()
+    with (
+        _loader(SampleReader(folder, manifest), num_workers=1) as loader,
+        pytest.raises(DataError, match=r"^shard train-000002\.tar .* is missing") as caught,
+    ):
+        _steps(loader, 70)
     assert "\n" not in str(caught.value)
-    for worker in workers:
-        worker.join(30)  # told to end, it may not have been heard yet
-        assert not worker.is_alive()
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(reader):
@@ -182,10 +188,8 @@ def test_a_killed_worker_is_an_error_not_a_hang(reader):
         next(loader)
         (worker,) = multiprocessing.active_children()
         worker.kill()
-        started = time.monotonic()
         with pytest.raises(DataError, match=r"a data worker was killed .*data\.num_workers"):
             _steps(loader, 10)
-        assert time.monotonic() - started < 15
 
 
 def test_labels_are_dropped_at_their_rate(reader):

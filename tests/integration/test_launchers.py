@@ -89,9 +89,7 @@ def test_two_ranks_of_zero1_write_the_journal_of_one_process(digits, tmp_path, l
     assert all(re.match(r"\d\d:\d\d:\d\d \w", line) for line in ours), output
 
 
-# MLflow 3.17 uses what SQLAlchemy 2.1 deprecates.
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_a_killed_run_goes_on_in_the_same_mlflow_run(digits, tmp_path, launch):
     """kill -9 of every process; started again, the journal is that of a run left in peace."""
     often = (*SMALL, *SINGLE, *STEPS_500, "--checkpoint.every_steps=7", "--tracking.type=mlflow")

@@ -170,8 +170,6 @@ def test_what_cannot_be_compared_is_refused(copied, tmp_path, capsys):
 
 
 @pytest.mark.slow
-# mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning")
 def test_runs_are_read_back_from_mlflow(digits, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -217,7 +217,6 @@ def test_what_is_missing_is_trained_and_measured(digits, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow's
 def test_a_run_that_mlflow_alone_has_is_collected(digits, tmp_path, monkeypatch, capsys):
     configs, uri = tmp_path / "configs", f"sqlite:///{tmp_path}/mlflow.db"
     configs.mkdir()

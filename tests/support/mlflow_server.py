@@ -13,10 +13,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.support.processes import free_port
+from tests.support.processes import PATIENCE_SECONDS, free_port
 
 USER = "postgres"  # of Debian's package; PostgreSQL refuses to run as root
-PATIENCE_SECONDS = 60
 _DYING_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 _AS_USER = (*_DYING_WITH_US, f"--reuid={USER}", f"--regid={USER}", "--clear-groups")
 

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from dtr_scale.tracking import mirror
-from tests.support.processes import free_port
+from tests.support.processes import PATIENCE_SECONDS, free_port
 
 
 class MlflowServer:
@@ -41,11 +41,14 @@ class MlflowServer:
                 stdout=log,
                 stderr=log,
             )
-        for _ in range(600):
+        # It imports for over a minute where all cores are busy.
+        deadline = time.monotonic() + 2 * PATIENCE_SECONDS
+        while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{self.uri}/health").close()
                 return
             time.sleep(0.1)
+        self.kill()
         raise AssertionError((self._directory / "server.log").read_text())
 
     def kill(self):

@@ -8,11 +8,7 @@ import pytest
 from dtr_scale.tracking.mlflow import Server
 from tests.support.processes import wait_for
 
-# mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning"),
-]
+pytestmark = pytest.mark.slow
 MAKE = """
 import sys
 from pathlib import Path

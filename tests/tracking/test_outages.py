@@ -24,11 +24,7 @@ from tests.support.mlflow_jobs import (
 )
 from tests.support.processes import wait_for
 
-pytestmark = [
-    # mlflow 3.17 declares its tables with a loader strategy that SQLAlchemy 2.1 retires.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader:DeprecationWarning"),
-    pytest.mark.usefixtures("short_waits"),
-]
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 _SHORT_JOB = """
 import pathlib, sys
