@@ -38,6 +38,29 @@ def attention_shapes(network: Denoiser, x: Tensor, t: Tensor, y: Tensor) -> Coun
     return calls.shapes
 
 
+def layer_inputs(
+    shape: AttentionShape, num_samples: int, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Draw what a layer's projections make, one [N, tokens, parts, heads, head_dim] each.
+
+    In self-attention one of three parts; with a text one of queries, and one of keys and values.
+    """
+
+    def drawn(tokens: int, parts: int) -> Tensor:
+        size = (num_samples, tokens, parts, shape.heads, shape.head_dim)
+        return torch.randn(size, dtype=dtype, device=device).requires_grad_()
+
+    if shape.queries == shape.keys:
+        return [drawn(shape.queries, 3)]
+    return [drawn(shape.queries, 1), drawn(shape.keys, 2)]
+
+
+def queries_keys_values(inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v as layers have them: what one projection makes lies side by side."""
+    q, k, v = (part for x in inputs for part in x.unbind(2))
+    return q, k, v
+
+
 class _Calls(TorchFunctionMode):
     """Notes the shapes of PyTorch's attention, which computes it on the meta device."""
 
@@ -94,15 +117,7 @@ def time_attention(
 def _median_milliseconds(
     shape: AttentionShape, backend: str, num_samples: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    def drawn(length: int, parts: int) -> tuple[Tensor, ...]:
-        # As layers have them: what one projection makes lies side by side.
-        size = (num_samples, length, parts, shape.heads, shape.head_dim)
-        return torch.randn(size, dtype=dtype, device=device).requires_grad_().unbind(2)
-
-    if shape.queries == shape.keys:
-        q, k, v = drawn(shape.queries, 3)
-    else:
-        (q,), (k, v) = drawn(shape.queries, 1), drawn(shape.keys, 2)
+    q, k, v = queries_keys_values(layer_inputs(shape, num_samples, dtype, device))
     gradient = torch.randn_like(q)
 
     def step() -> None:

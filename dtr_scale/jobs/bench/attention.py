@@ -15,7 +15,7 @@ from dtr_scale.jobs.bench.report import config, machine
 from dtr_scale.jobs.bench.timing import LoopClock, spread
 from dtr_scale.jobs.plan.compute import meta_network
 from dtr_scale.models.attention import attention
-from dtr_scale.models.attention_timing import AttentionShape, attention_shapes
+from dtr_scale.models.attention_timing import attention_shapes, layer_inputs, queries_keys_values
 
 _WARM_UP = 2
 _SDPA = {
@@ -33,13 +33,14 @@ def bench_attention(experiment: Experiment, *, rounds: int) -> dict[str, Any]:
     """
     world = join_world(needs_process_group=False, device=experiment.engine.device)
     precision = experiment.engine.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     batch_size = experiment.micro_batch_size(world.world_size)
     with torch.device("meta"):
         found = attention_shapes(*meta_network(experiment))
     shapes = []
     for shape, count in found.items():
         ways = {
-            name: _measured(way, _inputs(shape, batch_size, precision, world), rounds)
+            name: _measured(way, layer_inputs(shape, batch_size, dtype, world.device), rounds)
             for name, way in _ways(world).items()
         }
         shapes.append({**shape._asdict(), "layers": count, "ways": ways})
@@ -71,19 +72,6 @@ def _ways(world: World) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]
     return ways
 
 
-def _inputs(shape: AttentionShape, batch_size: int, precision: str, world: World) -> list[Tensor]:
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    options: Any = {"device": world.device, "dtype": dtype}
-    one = (shape.heads, shape.head_dim)
-    # As the layers make them: views of one product, q of its own where there is a text.
-    if shape.queries == shape.keys:
-        return [torch.randn(batch_size, shape.queries, 3, *one, **options).requires_grad_()]
-    return [
-        torch.randn(batch_size, shape.queries, 1, *one, **options).requires_grad_(),
-        torch.randn(batch_size, shape.keys, 2, *one, **options).requires_grad_(),
-    ]
-
-
 def _measured(
     way: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], rounds: int
 ) -> dict[str, Any]:
@@ -91,8 +79,7 @@ def _measured(
     clock = LoopClock(inputs[0].device)
 
     def attend() -> Tensor:
-        q, k, v = (part for x in inputs for part in x.unbind(2))
-        return way(q, k, v)
+        return way(*queries_keys_values(inputs))
 
     forward, backward = (
         clock.timed(name, function)
