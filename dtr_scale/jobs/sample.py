@@ -15,7 +15,7 @@ from dtr_scale.jobs.averages import Choice
 from dtr_scale.jobs.build import open_samples
 from dtr_scale.jobs.conditions import Conditions, Wanted, conditions_of
 from dtr_scale.jobs.drawing import Drawing, draw_stored
-from dtr_scale.jobs.ranks import joined_ranks
+from dtr_scale.jobs.ranks import Ranks, joined_ranks
 from dtr_scale.jobs.sample_files import Asked, default_name, write_files
 from dtr_scale.jobs.trained import TrainedRun, check_output, load_run
 from dtr_scale.prepare.encode import PictureEncoder, PixelEncoder, autoencoder, decoder_of
@@ -74,32 +74,39 @@ def sample_run(
             conditions = conditions_of(run.experiment, wanted, world.device)
             count = num_samples or _default_count(conditions, guidance)
             _check_guidance(run, guidance, count)
+        # All or none: whoever draws a batch, it is of the same kind.
         if not all(world.all_gather_object(decoder is not None)):
             decoder = None
         drawing = Drawing(run, count, conditions, decoder, tuple(guidance))
         path = out or run_dir / SAMPLES / _name(drawing, wanted, choice, seed)
-        stored = _stored(drawing, path)
-        manifest: dict[str, Any] = {}
-        is_finished = False
-        with closing(stored):
-            with world.agree():
-                check_output(path, path.suffix)
-                if world.is_main:
-                    manifest = drawing.manifest(world.device)
-                    is_finished = asked.is_finished(path, manifest)
-                    if not is_finished:
-                        if out is None:
-                            stored.forget_others(manifest)
-                        stored.begin(manifest)
-            if world.broadcast_object(is_finished):
-                if world.is_main:
-                    log.info("%s is finished, of these settings; --force draws it again", path)
-                ranks.part(None)
-                return path
-            draw_stored(drawing, stored, ranks)
-            if world.is_main:
-                write_files(drawing, stored, path, folder, manifest, ranks)
+        _draw_unless_finished(drawing, path, asked, ranks)
     return path
+
+
+def _draw_unless_finished(drawing: Drawing, path: Path, asked: Asked, ranks: Ranks) -> None:
+    """Draw what of a drawing is missing, and write its files, on all ranks together."""
+    world = ranks.world
+    stored = _stored(drawing, path)
+    manifest: dict[str, Any] = {}
+    is_finished = False
+    with closing(stored):
+        with world.agree():
+            check_output(path, path.suffix)
+            if world.is_main:
+                manifest = drawing.manifest(world.device)
+                is_finished = asked.is_finished(path, manifest)
+                if not is_finished:
+                    if asked.out is None:
+                        stored.forget_others(manifest)
+                    stored.begin(manifest)
+        if world.broadcast_object(is_finished):
+            if world.is_main:
+                log.info("%s is finished, of these settings; --force draws it again", path)
+            ranks.part(None)
+            return
+        draw_stored(drawing, stored, ranks)
+        if world.is_main:
+            write_files(drawing, stored, path, asked.folder, manifest, ranks)
 
 
 def seeded(run: TrainedRun, seed: int | None) -> TrainedRun:

@@ -15,16 +15,14 @@ from dtr_scale.heartbeat import Heartbeat
 from dtr_scale.jobs.alike import refuse_other_settings
 from dtr_scale.jobs.build import build_trainer
 from dtr_scale.jobs.description import network_cost
-from dtr_scale.jobs.in_training import build_evaluation
-from dtr_scale.jobs.records import open_records
+from dtr_scale.jobs.in_training import PeriodicEvaluation, build_evaluation
+from dtr_scale.jobs.records import Records, open_records
 from dtr_scale.jobs.resume import resume_or_start
 from dtr_scale.jobs.tracking import check_tracking
 from dtr_scale.launchers import launched_rank, launched_world_size
 from dtr_scale.signals import LeaveRequest
-from dtr_scale.train.run_dir import (
-    RunDirectory,
-    write_failure,
-)
+from dtr_scale.train.run_dir import RunDirectory, write_failure
+from dtr_scale.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -80,19 +78,7 @@ def train_experiment(
         reason = next(filter(None, world.all_gather_object(leave.reason)), None)
         # From here on a time limit counts: each start takes the run a step further.
         leave.enter_loop(experiment.train.max_minutes, asked=heartbeat.moved)
-        if evaluate and not reason:
-            evaluate.on_result = records.write_evaluation
-            # The last job may have been killed, or asked to leave, after it saved and before this.
-            if evaluate.is_due_again(trainer.step) and trainer.evaluation_is_due:
-                reason = evaluate.make_up(trainer.step)
-        reason = reason or trainer.run(
-            leave,
-            log=records.write,
-            evaluate=evaluate,
-            on_step=records.count,
-            on_skip=records.write_skipped,
-            on_rollback=records.begin_again,
-        )
+        reason = reason or _make_steps(trainer, evaluate, records, leave)
         records.end("preempted" if reason else "finished", reason or "")
         # The ranks wait here until rank 0 has written the end, still watched: if that fails, they
         # end with its exit code instead of 0.
@@ -101,6 +87,26 @@ def train_experiment(
     # Not after an error: the other ranks may be waiting in a collective, or gone.
     world.leave()
     return EXIT_REQUEUE if reason else EXIT_FINISHED
+
+
+def _make_steps(
+    trainer: Trainer, evaluate: PeriodicEvaluation | None, records: Records, leave: LeaveRequest
+) -> str | None:
+    """Train to the end, or to a request to leave, whose reason is returned."""
+    reason: str | None = None
+    if evaluate:
+        evaluate.on_result = records.write_evaluation
+        # The last job may have been killed, or asked to leave, after it saved and before this.
+        if evaluate.is_due_again(trainer.step) and trainer.evaluation_is_due:
+            reason = evaluate.make_up(trainer.step)
+    return reason or trainer.run(
+        leave,
+        log=records.write,
+        evaluate=evaluate,
+        on_step=records.count,
+        on_skip=records.write_skipped,
+        on_rollback=records.begin_again,
+    )
 
 
 def join(experiment: Experiment) -> World:

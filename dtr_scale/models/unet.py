@@ -299,8 +299,7 @@ class _Parts(NamedTuple):
         """Return the way up, whose steps take what the way down left, the last first."""
         steps, channels, skips = [], skip_widths[-1], reversed(skip_widths)
         for level, width in reversed(list(enumerate(widths))):
-            # One more than on the way down, whose first convolution and Downsamples left a skip
-            # too.
+            # One more than on the way down, whose first convolution and Downsamples left one, too.
             for i in range(self.num_res_blocks + 1):
                 layers = self._stage(channels + next(skips), width, level)
                 if level > 0 and i == self.num_res_blocks:

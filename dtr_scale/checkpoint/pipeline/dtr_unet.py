@@ -5,9 +5,10 @@ Written by dtr-scale; licensed under the Apache License 2.0.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -93,9 +94,17 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the positions of [N, C, H, W] that sees the channels of its mask."""
 
-    def __init__(self, channels: int, num_heads: int, use_new_attention_order: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        num_head_channels: int | None,
+        use_new_attention_order: bool,
+    ) -> None:
         super().__init__()
-        self.channels, self.num_heads = channels, num_heads
+        self.channels = channels
+        by_width = num_head_channels not in (None, -1)
+        self.num_heads = channels // int(num_head_channels or 1) if by_width else num_heads
         self.use_new_attention_order = use_new_attention_order
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -158,48 +167,24 @@ class DTRUNet2DModel(ModelMixin, ConfigMixin):
         )
         if has_classes:
             self.label_emb = nn.Embedding(num_classes + has_null_label, emb_channels)
-
-        def res_block(width: int, out: int, resample: nn.Module | None = None) -> ResBlock:
-            return ResBlock(width, out, emb_channels, use_scale_shift_norm, resample)
-
-        def attention_block(width: int) -> AttentionBlock:
-            by_width = num_head_channels not in (None, -1)
-            heads = width // int(num_head_channels or 1) if by_width else num_heads
-            return AttentionBlock(width, heads, use_new_attention_order)
-
-        def stage(width: int, out: int, level: int) -> list[nn.Module]:
-            attends = 2**level in attention_resolutions
-            return [res_block(width, out), *([attention_block(out)] if attends else [])]
-
-        def resampled(kind: type[Downsample | Upsample], width: int) -> nn.Module:
-            if resblock_updown:
-                return res_block(width, width, kind(width, use_conv=False))
-            return kind(width, use_conv=conv_resample)
-
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        steps: list[nn.Module] = [nn.ModuleList([_conv3x3(in_channels, widths[0])])]
-        skips = [widths[0]]
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                steps.append(nn.ModuleList(stage(skips[-1], width, level)))
-                skips.append(width)
-            if level < len(widths) - 1:
-                steps.append(nn.ModuleList([resampled(Downsample, width)]))
-                skips.append(width)
-        self.input_blocks = nn.ModuleList(steps)
-        width = channels = skips[-1]
-        self.middle_block = nn.ModuleList(
-            [res_block(width, width), attention_block(width), res_block(width, width)]
+        parts = _Parts(
+            num_res_blocks,
+            attention_resolutions,
+            resblock_updown,
+            conv_resample,
+            partial(ResBlock, emb_channels=emb_channels, use_scale_shift_norm=use_scale_shift_norm),
+            partial(
+                AttentionBlock,
+                num_heads=num_heads,
+                num_head_channels=num_head_channels,
+                use_new_attention_order=use_new_attention_order,
+            ),
         )
-        steps = []
-        for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = stage(channels + skips.pop(), width, level)
-                if level > 0 and i == num_res_blocks:
-                    layers.append(resampled(Upsample, width))
-                steps.append(nn.ModuleList(layers))
-                channels = width
-        self.output_blocks = nn.ModuleList(steps)
+        # In forward order, in which `_mask_widths` finds them.
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        self.input_blocks, skip_widths = parts.input_blocks(in_channels, widths)
+        self.middle_block = parts.middle_block(skip_widths[-1])
+        self.output_blocks = parts.output_blocks(skip_widths, widths)
         self.out = nn.Sequential(GroupNorm(widths[0]), nn.SiLU(), _conv3x3(widths[0], out_channels))
         self.mask_of = list(mask_of)
         for number, width in self._mask_widths().items():
@@ -264,6 +249,58 @@ class DTRUNet2DModel(ModelMixin, ConfigMixin):
         # Registered in forward order, and so `modules` yields them.
         blocks = [m for m in self.modules() if isinstance(m, ResBlock | AttentionBlock)]
         return {number: blocks[i].channels for i, number in enumerate(self.mask_of)}
+
+
+class _Parts(NamedTuple):
+    """Make the parts of one network, numbered as in guided-diffusion."""
+
+    num_res_blocks: int
+    attention_resolutions: Sequence[int]
+    resblock_updown: bool
+    conv_resample: bool
+    res_block: Callable[..., ResBlock]
+    attention_block: Callable[[int], AttentionBlock]
+
+    def input_blocks(self, in_channels: int, widths: list[int]) -> tuple[nn.ModuleList, list[int]]:
+        """Return the way down, and the width of what each of its steps leaves to the way up."""
+        steps = [nn.ModuleList([_conv3x3(in_channels, widths[0])])]
+        skip_widths = [widths[0]]
+        for level, width in enumerate(widths):
+            for _ in range(self.num_res_blocks):
+                steps.append(nn.ModuleList(self._stage(skip_widths[-1], width, level)))
+                skip_widths.append(width)
+            if level < len(widths) - 1:
+                steps.append(nn.ModuleList([self._resample(Downsample, width)]))
+                skip_widths.append(width)
+        return nn.ModuleList(steps), skip_widths
+
+    def middle_block(self, width: int) -> nn.ModuleList:
+        first, between = self.res_block(width, width), self.attention_block(width)
+        return nn.ModuleList([first, between, self.res_block(width, width)])
+
+    def output_blocks(self, skip_widths: list[int], widths: list[int]) -> nn.ModuleList:
+        """Return the way up, whose steps take what the way down left, the last first."""
+        steps, channels, skips = [], skip_widths[-1], reversed(skip_widths)
+        for level, width in reversed(list(enumerate(widths))):
+            # One more than on the way down, whose first convolution and Downsamples left one, too.
+            for i in range(self.num_res_blocks + 1):
+                layers = self._stage(channels + next(skips), width, level)
+                if level > 0 and i == self.num_res_blocks:
+                    layers.append(self._resample(Upsample, width))
+                steps.append(nn.ModuleList(layers))
+                channels = width
+        return nn.ModuleList(steps)
+
+    def _stage(self, channels: int, width: int, level: int) -> list[nn.Module]:
+        layers: list[nn.Module] = [self.res_block(channels, width)]
+        if 2**level in self.attention_resolutions:
+            layers.append(self.attention_block(width))
+        return layers
+
+    def _resample(self, kind: type[Downsample | Upsample], width: int) -> nn.Module:
+        if self.resblock_updown:
+            return self.res_block(width, width, resample=kind(width, use_conv=False))
+        return kind(width, use_conv=self.conv_resample)
 
 
 def _run(layers: Any, h: Tensor, emb: Tensor, masks: Iterator[Tensor | None]) -> Tensor:  # noqa: ANN401
