@@ -6,6 +6,7 @@ from typing import Any
 
 from dtr_scale.cli.arguments import (
     Commands,
+    Parser,
     add_weights,
     positive_integer,
     runs,
@@ -34,6 +35,14 @@ def add_evaluate(commands: Commands) -> None:
         "       dtr-scale evaluate reference FOLDER|URL --out FILE.npz [options]"
     )
     parser.add_argument("what", nargs="*", help=argparse.SUPPRESS)
+    _add_measuring(parser)
+    _add_samples(parser)
+    add_weights(parser)
+    _add_reference(parser)
+    runs(parser, _evaluate, overrides=True, on_ranks=True)
+
+
+def _add_measuring(parser: Parser) -> None:
     parser.add_argument(
         "--features",
         action="append",
@@ -56,6 +65,8 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument("--vae", help="decodes latents (default: what encoded the data, if here)")
     parser.add_argument("--split", type=split_name, default="train", help="of prepared data")
 
+
+def _add_samples(parser: Parser) -> None:
     of_run = parser.add_argument_group("a run or anybody's pictures")
     of_run.add_argument(
         "--num-samples",
@@ -73,8 +84,8 @@ def add_evaluate(commands: Commands) -> None:
         "split)",
     )
 
-    add_weights(parser)
 
+def _add_reference(parser: Parser) -> None:
     of_reference = parser.add_argument_group("evaluate reference")
     of_reference.add_argument("--out", type=Path, metavar="FILE.npz", help="file to write")
     of_reference.add_argument(
@@ -86,7 +97,6 @@ def add_evaluate(commands: Commands) -> None:
         default=10_000,
         help="pictures to keep for precision and recall; moments are of all",
     )
-    runs(parser, _evaluate, overrides=True, on_ranks=True)
 
 
 def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
