@@ -156,6 +156,9 @@ def follow_parent(lost: Callable[[], None]) -> None:
 
 
 def _is_here(name: str) -> bool:
+    # On many machines their own name resolves to no address.
+    if name == socket.gethostname():
+        return True
     try:
         with socket.create_server((name, 0)):
             return True

@@ -53,6 +53,13 @@ def test_a_hostfile_is_deepspeeds(tmp_path):
         read_hostfile(path)
 
 
+def test_a_machine_knows_its_own_name_where_no_name_server_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-1.invalid")
+    path = tmp_path / "hostfile"
+    path.write_text("node-1.invalid\n")
+    assert read_hostfile(path) == [HostLine("node-1.invalid", None)]
+
+
 @pytest.fixture
 def start(digits, popen):
     """Start the supervisor of a small training in one process."""
