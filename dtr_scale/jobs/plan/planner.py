@@ -102,6 +102,13 @@ class Planner:
     ) -> int:
         """Return the most samples at a time that fit, also beyond a rank's share; 0 if none do."""
         layout = self.layout(name)
+        most = self._most_samples(layout, checkpointing)
+        # Fewer than a rank's share accumulate: gradients are there while activations peak.
+        if most < self.rank_batch_size and layout.grad_accum_steps == 1:
+            most = self._most_samples(replace(layout, grad_accum_steps=2), checkpointing)
+        return most
+
+    def _most_samples(self, layout: Layout, checkpointing: bool | None) -> int:
         room = (
             self.cluster.gpu.memory_bytes - self.memory(layout, checkpointing=checkpointing).total
         )
