@@ -169,17 +169,17 @@ class Service:
         return pid
 
     def _write_mounts(self) -> None:
-        # Temporary file systems first: what is mounted below may lie in this machine's /tmp.
-        lines = [f"|{path}|" for path in self.spec.get("tmpfs", [])]
-        lines += [f"{path}|{target}|ro" for path, target in self._image.programs]
-        mounted = set(self.spec.get("tmpfs", []))
-        for volume in self.spec.get("volumes", []):
-            source, target = self.volume(volume["source"]), volume["target"]
-            lines.append(f"{source}|{target}|{'ro' if volume.get('read_only') else ''}")
-            mounted.add(target)
-        for target in self._image.volumes:
-            if target not in mounted:
+        spec, image = self.spec, self._image
+        volumes = {volume["target"]: volume for volume in spec.get("volumes", [])}
+        lines = [f"|{path}|" for path in spec.get("tmpfs", [])]
+        for target in image.volumes:
+            if target not in {*spec.get("tmpfs", []), *volumes}:
                 lines.append(f"{self._own_folder(f'{self.name}/{Path(target).name}')}|{target}|")
+        # After those, since programs may lie in this machine's /tmp.
+        lines += [f"{path}|{target}|ro" for path, target in image.programs]
+        for target, volume in volumes.items():
+            read_only = "ro" if volume.get("read_only") else ""
+            lines.append(f"{self.volume(volume['source'])}|{target}|{read_only}")
         (self._folder / "mounts").write_text("\n".join([*lines, ""]))
         (self._folder / "passages").write_text("\n".join([*self._image.passages, ""]))
 
