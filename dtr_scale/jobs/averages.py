@@ -1,6 +1,7 @@
 """Find the weights of a run that are asked for: an average that it keeps, or one made of them."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -201,6 +202,18 @@ def _kind(reader: CheckpointReader, ema: str | None) -> str:
 
 def _history(reader: CheckpointReader, kind: str) -> list[dict[str, Any]]:
     return averages_of(reader).get(kind, [{"from_step": 0, "name": kind}])
+
+
+def share_of_begin(history: list[dict[str, Any]] | None, step: int) -> float:
+    """Return the weight that an average at `step` gives what the network began with.
+
+    0 for the weights themselves and for power functions, which forget it at their first step.
+    """
+    if not history or any("decay" not in entry for entry in history):
+        return 0.0
+    ends = [*(entry["from_step"] for entry in history[1:]), step]
+    parts = zip(history, ends, strict=True)
+    return math.prod(entry["decay"] ** (end - entry["from_step"]) for entry, end in parts)
 
 
 def _in_words(history: list[dict[str, Any]] | None) -> str:

@@ -18,6 +18,7 @@ from dtr_scale.errors import UnfinishedError
 from dtr_scale.evaluation.pictures import ROUNDING, to_uint8
 from dtr_scale.evaluation.precision import one_thread, products_in, resolve_precision
 from dtr_scale.evaluation.stored import StoredBatches
+from dtr_scale.jobs.averages import share_of_begin
 from dtr_scale.jobs.conditions import Conditions
 from dtr_scale.jobs.measure import samples_manifest
 from dtr_scale.jobs.ranks import Ranks
@@ -29,6 +30,7 @@ from dtr_scale.prepare.encode import PictureEncoder, weights_sha256
 log = logging.getLogger(__name__)
 
 _LOG_SECONDS = 30.0
+_MUCH_OF_BEGIN = 0.05
 
 
 class Drawing(NamedTuple):
@@ -103,6 +105,7 @@ def draw_stored(drawing: Drawing, stored: StoredBatches, ranks: Ranks) -> None:
         log.info("going on: %d of %d batches are stored", have, stored.num_batches)
     if world.is_main and missing:
         log.info("drawing %s", drawing.told)
+        _tell_of_noise(drawing.run)
     reason = _draw(drawing, stored, missing[world.rank :: world.world_size], ranks)
     if reason := ranks.part(reason):
         if world.is_main:
@@ -113,6 +116,18 @@ def draw_stored(drawing: Drawing, stored: StoredBatches, ranks: Ranks) -> None:
                 reason, have, stored.num_batches, stored.path, told,
             )  # fmt: skip
         raise UnfinishedError(reason)
+
+
+def _tell_of_noise(run: TrainedRun) -> None:
+    """Say why samples of a short training may be noise: by its average, not by its weights."""
+    share = max(share_of_begin(history, run.step) for history in run.averages)
+    # What a run was started from is no noise.
+    if share > _MUCH_OF_BEGIN and run.experiment.checkpoint.start_from is None:
+        log.warning(
+            "the average still holds %.0f%% of the weights that the training began with, so "
+            "samples may be noise; --ema none draws by the weights of step %d themselves",
+            100 * share, run.step,
+        )  # fmt: skip
 
 
 def checked(batches: Iterable[np.ndarray], ranks: Ranks) -> Iterator[np.ndarray]:

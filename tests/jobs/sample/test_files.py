@@ -18,7 +18,7 @@ from dtr_scale.evaluation.pictures import NpzPictures, to_uint8
 from dtr_scale.evaluation.sampling import Sampler, draw_samples
 from dtr_scale.evaluation.stored import StoredBatches
 from dtr_scale.jobs import trained
-from dtr_scale.jobs.averages import Choice
+from dtr_scale.jobs.averages import Choice, share_of_begin
 from dtr_scale.jobs.sample import sample_run
 from dtr_scale.jobs.sampling import sampling_settings
 from dtr_scale.jobs.trained import load_run
@@ -79,6 +79,19 @@ def test_what_is_loaded_slowly_and_what_is_drawn_is_told(run_dir, tmp_path, caps
     )
     told = capsys.readouterr().err
     assert "guidance 3; in a whole batch of 32, --evaluation.batch_size=9 is quicker\n" in told
+
+
+def test_an_average_that_is_still_noise_is_told(run_dir, tmp_path, capsys):
+    """0.995 over 4 steps: nearly all of it is what the network began with."""
+    command = ["sample", str(run_dir), "--num-samples", "2", "--out", str(tmp_path / "x.png")]
+    assert main([*command, *FAST]) == 0
+    told = capsys.readouterr().err
+    assert "the average still holds 98% of the weights that the training began with" in told
+    assert main([*command, "--ema", "none", "--force", *FAST]) == 0
+    assert "the average still holds" not in capsys.readouterr().err
+    history = [{"from_step": 0, "decay": 0.9}, {"from_step": 10, "decay": 0.5}]
+    assert share_of_begin(history, 12) == pytest.approx(0.9**10 * 0.5**2)
+    assert share_of_begin([{"from_step": 0, "sigma_rel": 0.1}], 1) == 0
 
 
 def test_a_sample_depends_on_its_index_alone(run_dir, whole, tmp_path):
