@@ -63,6 +63,7 @@ def test_fp32_stays_as_it_is(dtype, changes):
     assert (str(traced.graph) != before) == changes
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_a_compiled_block_makes_it_so():
     plain, compiled = Scores(), Scores()
